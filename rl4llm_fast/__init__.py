@@ -1,0 +1,27 @@
+"""Fused ops for reinforcement learning on language models. ``import rl4llm_fast as rf``; docs in README.md."""
+
+from __future__ import annotations
+
+import pathlib as _pathlib
+
+from ._version import __version__
+
+# In a checkout that is not installed (PYTHONPATH=.), rl4llm_fast.kernels is the folder `kernels` beside this one.
+_root = _pathlib.Path(__file__).resolve().parent.parent
+if (_root / "kernels" / "__init__.py").is_file() and (_root / "csrc").is_dir():
+    __path__.append(str(_root))
+del _pathlib, _root
+
+from .advantages import group_advantages
+from .dispatch import backends, use_backend
+from .errors import BackendError
+from .logprobs import token_logprobs
+
+__all__ = [
+    "BackendError",
+    "__version__",
+    "backends",
+    "group_advantages",
+    "token_logprobs",
+    "use_backend",
+]

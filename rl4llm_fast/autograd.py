@@ -1,0 +1,78 @@
+"""The differentiable vocabulary ops: an autograd.Function over a forward and an explicit backward kernel.
+
+One Function per op; everything that is no tensor travels in one frozen dataclass, so that the signatures of forward
+and backward stay readable and Dynamo treats the whole as a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+@dataclass(frozen=True)
+class TokenLogprobsOptions:
+    """What token_logprobs knows besides tensors."""
+
+    backend: str
+    ignore_index: int
+    return_entropy: bool
+    inplace_backward: bool
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """(logp, entropy) of rows (B, T, V); backward builds dlogits in one read and one write of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor,
+        softcap: Tensor | None,
+        options: TokenLogprobsOptions,
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy, row_max, log_sum = dispatch.ops(options.backend).token_logprobs_fwd(
+            logits, token_ids, mask, temperature, softcap, options.ignore_index, options.return_entropy
+        )
+        ctx.save_for_backward(logits, token_ids, mask, temperature, softcap, row_max, log_sum, entropy)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        if not options.return_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        logits, token_ids, mask, temperature, softcap, row_max, log_sum, entropy = ctx.saved_tensors
+        options: TokenLogprobsOptions = ctx.options
+        if grad_logp is None and grad_entropy is None:
+            return None, None, None, None, None, None
+        arguments = (
+            logits,
+            token_ids,
+            mask,
+            temperature,
+            softcap,
+            options.ignore_index,
+            row_max,
+            log_sum,
+            entropy if grad_entropy is not None else None,
+            None if grad_logp is None else grad_logp.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+        )
+        kernels = dispatch.ops(options.backend)
+        if options.inplace_backward:
+            # The op's schema says that it writes to the logits, so their version goes up: a second backward through
+            # this node, or through any other node that saved them, raises instead of reading the gradient as logits.
+            kernels.token_logprobs_bwd_(*arguments)
+            grad_logits = logits
+        else:
+            grad_logits = kernels.token_logprobs_bwd(*arguments)
+        return grad_logits, None, None, None, None, None

@@ -1,0 +1,113 @@
+"""Validation of arguments, before any kernel runs: every message names the argument, what came and what was wanted.
+
+Also the two conversions that every op needs: a number or 0-d tensor to a hyperparameter tensor, and logits of any
+leading shape and strides to rows (B, T, V).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Number: a hyperparameter as the user gives it. A 0-d tensor may change between steps without a recompilation.
+Number = float | int | Tensor
+
+
+def debug() -> bool:
+    """Whether checks of a GPU tensor's contents are wanted, at the price of a synchronisation."""
+    return os.environ.get("RL4LLM_FAST_DEBUG") == "1"
+
+
+def shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted a torch.Tensor, got {type(value).__name__}")
+
+
+def is_float(name: str, tensor: Tensor) -> None:
+    """A dense floating-point tensor of a dtype that the library computes in."""
+    is_tensor(name, tensor)
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: wanted float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def is_integer(name: str, tensor: Tensor) -> None:
+    is_tensor(name, tensor)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: wanted an integer tensor, got {tensor.dtype}")
+
+
+def has_shape(name: str, tensor: Tensor, wanted: Sequence[int], like: str) -> None:
+    if shape(tensor) != tuple(wanted):
+        raise ValueError(f"{name}: wanted the shape {tuple(wanted)} of {like}, got {shape(tensor)}")
+
+
+def same_device(name: str, tensor: Tensor, reference: Tensor, like: str) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(f"{name}: wanted the device {reference.device} of {like}, got {tensor.device}")
+
+
+def live_mask(name: str, mask: Tensor | None, wanted: Sequence[int], reference: Tensor, like: str) -> Tensor | None:
+    """A token mask as bool. Masks are bool or 0/1 integers; a float mask is an error, because 0.5 would be a guess."""
+    if mask is None:
+        return None
+    is_tensor(name, mask)
+    if mask.dtype != torch.bool:
+        if mask.dtype.is_floating_point or mask.dtype.is_complex:
+            raise TypeError(f"{name}: wanted a bool or 0/1 integer tensor, got {mask.dtype}")
+        mask = mask != 0
+    has_shape(name, mask, wanted, like)
+    same_device(name, mask, reference, like)
+    return mask
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: wanted one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(name: str, value: Number, reference: Tensor, *, positive: bool = False) -> Tensor:
+    """A hyperparameter as the 0-d tensor that ops take (see ``schemas``).
+
+    A float becomes fp64 on the CPU, by an arithmetic that Dynamo keeps symbolic: no recompilation per value. A 0-d
+    tensor goes in as it is; one on the CPU that requires a gradient, or has more elements, is an error.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name}: wanted a number or a 0-d tensor, got a tensor of shape {shape(value)}")
+        if value.requires_grad:
+            raise ValueError(f"{name}: gets no gradient, but came as a tensor that requires one; pass {name}.detach()")
+        if value.device.type != "cpu":
+            same_device(name, value, reference, "its op")
+            return value.to(torch.float32)
+        return value.to(torch.float64)
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
+    if positive and not value > 0:
+        raise ValueError(f"{name}: wanted a number > 0, got {value}")
+    return torch.ones((), dtype=torch.float64) * value
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """Logits (..., V) as (B, T, V) with unit stride over V: a view wherever strides allow one, else a copy.
+
+    Two leading dimensions are kept apart because the commonest strided logits, ``logits[:, :-1]``, are no matrix.
+    """
+    vocabulary = logits.shape[-1]
+    if logits.dim() == 1:
+        rows = logits.view(1, 1, vocabulary)
+    elif logits.dim() == 2:
+        rows = logits.unsqueeze(0)
+    elif logits.dim() == 3:
+        rows = logits
+    else:
+        rows = logits.reshape(-1, logits.shape[-2], vocabulary)
+    return rows if rows.stride(-1) == 1 or vocabulary <= 1 else rows.contiguous()

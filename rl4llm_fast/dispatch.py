@@ -1,0 +1,210 @@
+"""Which backends can run here, and which one an op takes.
+
+The argument ``backend=`` wins over :func:`use_backend`, that over the environment variable ``RL4LLM_FAST_BACKEND``,
+that over the choice by device. Only the choice by device may fall back; a backend asked for by name either runs or
+raises :class:`BackendError` with the reason.
+
+``choose`` is plain Python on strings and device types, so that Dynamo folds it into a compiled graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schemas
+from .errors import BackendError
+
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+
+# Choice by device, best first. Triton before CUDA C++ until a table measured on a GPU says otherwise, op by op.
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "eager"),
+    "cuda": ("triton", "cuda", "eager"),
+}
+
+# What must be registered with torch.library before a public op can use a backend.
+OP_KERNELS: dict[str, tuple[str, ...]] = {
+    "token_logprobs": ("token_logprobs_fwd", "token_logprobs_bwd"),
+    "group_advantages": ("group_advantages",),
+}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_override: str | None = None  # use_backend's; process-wide, like torch.set_num_threads
+_environment: str | None = os.environ.get("RL4LLM_FAST_BACKEND") or None
+_libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
+_extension_error: str | None = None
+_triton_error: str | None = None
+extension: ModuleType | None = None
+
+
+def _refuse_double_backward(namespace: str, name: str, library: torch.library.Library, functional: bool) -> None:
+    message = (
+        f"rl4llm_fast::{name} cannot be differentiated again: the library's gradients are explicit formulas without a "
+        "second derivative (use backend='eager' for a double backward)"
+    )
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(message)
+
+    def in_place(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(message)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(getattr(torch.ops, namespace), name)(*args)
+
+    if functional:
+        torch.library.register_autograd(f"{namespace}::{name}", backward, lib=library)
+    else:  # torch.library knows no autograd formula for an op that mutates its input
+        library.impl(name, in_place, "Autograd")
+
+
+def _define(namespace: str) -> None:
+    library = torch.library.Library(namespace, "DEF")
+    _libraries.append(library)
+    for name, op in schemas.OPS.items():
+        library.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
+        if op.no_double_backward:
+            _refuse_double_backward(namespace, name, library, functional="!" not in op.schema)
+
+
+def _load_extension() -> None:
+    global extension, _extension_error
+    if os.environ.get("RL4LLM_FAST_NO_EXT") == "1":
+        _extension_error = "RL4LLM_FAST_NO_EXT=1 is set"
+        return
+    if importlib.util.find_spec("rl4llm_fast._C") is None:
+        _extension_error = "the compiled extension rl4llm_fast._C is not installed (pip install --no-build-isolation .)"
+        return
+    try:
+        extension = importlib.import_module("rl4llm_fast._C")
+    except ImportError as error:
+        _extension_error = f"the compiled extension rl4llm_fast._C does not load: {error}"
+
+
+def _load_triton() -> None:
+    global _triton_error
+    if importlib.util.find_spec("triton") is None:
+        _triton_error = "triton is not installed (pip install triton)"
+    elif not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        # Importing triton costs a third of a second that a CPU user would pay for nothing.
+        _triton_error = "Triton needs a GPU, or TRITON_INTERPRET=1 set before the import of rl4llm_fast"
+    else:
+        try:
+            importlib.import_module("rl4llm_fast.kernels.register")
+        except ImportError as error:
+            _triton_error = f"the Triton kernels do not load: {error}"
+
+
+_define(schemas.NAMESPACE)
+_define(schemas.TRITON_NAMESPACE)
+_load_extension()
+_load_triton()
+
+
+def _probe(op: str, backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on a device type; None where it can."""
+    if op not in OP_KERNELS:
+        return None if backend == "eager" else f"{op} exists as plain PyTorch only"
+    if backend == "eager":
+        return None
+    if backend == "triton":
+        if _triton_error:
+            return _triton_error
+        namespace, key = schemas.TRITON_NAMESPACE, "CUDA" if device == "cuda" else "CPU"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "on CPU tensors Triton runs in its interpreter only (TRITON_INTERPRET=1)"
+    else:
+        if _extension_error:
+            return _extension_error
+        if backend != device:
+            return f"backend {backend!r} takes {backend} tensors, these are on {device!r}"
+        namespace, key = schemas.NAMESPACE, backend.upper()
+    for kernel in OP_KERNELS[op]:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{kernel}", key):
+            built = " (this installation was built without CUDA)" if backend == "cuda" else ""
+            return f"{op} has no {backend} kernel for {device} tensors{built}"
+    return None
+
+
+_UNUSABLE: dict[tuple[str, str, str], str | None] = {}
+_AUTOMATIC: dict[tuple[str, str], str] = {}
+
+
+def _build_tables() -> None:
+    for op in OP_KERNELS:
+        for device in ("cpu", "cuda"):
+            for backend in BACKENDS:
+                _UNUSABLE[op, backend, device] = _probe(op, backend, device)
+            _AUTOMATIC[op, device] = next(b for b in _PREFERENCE[device] if _UNUSABLE[op, b, device] is None)
+
+
+_build_tables()
+
+
+def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
+    """The backend that ``op`` takes for ``tensor``.
+
+    Raises:
+        ValueError: the name is none of ``BACKENDS``.
+        BackendError: a backend asked for by name cannot run here.
+    """
+    named = backend or _override or _environment
+    device = tensor.device.type
+    if named is None:
+        chosen = _AUTOMATIC.get((op, device), "eager")
+        # fp64 is for gradient checks on the CPU; a GPU user who passes it gets the oracle.
+        return "eager" if tensor.dtype == torch.float64 and chosen != "cpu" else chosen
+    if named not in BACKENDS:
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {named!r}")
+    if named == "eager":
+        return named
+    reason = _UNUSABLE.get((op, named, device), f"{op} has no {named} kernel for {device} tensors")
+    if reason is None and named != "cpu" and tensor.dtype not in _DTYPES:
+        reason = f"{op} takes fp32, bf16 and fp16 there, got {tensor.dtype}"
+    if reason is not None:
+        raise BackendError(f"backend {named!r} cannot run {op}: {reason}")
+    return named
+
+
+def ops(backend: str) -> Any:
+    """The torch.ops namespace that holds a backend's kernels."""
+    return torch.ops.rl4llm_fast_triton if backend == "triton" else torch.ops.rl4llm_fast
+
+
+def backends() -> dict[str, list[str]]:
+    """Every op of the library with the backends that can run here, on any device this machine has.
+
+    Returns:
+        ``{op: [backend, ...]}``, ``"eager"`` always among them.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {op: [b for b in BACKENDS if any(_UNUSABLE[op, b, d] is None for d in devices)] for op in OP_KERNELS}
+
+
+def why_not(op: str, backend: str, device: str) -> str | None:
+    """Why a backend cannot run an op on a device type ("cpu", "cuda"); None where it can."""
+    return _UNUSABLE[op, backend, device]
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op in the ``with`` block on ``backend`` ("eager", "cpu", "triton" or "cuda"), in the whole process."""
+    global _override
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before

@@ -1,0 +1,117 @@
+"""The eager backend: plain PyTorch, no cleverness. Everything else is tested against this, in fp64.
+
+The functions take validated arguments (``rl4llm_fast.logprobs`` and friends validate) and let autograd make the
+gradients, so that the explicit backward passes elsewhere are checked against a derivation that nobody wrote by hand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .schemas import accumulation_dtype
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """docs/math.md section 1 on logits (..., V) and ids (...) or (..., K): logp like the ids, entropy (...)."""
+    one_id = token_ids.dim() == logits.dim() - 1
+    vocabulary = logits.shape[-1]
+    ids = (token_ids.unsqueeze(-1) if one_id else token_ids).long()
+
+    live = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
+    if one_id:
+        live = live & (token_ids != ignore_index)
+    ids_live = live.unsqueeze(-1) & (ids != ignore_index)
+    invalid = ids_live & ((ids < 0) | (ids >= vocabulary))
+    check_token_ids(ids, invalid, vocabulary)
+    ids = ids.masked_fill(~ids_live | invalid, 0)
+
+    shifted, log_sum = _shifted_log_softmax(logits, live, temperature, softcap)
+    logp = shifted.gather(-1, ids) - log_sum if vocabulary else shifted.new_zeros(ids.shape)
+    nothing = torch.zeros((), dtype=logp.dtype, device=logp.device)
+    bad_row = invalid.any(-1, keepdim=True)
+    logp = torch.where(ids_live, torch.where(bad_row, math.nan, logp), nothing)
+    logp = logp.squeeze(-1) if one_id else logp
+    if not return_entropy:
+        return logp, None
+
+    log_p = shifted - log_sum
+    impossible = log_p == -math.inf
+    p = log_p.exp().masked_fill(impossible, 0.0)
+    entropy = log_sum.squeeze(-1) - (p * shifted.masked_fill(impossible, 0.0)).sum(-1)
+    return logp, torch.where(live, torch.where(bad_row.squeeze(-1), math.nan, entropy), nothing)
+
+
+def _shifted_log_softmax(
+    logits: Tensor, live: Tensor, temperature: Tensor, softcap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(u − m, log s) of docs/math.md section 1; −inf logits and whole rows that are not live never touch the graph."""
+    acc = accumulation_dtype(logits.dtype)
+    z = logits.to(acc)
+    hidden = (z == -math.inf) | ~live.unsqueeze(-1)
+    z = z.masked_fill(hidden, 0.0)
+    if softcap is not None:
+        cap = softcap.to(z)
+        z = torch.where(z == math.inf, math.nan, cap * torch.tanh(z / cap))  # tanh would turn +inf into a number
+    tau = temperature.to(z)
+    tau = torch.where(tau > 0, tau, math.nan)
+    u = z / (tau.unsqueeze(-1) if tau.dim() else tau)
+    u = u.masked_fill(hidden, -math.inf)
+    shifted = u - u.detach().amax(-1, keepdim=True) if u.shape[-1] else u
+    return shifted, shifted.exp().sum(-1, keepdim=True).log()
+
+
+def check_token_ids(ids: Tensor, invalid: Tensor, vocabulary: int) -> None:
+    """IndexError for the first live id outside [0, V): always on the CPU; elsewhere it would cost a synchronisation."""
+    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or checks.debug()):
+        return
+    if bool(invalid.any()):
+        position = tuple(invalid.nonzero()[0].tolist())
+        raise IndexError(
+            f"token_ids: {int(ids[position])} at position {position} is outside the vocabulary [0, {vocabulary})"
+        )
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor | None, group_size: int, scale: str, baseline: str, unbiased: bool, eps: Tensor
+) -> Tensor:
+    """docs/math.md section 4, "group" rows, on rewards (B,)."""
+    r = rewards.to(accumulation_dtype(rewards.dtype))
+    if r.numel() == 0:
+        return r
+    if group_ids is None:
+        group = torch.arange(r.numel(), device=r.device) // group_size
+    else:
+        group = torch.unique(group_ids, return_inverse=True)[1]
+    groups = int(group.max()) + 1
+
+    wide = r.double()
+    size = torch.zeros(groups, dtype=wide.dtype, device=r.device).index_add_(0, group, torch.ones_like(wide))
+    mean = torch.zeros_like(size).index_add_(0, group, wide) / size
+    centred = wide - mean[group]
+    low = torch.full_like(size, math.inf).scatter_reduce_(0, group, wide, "amin")
+    high = torch.full_like(size, -math.inf).scatter_reduce_(0, group, wide, "amax")
+    # The mean of equal floats need not equal them: without the test their advantages would be rounding noise / eps.
+    constant = (low == high)[group] | (size == 1)[group]
+
+    advantages = centred
+    if baseline == "leave_one_out":
+        advantages = centred * (size / (size - 1).clamp(min=1))[group]
+    elif scale == "group":
+        spread = torch.zeros_like(size).index_add_(0, group, centred.square()) / (size - int(unbiased)).clamp(min=1)
+        advantages = centred / (spread.sqrt()[group] + eps)
+    elif scale == "batch":
+        around = (wide - wide.mean()).square().sum() / max(wide.numel() - int(unbiased), 1)
+        advantages = centred / (around.sqrt() + eps)
+    return torch.where(constant, 0.0, advantages).to(r.dtype)

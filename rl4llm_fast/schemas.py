@@ -1,0 +1,99 @@
+"""Every op of the library, once: its schema and its fake (shape) function.
+
+The same table is registered under two namespaces, so that a user and Dynamo see ordinary torch ops:
+
+- ``torch.ops.rl4llm_fast.*``         compiled: C++ for CPU tensors, CUDA C++ for CUDA tensors (``csrc/``)
+- ``torch.ops.rl4llm_fast_triton.*``  Triton kernels (``kernels/``)
+
+Conventions, so that kernels need no shape logic of their own:
+
+- Rows come as ``(B, T, V)`` with ``stride(2) == 1`` and any other strides; per-row data is contiguous ``(N,)``,
+  N = B*T.
+- A hyperparameter is a 0-d tensor, never a float argument (a float recompiles per value under torch.compile):
+  fp64 on the CPU when it came as a number (captured by CUDA graphs as it stands), or on the op's device when the
+  user gave a tensor (read when the kernel runs).
+- Sums are made in the accumulation dtype: fp64 for fp64 input, fp32 for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "rl4llm_fast"
+TRITON_NAMESPACE = "rl4llm_fast_triton"
+
+
+@dataclass(frozen=True)
+class Op:
+    """A schema without its name, and the function that gives the outputs' shapes."""
+
+    schema: str
+    fake: Callable[..., Any]
+    no_double_backward: bool = False  # a backward op: differentiating it again must raise, not be silently wrong
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op on ``dtype`` adds up, and which it returns."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _token_logprobs_fwd(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(logits.dtype)
+    rows = logits.shape[0] * logits.shape[1]
+    logp = logits.new_empty(token_ids.shape, dtype=acc)
+    entropy = logits.new_empty((rows if return_entropy else 0,), dtype=acc)
+    row_max = logits.new_empty((rows,), dtype=acc)
+    return logp, entropy, row_max, torch.empty_like(row_max)
+
+
+def _token_logprobs_bwd(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _token_logprobs_bwd_(logits: Tensor, *args: Any) -> None:
+    return None
+
+
+def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
+
+
+_TOKEN_LOGPROBS_BWD = (
+    "Tensor token_ids, Tensor? mask, Tensor temperature, Tensor? softcap, int ignore_index, "
+    "Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, Tensor? grad_entropy)"
+)
+
+OPS: dict[str, Op] = {
+    # logits (B, T, V); token_ids (N,) or (N, K) int64; mask (N,) bool; temperature 0-d or (N,); softcap 0-d.
+    # -> logp like token_ids, entropy (N,) or (0,), row_max (N,) = max of the softcapped logits (before the
+    #    temperature), log_sum (N,) = log Σ exp((z' - row_max)/τ); all in the accumulation dtype.
+    "token_logprobs_fwd": Op(
+        "(Tensor logits, Tensor token_ids, Tensor? mask, Tensor temperature, Tensor? softcap, int ignore_index, "
+        "bool return_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+        _token_logprobs_fwd,
+    ),
+    # entropy is the forward's (needed with grad_entropy); -> dlogits (B, T, V), contiguous, in the logits' dtype.
+    "token_logprobs_bwd": Op(f"(Tensor logits, {_TOKEN_LOGPROBS_BWD} -> Tensor", _token_logprobs_bwd, True),
+    # The same, written over the logits; the mutation in the schema makes every later use of them an error.
+    "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", _token_logprobs_bwd_, True),
+    # rewards (B,); group_ids (B,) int64 or None (then consecutive groups of group_size); scale "group"|"batch"|"none";
+    # baseline "mean"|"leave_one_out" -> advantages (B,)
+    "group_advantages": Op(
+        "(Tensor rewards, Tensor? group_ids, int group_size, str scale, str baseline, bool unbiased, Tensor eps)"
+        " -> Tensor",
+        _group_advantages,
+    ),
+}
