@@ -40,7 +40,6 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _override: str | None = None  # use_backend's; process-wide, like torch.set_num_threads
-_environment: str | None = os.environ.get("RL4LLM_FAST_BACKEND") or None
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
 _extension_error: str | None = None
 _triton_error: str | None = None
@@ -159,7 +158,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
         ValueError: the name is none of ``BACKENDS``.
         BackendError: a backend asked for by name cannot run here.
     """
-    named = backend or _override or _environment
+    named = backend or _override or os.environ.get("RL4LLM_FAST_BACKEND") or None
     device = tensor.device.type
     if named is None:
         chosen = _AUTOMATIC.get((op, device), "eager")

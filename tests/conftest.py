@@ -1,0 +1,21 @@
+"""Shared by all tests: GPU tests skip with a reason, and every test starts from the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+GPU_REASON = "no GPU here (torch.cuda.is_available() is False)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=GPU_REASON))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
