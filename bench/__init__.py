@@ -1,0 +1,1 @@
+"""What the kernels cost and save, measured: ``python -m bench.run``, ``bench.report``, ``bench.verify``."""

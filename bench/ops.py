@@ -1,0 +1,226 @@
+"""How a case is set up, run and judged: inputs by seed, one step of its mode, and its distance to the fp64 oracle.
+
+A peer's function has the signature of its case's ``call``:
+
+    token_logprobs(logits (N, V), token_ids (N,)) -> logp (N,)
+    token_logprobs_entropy(logits, token_ids) -> (logp, entropy), both differentiable
+    group_advantages(rewards (B,), group_ids (B,)) -> advantages (B,)
+    policy_loss(logp, old_logp, ref_logp (B, T), advantages (B,), mask (B, T)) -> (loss, metrics)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rl4llm_fast as rf
+from rl4llm_fast.testing import error_bound
+
+from . import peers
+from .cases import BACKWARD, BOTH, FORWARD, IN_PLACE, Case
+from .peers import ours
+from .timing import Step
+
+Inputs = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+
+# fp64 copies of the logits are made for this many elements at a time.
+_ORACLE_ELEMENTS = 2**24
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
+    """The same tensors for everyone, and for every process that asks with the same seed on the same device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if case.op == "token_logprobs":
+        rows, vocabulary = case.shape
+        # About the spread of a language model's logits; made row-block-wise, so that no fp32 copy is ever whole.
+        logits = torch.empty(rows, vocabulary, dtype=case.dtype, device=device)
+        for block in logits.split(256):
+            block.copy_(torch.randn(block.shape, generator=generator, device=device).mul_(3.0))
+        return {
+            "logits": logits,
+            "token_ids": torch.randint(vocabulary, (rows,), generator=generator, device=device),
+            "grad_logp": torch.randn(rows, generator=generator, device=device),
+            "grad_entropy": torch.randn(rows, generator=generator, device=device),
+        }
+    if case.op == "group_advantages":
+        (count,) = case.shape
+        sizes = torch.randint(1, 17, (count,), generator=generator, device=device)
+        ids = torch.arange(count, device=device).repeat_interleave(sizes)[:count]
+        if case.variant == "shuffled":
+            ids = ids[torch.randperm(count, generator=generator, device=device)]
+        return {"rewards": torch.randn(count, generator=generator, device=device), "group_ids": ids}
+    rows, positions = case.shape
+    logp = -torch.rand(rows, positions, generator=generator, device=device) * 5
+    noise = torch.randn(2, rows, positions, generator=generator, device=device) * 0.2
+    length = torch.randint(positions // 4, positions + 1, (rows, 1), generator=generator, device=device)
+    return {
+        "logp": logp,
+        "old_logp": logp + noise[0],
+        "ref_logp": logp + noise[1],
+        "advantages": torch.randn(rows, generator=generator, device=device),
+        "mask": torch.arange(positions, device=device) < length,
+    }
+
+
+class _FromHead(torch.autograd.Function):
+    """Stands for the layer that made the logits: they are no leaf, and their gradient goes on instead of piling up."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor, received: list[Tensor]) -> Tensor:
+        ctx.received = received
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.received.append(grad)
+        return None, None, None
+
+
+def _with_gradient(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
+    received: list[Tensor] = []
+    anchor = torch.empty((), device=tensor.device, requires_grad=True)
+    return _FromHead.apply(anchor, tensor, received), received
+
+
+def overwrites(case: Case, peer: str) -> bool:
+    """Whether a peer writes its gradient over the logits, so that they must be restored before the next call."""
+    return peer == "liger" or (peer == peers.OURS and case.mode == IN_PLACE)
+
+
+def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool = False) -> Step:
+    """One call of the case's mode. What it returns are the outputs by name, as :func:`errors` judges them."""
+    if case.op == "group_advantages":
+        return Step(lambda: None, lambda _: {"advantages": function(inputs["rewards"], inputs["group_ids"])})
+    if case.op == "policy_loss":
+        return _policy_step(case, function, inputs)
+    return _logits_step(case, function, inputs, restore)
+
+
+def _logits_step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool) -> Step:
+    ids = inputs["token_ids"]
+    names = ("logp", "entropy") if case.entropy else ("logp",)
+    buffer = inputs["logits"].clone() if restore else inputs["logits"]
+
+    def fresh() -> Tensor:
+        if restore:
+            buffer.copy_(inputs["logits"])
+        return buffer
+
+    def outputs(result: Any) -> Outputs:
+        return dict(zip(names, result if case.entropy else (result,), strict=True))
+
+    def forward_only(logits: Any) -> Outputs:
+        with torch.no_grad():
+            return outputs(function(logits, ids))
+
+    def forward(logits: Tensor) -> tuple[Outputs, list[Tensor]]:
+        leaf, received = _with_gradient(logits)
+        return outputs(function(leaf, ids)), received
+
+    def backward(state: Any) -> Outputs:
+        result, received = state
+        gradients = [inputs[f"grad_{name}"].to(result[name].dtype) for name in names]
+        torch.autograd.backward([result[name] for name in names], gradients)
+        return {**{name: result[name].detach() for name in names}, "grad_logits": received[0]}
+
+    if case.mode == FORWARD:
+        return Step(fresh, forward_only)
+    if case.mode == BACKWARD:
+        return Step(lambda: forward(fresh()), backward)
+    assert case.mode in (BOTH, IN_PLACE)
+    return Step(fresh, lambda logits: backward(forward(logits)))  # type: ignore[arg-type]
+
+
+def _policy_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
+    assert case.mode in (FORWARD, BOTH)
+    rest = [inputs[name] for name in ("old_logp", "ref_logp", "advantages", "mask")]
+
+    def run(_: object) -> Outputs:
+        leaf, received = _with_gradient(inputs["logp"])
+        loss, metrics = function(leaf, *rest)
+        found = {"loss": loss.detach(), **{f"metric {name}": value for name, value in metrics.items()}}
+        if case.mode == BOTH:
+            loss.backward()
+            found["grad_logp"] = received[0]
+        return found
+
+    return Step(lambda: None, run)
+
+
+@dataclass(frozen=True)
+class Error:
+    """One output against the fp64 oracle, in the max norm, and what the library's error rule allows it."""
+
+    found: float
+    allowed: float
+
+    @property
+    def part(self) -> float:
+        """How much of the allowance is used; above 1 (or NaN) the result is wrong."""
+        return self.found / self.allowed
+
+    @property
+    def within(self) -> bool:
+        return self.found <= self.allowed
+
+
+def errors(case: Case, inputs: Inputs, outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Error]]:
+    """``{implementation: {output: Error}}`` for the outputs that the oracle knows too.
+
+    Large inputs are judged block by block, each by the rule of ``rl4llm_fast.testing``; the worst block counts.
+    """
+    result: dict[str, dict[str, Error]] = {name: {} for name in outputs}
+    for part, block in _blocks(case, inputs):
+        oracle = _reference(case, block, torch.float64)
+        eager = _reference(case, block, case.dtype)
+        for name, found in outputs.items():
+            for key in oracle.keys() & found.keys():
+                value = found[key][part] if oracle[key].dim() else found[key]
+                error = Error(
+                    (value.double() - oracle[key]).abs().max().item(),
+                    error_bound(oracle[key], eager[key], value.dtype),
+                )
+                worst = result[name].get(key)
+                if worst is None or not error.part <= worst.part:  # NaN is the worst of all
+                    result[name][key] = error
+    return result
+
+
+def _blocks(case: Case, inputs: Inputs) -> Iterator[tuple[Any, Inputs]]:
+    """Rows are independent in token_logprobs, so that its oracle never holds the whole in fp64."""
+    if case.op != "token_logprobs":
+        yield slice(None), inputs
+        return
+    rows, vocabulary = case.shape
+    block = max(1, _ORACLE_ELEMENTS // vocabulary)
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        yield part, {name: tensor[part] for name, tensor in inputs.items()}
+
+
+def _reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The library's eager backend, in ``dtype``, on the same values."""
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    if case.op == "token_logprobs" and dtype != torch.float64:
+        for name in ("grad_logp", "grad_entropy"):  # per-token numbers are fp32 whatever the logits are
+            cast[name] = inputs[name]
+    with rf.use_backend("eager"):
+        plain = ours.build(case, inputs[next(iter(inputs))].device.type)
+        made = step(case, plain, cast)
+        return {name: value.detach() for name, value in _run(made).items()}
+
+
+def _run(made: Step) -> Outputs:
+    found = made.run(made.prepare())
+    assert isinstance(found, dict)
+    return found
+
+
+def first_run(made: Step) -> Outputs:
+    """The outputs of one call, in memory of their own: later calls may overwrite what an in-place step returned."""
+    return {name: value.detach().clone() for name, value in _run(made).items()}

@@ -1,0 +1,57 @@
+"""Everyone that is measured, one small file each, through public functions only.
+
+A peer is a module with ``version()`` and ``build(case, device)``; ``build`` returns a function with the signature of
+``case.call`` in ``bench.ops``, or raises :class:`Absent` with the reason, which the table then shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+OURS = "rl4llm_fast"
+_MODULES = {
+    OURS: "ours",
+    "eager": "eager",
+    "chunked": "chunked",
+    "loop": "loop",
+    "compile": "compiled",
+    "trl": "trl",
+    "liger": "liger",
+}
+NAMES = tuple(_MODULES)
+RIVALS = NAMES[1:]
+
+
+class Absent(Exception):
+    """A peer that cannot take part here, and why."""
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"bench.peers.{_MODULES[name]}")
+
+
+def build(name: str, case: Any, device: str) -> Callable[..., Any]:
+    """The peer's function for a case. Raises Absent with the reason, an import that fails included."""
+    try:
+        function: Callable[..., Any] = module(name).build(case, device)
+    except Absent:
+        raise
+    except ImportError as error:
+        raise Absent(f"not installed: {error}") from error
+    return function
+
+
+def pick(functions: dict[str, Callable[..., Any]], case: Any, why: str = "has no counterpart") -> Callable[..., Any]:
+    if case.call not in functions:
+        raise Absent(why)
+    return functions[case.call]
+
+
+def version(name: str) -> str:
+    try:
+        return str(module(name).version())
+    except ImportError:
+        return "not installed"

@@ -1,0 +1,77 @@
+"""The obvious whole-tensor formula in PyTorch: what one writes without a library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import Case
+from . import pick
+
+
+def version() -> str:
+    return torch.__version__
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def token_logprobs_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = torch.log_softmax(logits.float(), -1)
+    return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    _, group, size = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    mean = torch.zeros(size.numel(), device=rewards.device).index_add_(0, group, rewards) / size
+    centred = rewards - mean[group]
+    square = torch.zeros_like(mean).index_add_(0, group, centred * centred)
+    return centred / ((square / (size - 1).clamp(min=1)).sqrt()[group] + 1e-6)
+
+
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO with k3 to the reference, token mean, and the metrics that a trainer logs."""
+    advantage = advantages.unsqueeze(-1)
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    to_ref = ref_logp - logp
+    kl_ref = to_ref.exp() - to_ref - 1
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + 0.04 * kl_ref
+    count = mask.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0.0).sum() / count
+
+    with torch.no_grad():
+        low = mean(((ratio < 0.8) & (advantage < 0)).float())
+        high = mean(((ratio > 1.2) & (advantage > 0)).float())
+        metrics = {
+            "clip_fraction": low + high,
+            "clip_fraction_low": low,
+            "clip_fraction_high": high,
+            "ratio_mean": mean(ratio),
+            "ratio_min": torch.where(mask, ratio, torch.inf).amin(),
+            "ratio_max": torch.where(mask, ratio, -torch.inf).amax(),
+            "kl_old_k1": mean(-log_ratio),
+            "kl_old_k3": mean(ratio - 1 - log_ratio),
+            "kl_ref": mean(kl_ref),
+        }
+    return mean(loss), metrics
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "token_logprobs": token_logprobs,
+    "token_logprobs_entropy": token_logprobs_entropy,
+    "group_advantages": group_advantages,
+    "policy_loss": policy_loss,
+}
+
+
+def build(case: Case, device: str) -> Callable[..., Any]:
+    return pick(FUNCTIONS, case)

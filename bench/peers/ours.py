@@ -1,0 +1,30 @@
+"""This library, through its public functions, with the backend that it chooses by itself (or the one in force)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import rl4llm_fast as rf
+
+from ..cases import IN_PLACE, Case
+from . import Absent
+
+
+def version() -> str:
+    return rf.__version__
+
+
+def _policy_loss(logp: Any, old_logp: Any, ref_logp: Any, advantages: Any, mask: Any) -> Any:
+    return rf.policy_loss(logp, old_logp, advantages, kind="grpo", mask=mask, ref_logp=ref_logp, kl_coef=0.04)
+
+
+def build(case: Case, device: str) -> Callable[..., Any]:
+    if not hasattr(rf, case.op):
+        raise Absent(f"rl4llm_fast {rf.__version__} has no {case.op}")
+    if case.op == "token_logprobs":
+        return functools.partial(rf.token_logprobs, return_entropy=case.entropy, inplace_backward=case.mode == IN_PLACE)
+    if case.op == "group_advantages":
+        return lambda rewards, group_ids: rf.group_advantages(rewards, group_ids=group_ids)
+    return _policy_loss

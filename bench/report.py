@@ -1,0 +1,200 @@
+"""A suite's result as a terminal table, CSV, JSON and plots; and the README's table from the JSON.
+
+python -m bench.report [FILE.json ...]      print tables (default: the newest of every suite and device)
+python -m bench.report --readme             rewrite the README between <!-- bench:begin --> and <!-- bench:end -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import plots
+from .peers import OURS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MIB = 2**20
+
+
+def table(result: dict[str, Any]) -> str:
+    """The whole run for a terminal of 100 columns."""
+    meta, ceilings = result["meta"], result["ceilings_bytes_per_s"]
+    lines = [
+        f"suite {meta['suite']} on {meta['device']}, {meta['date']}, {meta['seconds']:.0f} s",
+        f"rl4llm_fast {meta['rl4llm_fast']} at {meta['git']}{' (modified)' if meta['dirty'] else ''}, "
+        f"torch {meta['torch']}, triton {meta['triton']}, python {meta['python']}"
+        + (f", driver {meta['driver']}, CUDA {meta['cuda']}" if "driver" in meta else ""),
+        f"measured ceilings: copy (read + write) {ceilings['copy'] / 1e9:.1f} GB/s, "
+        f"read {ceilings['read'] / 1e9:.1f} GB/s",
+        "",
+        f"{'':<14}{'median ms':>10}  {'p20 - p80':<17}{'ours is':>9}{'GB/s':>8}{'of copy':>9}{'extra MiB':>11}"
+        f"{'error':>8}",
+    ]
+    for record in result["cases"]:
+        lines += ["", f"{title(record)}   {record['bytes'] / 1e6:,.1f} MB   backend {record['backend']}"]
+        lines += [_row(r, ceilings["copy"]) for r in record["results"] if r["status"] == "ok"]
+        missing = [f"{r['implementation']}: {r['status']}, {r['reason']}" for r in record["results"] if "reason" in r]
+        lines += [f"  - {text}" for text in missing]
+        lines += [f"  > {_verdict(target)}" for target in record["targets"]]
+    verdicts = [target["verdict"] for record in result["cases"] for target in record["targets"]]
+    versions = {r["implementation"]: r["version"] for record in result["cases"] for r in record["results"]}
+    lines += [
+        "",
+        f"targets: {verdicts.count('reached')} reached, {verdicts.count('missed')} missed, "
+        f"{verdicts.count('not judged')} not judged",
+        "peers: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "'ours is 5.0x': that peer takes five times as long. GB/s: the least bytes of the case over the median time.",
+        "error: distance to the fp64 oracle, as a part of what the error rule allows; above 1 is marked WRONG.",
+    ]
+    return "\n".join(lines)
+
+
+def title(record: dict[str, Any]) -> str:
+    """A case in words, short enough for a plot's axis."""
+    name = record["op"] + (" + entropy" if record["call"].endswith("_entropy") else "")
+    shape = " x ".join(f"{size:,}" for size in record["shape"])
+    return " ".join(part for part in (name, record["variant"], record["mode"], record["dtype"], shape) if part)
+
+
+def _row(r: dict[str, Any], copy: float) -> str:
+    if "median_ms" not in r:
+        return f"  {r['implementation']:<12} no timing"
+    speedup = f"{r['speedup']:.1f}x" if "speedup" in r else ""
+    extra = f"{r['extra_bytes'] / MIB:,.1f}" if r.get("extra_bytes") is not None else "?"
+    used = max((e["found"] / e["allowed"] for e in r.get("errors", {}).values()), default=None)
+    error = "" if used is None else f"{used:.2g}"
+    wrong = ", ".join(key for key, e in r.get("errors", {}).items() if not e["within"])
+    note = f"  WRONG: {wrong}" if wrong else ""
+    if wrong and r["implementation"] == OURS:
+        note += "; no speed-up is printed"
+    spread = f"{r['p20_ms']:.3f} - {r['p80_ms']:.3f}"
+    return (
+        f"  {r['implementation']:<12}{r['median_ms']:>10.3f}  {spread:<17}{speedup:>9}{r['bytes_per_s'] / 1e9:>8.1f}"
+        f"{r['bytes_per_s'] / copy:>9.0%}{extra:>11}{error:>8}{note}"
+    )
+
+
+def _verdict(target: dict[str, Any]) -> str:
+    got = f": {target['shown']}" if target["got"] is not None else f" ({target['reason']})"
+    return f"{target['verdict'].upper() if target['verdict'] == 'missed' else target['verdict']} {target['text']}{got}"
+
+
+_FIELDS = (
+    *("implementation", "version", "status", "reason", "median_ms", "p20_ms", "p80_ms", "rounds", "timed"),
+    *("speedup", "bytes_per_s", "extra_bytes", "correct"),
+)
+
+
+def write(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+    """JSON, CSV and plots under ``folder``; returns their paths. Plots need matplotlib, and say so without it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    json_path, csv_path = folder / f"{stem}.json", folder / f"{stem}.csv"
+    write_json(json_path, result)
+    with open(csv_path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "bytes", "flops", "date", "device", "git", *_FIELDS])
+        meta = result["meta"]
+        for record in result["cases"]:
+            head = [record["name"], record["bytes"], record["flops"], meta["date"], meta["device"], meta["git"]]
+            writer.writerows([*head, *(r.get(key, "") for key in _FIELDS)] for r in record["results"])
+    return [json_path, csv_path, *plots.draw(result, folder, stem)]
+
+
+def write_json(path: pathlib.Path, data: object) -> None:
+    """Whole or not at all: an interrupted run never leaves half a file."""
+    partial = path.with_name(path.name + f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
+    """The newest JSON of each suite and device; a full suite makes its device's smoke run redundant."""
+    latest: dict[tuple[str, str], pathlib.Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        match = re.fullmatch(r"(smoke|cpu|gpu)-(.+)-\d{4}-\d\d-\d\d", path.stem)
+        if match:  # sorted by name, so by date within a suite and device
+            latest[match[1], match[2]] = path
+    return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The README's table: times and how many times faster, memory beside the inputs."""
+    meta = result["meta"]
+    peers = []
+    for record in result["cases"]:
+        peers += [r["implementation"] for r in record["results"] if "speedup" in r and r["implementation"] not in peers]
+    lines = [
+        "| case | rl4llm_fast | " + " | ".join(peers) + " | extra memory: ours | eager's |",
+        "|---|---" + "|---" * len(peers) + "|---|---|",
+    ]
+    for record in result["cases"]:
+        by_name = {r["implementation"]: r for r in record["results"]}
+        ours = by_name[OURS]
+        cells = [title(record), _milliseconds(ours) if ours.get("correct") else "result wrong: not shown"]
+        cells += [_against(by_name.get(peer, {})) for peer in peers]
+        cells += [_mib(ours), _mib(by_name.get("eager", {}))]
+        lines.append("| " + " | ".join(cells) + " |")
+    modified = ", with local changes" if meta["dirty"] else ""
+    lines += [
+        "",
+        f"`{meta['command']}` on {meta['device']}, {meta['date']}, torch {meta['torch']}, commit "
+        f"{meta['git']}{modified}. "
+        "Medians of interleaved rounds; in brackets: how many times as long as rl4llm_fast it takes.",
+    ]
+    return "\n".join(lines)
+
+
+def _milliseconds(r: dict[str, Any]) -> str:
+    return f"{r['median_ms']:.3g} ms" if "median_ms" in r else r.get("status", "-")
+
+
+def _against(r: dict[str, Any]) -> str:
+    return f"{r['median_ms']:.3g} ms ({r['speedup']:.1f}x)" if "speedup" in r else r.get("status", "-")
+
+
+def _mib(r: dict[str, Any]) -> str:
+    extra = r.get("extra_bytes")
+    return "-" if extra is None else f"{extra / MIB:,.0f} MiB"
+
+
+def rewrite_readme(path: pathlib.Path, blocks: Sequence[str]) -> None:
+    """Put the blocks between the markers. Raises ValueError where the file has no such pair."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path}: wanted one {BEGIN} before one {END}")
+    head, rest = text.split(BEGIN)
+    body = "\n\n".join(blocks)
+    path.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables from recorded results.")
+    parser.add_argument("files", nargs="*", type=pathlib.Path, help="JSON files of bench.run; default: the newest")
+    parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=pathlib.Path, help="rewrite its table")
+    arguments = parser.parse_args(argv)
+    files = arguments.files or newest()
+    if not files:
+        print(f"no results in {RESULTS}: run python -m bench.run first")
+        return 1
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    if arguments.readme is None:
+        print("\n\n".join(table(result) for result in results))
+        return 0
+    from rl4llm_fast.info import ledger_lines
+
+    rewrite_readme(arguments.readme, [*(markdown(result) for result in results), "\n".join(ledger_lines(bullet="- "))])
+    print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in files)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""``python -m bench.verify``: run the GPU tests and GPU cases here and write what held into the ledger.
+
+    python -m bench.verify [--plan] [--kernel PATH ...] [--again]
+
+The ledger (bench/results/verified.json) is written after every step, so that a run that is cut off loses one step; the
+next run goes on with the kernel files that this GPU has not finished in their present state. Without a GPU it says so
+and exits with 2; the ledger stays as it is. The exit status is 1 if a test failed or a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import rl4llm_fast as rf
+from rl4llm_fast import info
+
+from . import cases, measure, peers, report, run, timing
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Kernel files whose name is not that of the public op that they serve.
+_OPS = {"token_loss": ("policy_loss", "kl_estimate"), "groups": ("group_advantages",)}
+_PYTEST_NO_TESTS = 5
+
+
+def backend_of(kernel: str) -> str:
+    return "cuda" if kernel.startswith("csrc/") else "triton"
+
+
+def ops_of(kernel: str) -> tuple[str, ...]:
+    stem = pathlib.PurePosixPath(kernel).stem
+    return _OPS.get(stem, (stem,))
+
+
+def test_command(kernel: str, junit: str) -> list[str]:
+    """The gpu-marked tests whose id names the kernel's op (or its file) and its backend."""
+    names = dict.fromkeys((pathlib.PurePosixPath(kernel).stem, *ops_of(kernel)))
+    chosen = f"({' or '.join(names)}) and {backend_of(kernel)}"
+    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, f"--junitxml={junit}"]
+
+
+def cases_of(kernel: str) -> list[cases.Case]:
+    return [case for case in cases.CASES if "gpu" in case.suites and case.op in ops_of(kernel)]
+
+
+def plan(kernels: Sequence[str]) -> str:
+    """What would run, in order."""
+    lines = []
+    for kernel in kernels:
+        command = test_command(kernel, "JUNIT")
+        lines.append(f"{kernel}  (backend {backend_of(kernel)})")
+        lines.append(f'  tests: pytest -m gpu -k "{command[command.index("-k") + 1]}"')
+        lines += [f"  case:  {case.name}" for case in cases_of(kernel)] or ["  case:  none in the suite gpu yet"]
+    return "\n".join(lines or ["no GPU kernels in this tree"])
+
+
+def parse_junit(path: pathlib.Path) -> dict[str, Any]:
+    """Counts of passed, failed and skipped tests, with the names of those that passed and failed."""
+    tests: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
+    for test in ElementTree.parse(path).getroot().iter("testcase"):
+        name = f"{test.get('classname')}::{test.get('name')}"
+        if test.find("failure") is not None or test.find("error") is not None:
+            tests["failed"] += 1
+            tests["failures"].append(name)
+        elif test.find("skipped") is not None:
+            tests["skipped"] += 1
+        else:
+            tests["passed"] += 1
+            tests["names"].append(name)
+    return tests
+
+
+def run_tests(kernel: str) -> dict[str, Any]:
+    """Run the kernel's tests in a process of their own: a crash of the GPU context ends those tests only."""
+    with tempfile.TemporaryDirectory() as folder:
+        junit = pathlib.Path(folder, "junit.xml")
+        code = subprocess.run(test_command(kernel, str(junit)), cwd=ROOT).returncode
+        if code == _PYTEST_NO_TESTS:
+            return {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
+        if not junit.is_file():
+            return {
+                "passed": 0, "failed": 1, "skipped": 0, "names": [], "failures": [f"pytest ended with status {code}"]
+            }  # fmt: skip
+        tests = parse_junit(junit)
+        if code not in (0, 1):
+            tests["failed"] += 1
+            tests["failures"].append(f"pytest ended with status {code}")
+        return tests
+
+
+def run_figures(kernel: str, case: cases.Case, copy_ceiling: float) -> dict[str, Any]:
+    """The case with the kernel's backend forced, without rivals: their figures belong to ``bench.run --suite gpu``."""
+    try:
+        with rf.use_backend(backend_of(kernel)):
+            record = measure.run_case(case, [peers.OURS], "cuda", measure.BUDGETS["gpu"], copy_ceiling=copy_ceiling)
+    except Exception as error:
+        return {"case": case.name, "failed": f"{type(error).__name__}: {error}"}
+    (ours,) = record["results"]
+    kept = ("median_ms", "p20_ms", "p80_ms", "timed", "bytes_per_s", "extra_bytes", "correct", "status", "reason")
+    figures = {key: ours[key] for key in kept if key in ours}
+    return {"case": case.name, **figures, "targets": record["targets"]}
+
+
+def finished(entry: dict[str, Any] | None, kernel: str, gpu: str) -> bool:
+    """Whether the ledger already holds all of a kernel file, as it is now, on this GPU."""
+    if not entry or not entry.get("complete") or entry["gpu"] != gpu:
+        return False
+    return bool(entry["sources"] == info.kernel_sources(kernel, ROOT))
+
+
+def passed(entry: dict[str, Any]) -> bool:
+    return not entry["tests"]["failed"] and all(figure.get("correct") for figure in entry["figures"])
+
+
+def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool) -> bool:
+    """Verify kernel files one by one, saving after each step. Returns whether everything held."""
+    meta = run.environment("cuda")
+    ledger = info.read_ledger(ledger_path)
+    ceilings: dict[str, float] | None = None
+    held = True
+    for number, kernel in enumerate(kernels, 1):
+        before = ledger["kernels"].get(kernel)
+        if not again and finished(before, kernel, meta["device"]):
+            print(f"[{number}/{len(kernels)}] {kernel}: already verified in this state on {meta['device']}")
+            held &= passed(before)
+            continue
+        print(f"[{number}/{len(kernels)}] {kernel}", flush=True)
+        versions = ("rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
+        entry: dict[str, Any] = {
+            "sources": info.kernel_sources(kernel, ROOT),  # before the tests: an edit meanwhile shows as a change
+            "gpu": meta["device"],
+            "date": meta["date"],
+            "git": meta["git"],
+            "versions": {key: meta[key] for key in versions},
+            "tests": run_tests(kernel),
+            "figures": [],
+            "complete": False,
+        }
+        ledger["kernels"][kernel] = entry
+        report.write_json(ledger_path, ledger)
+        ceilings = ceilings or timing.ceilings("cuda")
+        for case in cases_of(kernel):
+            print(f"  {case.name}", flush=True)
+            entry["figures"].append(run_figures(kernel, case, ceilings["copy"]))
+            report.write_json(ledger_path, ledger)
+        entry["complete"] = True
+        report.write_json(ledger_path, ledger)
+        held &= passed(entry)
+    return held
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.verify", description="Verify the GPU kernels here.")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--kernel", nargs="+", metavar="PATH", help="only these kernel files")
+    parser.add_argument("--again", action="store_true", help="also those already verified in their present state")
+    arguments = parser.parse_args(argv)
+    known = info.kernel_files(ROOT)
+    kernels = arguments.kernel or known
+    unknown = sorted(set(kernels) - set(known))
+    if unknown:
+        parser.error(f"--kernel: wanted files among {', '.join(known)}, got {', '.join(unknown)}")
+    if arguments.plan:
+        print(plan(kernels))
+        return 0
+    if not torch.cuda.is_available():
+        print(
+            "verification needs a GPU, and torch sees none here; the ledger is as it was (--plan shows what would run)"
+        )
+        return 2
+    held = verify(kernels, info.LEDGER, arguments.again)
+    print("\n".join(info.ledger_lines("")))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
