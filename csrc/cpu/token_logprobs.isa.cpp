@@ -1,0 +1,214 @@
+// Log-probabilities and entropy of one part of a row of logits, and their gradient (docs/math.md section 1).
+//
+// Computes: fwd: max z', Σ 2^x, Σ 2^x·x with x = (z' − max)·log2(e)/τ;  bwd: dL/dz of every logit.
+// Grid:     one call per part of kPart logits of one row; token_logprobs.cpp hands the parts to threads.
+// Traffic:  fwd reads the logits once (a block is summed while it lies in L1), bwd reads and writes them once.
+// Numerics: fp32 sums in 4 × Vec::width lanes (fp64 for fp64), a running maximum per block of kBlock logits. −inf adds
+//           exactly 0 wherever it stands; NaN and +inf come out as a NaN sum, since max skips NaN but 2^x does not.
+// Gradient: p_v·(log2(p_v)·slope + intercept), the softcap's chain, rounded once; see RowGrad in hd.h.
+#include "cpu/token_logprobs.h"
+
+#include "cpu/vec.h"
+
+namespace rl4llm {
+namespace RL4LLM_ISA {
+namespace {
+
+constexpr int kBlock = 2048;  // 4 or 8 KiB: read from memory by the maximum, from L1 by the sum
+constexpr int kVecs = 4;      // per iteration: independent sums, so that no addition waits for the one before
+
+RL4LLM_INLINE float largest(float) { return __FLT_MAX__; }
+RL4LLM_INLINE double largest(double) { return __DBL_MAX__; }
+
+// z' − origin
+template <bool kSoftcap, class F, class A>
+RL4LLM_INLINE F shifted_logit(F z, A c, A origin) {
+  if constexpr (!kSoftcap) return z - F::of(origin);
+  F shifted, tanh;
+  softcap(z, c, origin, shifted, tanh);
+  return shifted;
+}
+
+// The last logits of a part, fewer than a step, padded with −inf.
+template <class T>
+RL4LLM_INLINE void load_tail(const T* z_ptr, int count, int step, T* tail_ptr) {
+  for (int i = 0; i < count; ++i) tail_ptr[i] = z_ptr[i];
+  for (int i = count; i < step; ++i) set_minus_infinity(tail_ptr[i]);
+}
+
+template <bool kEntropy, bool kSoftcap, class T, class A>
+void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<A>* out) {
+  typedef typename Element<T>::vec F;
+  constexpr int step = kVecs * F::width;  // logits an iteration
+  F sum[kVecs], xsum[kVecs];
+  for (int i = 0; i < kVecs; ++i) sum[i] = xsum[i] = F::of(0);
+  A running_max = -infinity(A());
+  bool nan = false;
+
+  const auto add_block = [&](const T* z_ptr, int length) __attribute__((always_inline)) {
+    F top[kVecs];
+    for (int i = 0; i < kVecs; ++i) top[i] = F::of(-infinity(A()));
+    for (int v = 0; v < length; v += step) {
+      F z[kVecs];
+      for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
+      for (int i = 0; i < kVecs; ++i) top[i] = max(z[i], top[i]);
+    }
+    A block_max = max_of(max(max(top[0], top[1]), max(top[2], top[3])));
+    if (block_max == -infinity(A())) {  // nothing to add; but the maximum has skipped any NaN
+      for (int v = 0; v < length; v += step) {
+        F z[kVecs];
+        for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
+        for (int i = 0; i < kVecs; ++i) nan |= any_nan(z[i]);
+      }
+      return;
+    }
+    block_max = first_of(shifted_logit<kSoftcap>(F::of(block_max), part.softcap, A(0)));
+    if (block_max > running_max) {
+      if (running_max != -infinity(A())) {
+        for (int i = 0; i < kVecs; ++i) {
+          const F shift = max(F::of(kLeast<F>), F::of((running_max - block_max) * k));
+          const F scale = exp2(shift);
+          xsum[i] = scale * fma(shift, sum[i], xsum[i]);
+          sum[i] = scale * sum[i];
+        }
+      }
+      running_max = block_max;
+    }
+    const F row_k = F::of(k), least = F::of(kLeast<F>);
+    for (int v = 0; v < length; v += step) {
+      F z[kVecs];
+      for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
+      for (int i = 0; i < kVecs; ++i) {
+        const F x = max(least, shifted_logit<kSoftcap>(z[i], part.softcap, running_max) * row_k);
+        const F e = exp2(x);
+        sum[i] = sum[i] + e;
+        if (kEntropy) xsum[i] = fma(e, x, xsum[i]);
+      }
+    }
+  };
+
+  const T* logits_ptr = (const T*)part.logits_ptr;  // (length,)
+  const int64_t whole = part.length - part.length % step;
+  for (int64_t v = 0; v < whole; v += kBlock) add_block(logits_ptr + v, int(whole - v < kBlock ? whole - v : kBlock));
+  if (whole < part.length) {
+    T tail[step];
+    load_tail(logits_ptr + whole, int(part.length - whole), step, tail);
+    add_block(tail, step);
+  }
+  out->max = running_max;
+  out->sum = nan ? not_a_number(A()) : sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  out->xsum = sum_of((xsum[0] + xsum[1]) + (xsum[2] + xsum[3]));
+}
+
+// dL/dz of logits z; chosen: Σ g/τ over the choices of these logits.
+template <bool kEntropy, bool kSoftcap, bool kChosen, class F, class A>
+RL4LLM_INLINE F dlogit(F z, const RowGrad<A>& row, F chosen) {
+  F shifted = z - F::of(row.max), chain = z;
+  if (kSoftcap) {
+    F t;
+    softcap(z, row.softcap, row.max, shifted, t);
+    chain = fma(t, F::of(0) - t, F::of(1));
+  }
+  const F x = max(F::of(kLeast<F>), fma(shifted, F::of(row.k), F::of(-row.log2_sum)));
+  F du = kEntropy ? exp2(x) * fma(x, F::of(row.slope), F::of(row.intercept)) : exp2(x) * F::of(row.intercept);
+  if (kChosen) du = du + chosen;
+  return kSoftcap ? du * chain : du;
+}
+
+template <bool kEntropy, bool kSoftcap, bool kCareful, class T, class A>
+void token_logprobs_bwd_kernel(LogitsPart<A> part, const RowGrad<A>& row_grad, void* dlogits_ptr) {
+  typedef typename Element<T>::vec F;
+  constexpr int step = kVecs * F::width;
+  const RowGrad<A> row = row_grad;  // a copy: the compiler cannot know that the stores leave the original alone
+  const auto step_at = [&](const T* z_ptr, T* dz_ptr) __attribute__((always_inline)) {
+    F z[kVecs];
+    for (int i = 0; i < kVecs; i += 2) load2(z_ptr + i * F::width, z[i], z[i + 1]);
+    for (int i = 0; i < kVecs; ++i) {
+      const F dz = dlogit<kEntropy, kSoftcap, false>(z[i], row, z[i]);
+      // p = 0 makes the gradient of −inf exactly 0, unless the row's coefficients are NaN or infinite.
+      z[i] = kCareful ? select_less(z[i], F::of(-largest(A())), F::of(0), dz) : dz;
+    }
+    for (int i = 0; i < kVecs; i += 2) store2(dz_ptr + i * F::width, z[i], z[i + 1]);
+  };
+
+  const T* logits_ptr = (const T*)part.logits_ptr;  // (length,)
+  T* out_ptr = (T*)dlogits_ptr;                     // (length,)
+  const int64_t whole = part.length - part.length % step;
+  for (int64_t v = 0; v < whole; v += step) step_at(logits_ptr + v, out_ptr + v);
+  if (whole < part.length) {
+    T tail[step];
+    load_tail(logits_ptr + whole, int(part.length - whole), step, tail);
+    step_at(tail, tail);
+    for (int64_t v = whole; v < part.length; ++v) out_ptr[v] = tail[v - whole];
+  }
+}
+
+template <class T, class A>
+void fwd(LogitsPart<A> part, A k, bool entropy, RowSum<A>* sum) {
+  if (part.softcap != A(0)) {
+    if (entropy) return token_logprobs_fwd_kernel<true, true, T>(part, k, sum);
+    return token_logprobs_fwd_kernel<false, true, T>(part, k, sum);
+  }
+  if (entropy) return token_logprobs_fwd_kernel<true, false, T>(part, k, sum);
+  return token_logprobs_fwd_kernel<false, false, T>(part, k, sum);
+}
+
+template <class T, class A>
+void bwd(LogitsPart<A> part, const RowGrad<A>& row, bool careful, void* dlogits_ptr) {
+  const bool softcap = row.softcap != A(0);
+  if (careful) {  // rare: one instance that does everything
+    if (softcap) return token_logprobs_bwd_kernel<true, true, true, T>(part, row, dlogits_ptr);
+    return token_logprobs_bwd_kernel<true, false, true, T>(part, row, dlogits_ptr);
+  }
+  if (softcap) return token_logprobs_bwd_kernel<true, true, false, T>(part, row, dlogits_ptr);
+  if (row.slope != A(0)) return token_logprobs_bwd_kernel<true, false, false, T>(part, row, dlogits_ptr);
+  return token_logprobs_bwd_kernel<false, false, false, T>(part, row, dlogits_ptr);
+}
+
+// One logit, by the vector code: a chosen token's numbers agree with its row's to the bit.
+template <class T>
+RL4LLM_INLINE typename Element<T>::vec load1(const void* logit_ptr) {
+  typedef typename Element<T>::vec F;
+  T copies[2 * F::width];
+  for (int i = 0; i < 2 * F::width; ++i) copies[i] = *(const T*)logit_ptr;
+  F a, b;
+  load2(copies, a, b);
+  return a;
+}
+
+template <class T, class A>
+A shifted_logit_of(const void* logit_ptr, A softcap, A origin) {
+  const auto z = load1<T>(logit_ptr);
+  return first_of(softcap != A(0) ? shifted_logit<true>(z, softcap, origin) : shifted_logit<false>(z, softcap, origin));
+}
+
+template <class T, class A>
+A chosen_dlogit(const void* logit_ptr, const RowGrad<A>& row, A chosen) {
+  typedef typename Element<T>::vec F;
+  const F z = load1<T>(logit_ptr);
+  if (first_of(z) == -infinity(A())) return A(0);
+  if (row.softcap != A(0)) return first_of(dlogit<true, true, true>(z, row, F::of(chosen)));
+  return first_of(dlogit<true, false, true>(z, row, F::of(chosen)));
+}
+
+template <class T, class A>
+void store(void* dlogit_ptr, A value) {
+  typedef typename Element<T>::vec F;
+  T copies[2 * F::width];
+  store2(copies, F::of(value), F::of(value));
+  *(T*)dlogit_ptr = copies[0];
+}
+
+template <class T, class A>
+constexpr TokenLogprobsFunctions<A> functions() {
+  return {&fwd<T, A>, &bwd<T, A>, &shifted_logit_of<T, A>, &chosen_dlogit<T, A>, &store<T, A>};
+}
+
+}  // namespace
+
+extern const TokenLogprobsKernels token_logprobs_kernels;
+const TokenLogprobsKernels token_logprobs_kernels = {functions<float, float>(), functions<bf16, float>(),
+                                                     functions<fp16, float>(), functions<double, double>()};
+
+}  // namespace RL4LLM_ISA
+}  // namespace rl4llm

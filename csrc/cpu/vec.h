@@ -1,0 +1,134 @@
+// Vectors of fp32 in the registers of one instruction set: for *.isa.cpp files only (isa.h says how to write one).
+//
+// Gives, in namespace rl4llm::RL4LLM_ISA:
+//   Vec            fp32 × Vec::width      + - * /, fma, max (the second where either is NaN), abs, select_less
+//   Vec64          one double, the same interface: fp64 runs the same kernels, in plain scalar code
+//   load2, store2  two vectors from or to memory of float, bf16, fp16 (double for Vec64): 2·width neighbours, in an
+//                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles)
+//   exp2           2^x for x >= kLeast, relative error 1e-7; exactly 1 at 0, exactly 0 below −150, NaN for NaN
+//   softcap        c·tanh(z/c) − origin and tanh(z/c)
+#pragma once
+
+#include <stdint.h>
+
+namespace rl4llm {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+namespace RL4LLM_ISA {
+
+#define RL4LLM_INLINE static inline __attribute__((always_inline))
+
+// Below it 2^x is 0 in every precision and x stays finite, so that 0·x is 0.
+template <class F>
+constexpr double kLeast = -200.0;
+
+#define RL4LLM_VECTOR_OPERATORS(F)                                \
+  RL4LLM_INLINE F operator+(F a, F b) { return {a.v + b.v}; }     \
+  RL4LLM_INLINE F operator-(F a, F b) { return {a.v - b.v}; }     \
+  RL4LLM_INLINE F operator*(F a, F b) { return {a.v * b.v}; }     \
+  RL4LLM_INLINE F operator/(F a, F b) { return {a.v / b.v}; }
+
+}  // namespace RL4LLM_ISA
+}  // namespace rl4llm
+
+#if defined(RL4LLM_ISA_AVX512)
+#include "cpu/vec_avx512.h"
+#elif defined(RL4LLM_ISA_AVX2)
+#include "cpu/vec_avx2.h"
+#else
+#include "cpu/vec_baseline.h"
+#endif
+
+namespace rl4llm {
+namespace RL4LLM_ISA {
+
+RL4LLM_VECTOR_OPERATORS(Vec)
+
+// 2^x by splitting x = n + f, |f| <= 1/2: a minimax polynomial of degree 6 for 2^f (its own relative error is 2e-9, so
+// that only fp32 rounding remains), exactly 1 at 0.
+RL4LLM_INLINE Vec exp2(Vec x) {
+  const Vec n = round_to_integer(x);
+  const Vec f = x - n;
+  Vec p = Vec::of(1.53473201e-4f);
+  p = fma(p, f, Vec::of(1.34001545e-3f));
+  p = fma(p, f, Vec::of(9.61848424e-3f));
+  p = fma(p, f, Vec::of(5.55032808e-2f));
+  p = fma(p, f, Vec::of(2.40226469e-1f));
+  p = fma(p, f, Vec::of(6.93147206e-1f));
+  p = fma(p, f, Vec::of(1.0f));
+  return scale_by_power_of_2(p, n, x);
+}
+
+// What tanh a = a + a·curve(a²) is near 0: a minimax polynomial for |a| < 0.9, relative error of tanh 2e-9.
+RL4LLM_INLINE Vec tanh_curve(Vec square) {
+  Vec p = Vec::of(-4.51494939e-4f);
+  p = fma(p, square, Vec::of(2.57686329e-3f));
+  p = fma(p, square, Vec::of(-8.26512383e-3f));
+  p = fma(p, square, Vec::of(2.16684038e-2f));
+  p = fma(p, square, Vec::of(-5.39321690e-2f));
+  p = fma(p, square, Vec::of(1.33330390e-1f));
+  p = fma(p, square, Vec::of(-3.33333262e-1f));
+  return p * square;
+}
+
+// z' − origin and tanh(z/c), with z' = c·tanh(z/c). Near 0, where the exponential would cancel, z' = z + z·curve, and
+// (z − origin) + z·curve never rounds z' itself: p = exp((z' − max)/τ) keeps the bits that z' has no room for.
+// Infinities and NaN stay what they are in z'.
+RL4LLM_INLINE void softcap(Vec z, float c, float origin, Vec& shifted, Vec& tanh) {
+  const Vec a = z / Vec::of(c), size = abs(a), curve = tanh_curve(a * a), from = z - Vec::of(origin);
+  // 2^(−2|a|·log2 e), held where tanh is 1 anyway.
+  const Vec t = exp2(max(Vec::of(-100.0f), size * Vec::of(-2.8853900817779268f)));
+  const Vec far = with_sign_of((Vec::of(1.0f) - t) / (Vec::of(1.0f) + t), a);
+  const Vec near = Vec::of(0.9f), far_shifted = fma(far, Vec::of(c), Vec::of(-origin));
+  tanh = select_less(size, near, fma(a, curve, a), far);
+  shifted = select_less(size, near, fma(z, curve, from),
+                        select_less(size, Vec::of(__builtin_inff()), far_shifted, from));
+}
+
+struct Vec64 {
+  static constexpr int width = 1;
+  typedef double scalar;
+  double v;
+  static inline Vec64 of(double x) { return {x}; }
+};
+RL4LLM_VECTOR_OPERATORS(Vec64)
+template <>
+constexpr double kLeast<Vec64> = -1100.0;
+RL4LLM_INLINE Vec64 fma(Vec64 a, Vec64 b, Vec64 c) { return {__builtin_fma(a.v, b.v, c.v)}; }
+RL4LLM_INLINE Vec64 max(Vec64 a, Vec64 b) { return {a.v > b.v ? a.v : b.v}; }
+RL4LLM_INLINE Vec64 abs(Vec64 a) { return {__builtin_fabs(a.v)}; }
+RL4LLM_INLINE Vec64 select_less(Vec64 a, Vec64 b, Vec64 yes, Vec64 no) { return a.v < b.v ? yes : no; }
+RL4LLM_INLINE double sum_of(Vec64 a) { return a.v; }
+RL4LLM_INLINE double max_of(Vec64 a) { return a.v; }
+RL4LLM_INLINE double first_of(Vec64 a) { return a.v; }
+RL4LLM_INLINE bool any_nan(Vec64 a) { return a.v != a.v; }
+RL4LLM_INLINE Vec64 exp2(Vec64 x) { return {__builtin_exp2(x.v)}; }
+RL4LLM_INLINE void softcap(Vec64 z, double c, double origin, Vec64& shifted, Vec64& tanh) {
+  tanh.v = __builtin_tanh(z.v / c);
+  shifted.v = (__builtin_isinf(z.v) ? z.v : c * tanh.v) - origin;
+}
+RL4LLM_INLINE void load2(const double* ptr, Vec64& a, Vec64& b) { a.v = ptr[0], b.v = ptr[1]; }
+RL4LLM_INLINE void store2(double* ptr, Vec64 a, Vec64 b) { ptr[0] = a.v, ptr[1] = b.v; }
+
+// The vector in which an element type is computed, and −inf as the element type has it.
+template <class T>
+struct Element {
+  typedef Vec vec;
+};
+template <>
+struct Element<double> {
+  typedef Vec64 vec;
+};
+RL4LLM_INLINE void set_minus_infinity(float& x) { x = -__builtin_inff(); }
+RL4LLM_INLINE void set_minus_infinity(double& x) { x = -__builtin_inf(); }
+RL4LLM_INLINE void set_minus_infinity(bf16& x) { x.bits = 0xff80; }
+RL4LLM_INLINE void set_minus_infinity(fp16& x) { x.bits = 0xfc00; }
+
+}  // namespace RL4LLM_ISA
+}  // namespace rl4llm

@@ -1,0 +1,101 @@
+// Maths that the CPU and the CUDA kernels share, once. No torch headers, no standard library.
+//
+// Everything here has internal linkage: the CPU kernels are compiled several times for different instruction sets, and
+// a function with external linkage would be merged by the linker into one copy, which an older CPU may not run.
+#pragma once
+
+#if defined(__CUDACC__)
+#define RL4LLM_HD static __host__ __device__ __forceinline__
+#else
+#define RL4LLM_HD static inline __attribute__((always_inline))
+#endif
+
+namespace rl4llm {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+RL4LLM_HD float infinity(float) { return __builtin_inff(); }
+RL4LLM_HD double infinity(double) { return __builtin_inf(); }
+RL4LLM_HD float not_a_number(float) { return __builtin_nanf(""); }
+RL4LLM_HD double not_a_number(double) { return __builtin_nan(""); }
+RL4LLM_HD float power_of_2(float x) { return __builtin_exp2f(x); }
+RL4LLM_HD double power_of_2(double x) { return __builtin_exp2(x); }
+RL4LLM_HD float natural_log(float x) { return __builtin_logf(x); }
+RL4LLM_HD double natural_log(double x) { return __builtin_log(x); }
+
+// A part of a row of logits, summed up; z' are the softcapped logits, x_v = (z'_v - max)·k, k = log2(e)/τ.
+// A part of −inf only has max = −inf and sum = 0, or sum = NaN if there was a NaN in it.
+template <class A>
+struct RowSum {
+  A max;   // max_v z'_v, before the temperature, so that one large offset of the row never meets a rounding
+  A sum;   // Σ_v 2^x_v
+  A xsum;  // Σ_v 2^x_v·x_v
+};
+
+// The same sums, relative to a new maximum >= part.max.
+template <class A>
+RL4LLM_HD RowSum<A> rebase(RowSum<A> part, A new_max, A k) {
+  const A shift = (part.max - new_max) * k;
+  const A scale = power_of_2(shift);
+  // shift may be −inf or huge; where the scale is 0 the part no longer counts, and 0·inf must not arise.
+  const A xsum = scale == A(0) ? A(0) : scale * (part.xsum + shift * part.sum);
+  return {new_max, part.sum * scale, xsum};
+}
+
+// Two parts of a row as one. The order of the calls decides the rounding: always combine from the left.
+template <class A>
+RL4LLM_HD RowSum<A> merge(RowSum<A> a, RowSum<A> b, A k) {
+  const A nothing = -infinity(A());
+  if (b.max == nothing) return {a.max, a.sum + b.sum, a.xsum};
+  if (a.max == nothing) return {b.max, a.sum + b.sum, b.xsum};
+  if (b.max > a.max) {
+    a = rebase(a, b.max, k);
+  } else {
+    b = rebase(b, a.max, k);
+  }
+  return {a.max, a.sum + b.sum, a.xsum + b.xsum};
+}
+
+// log s = log Σ exp(u_v − m); NaN for a row of −inf only.
+template <class A>
+RL4LLM_HD A log_sum(RowSum<A> row) {
+  return row.max == -infinity(A()) ? not_a_number(A()) : natural_log(row.sum);
+}
+
+// H = log s − Σ p_v (u_v − m)
+template <class A>
+RL4LLM_HD A entropy(RowSum<A> row, A log_sum) {
+  return log_sum - A(kLn2) * (row.xsum / row.sum);
+}
+
+// logp = (u_y − m) − log s, from z'_y − max
+template <class A>
+RL4LLM_HD A chosen_logp(A shifted, A temperature, A log_sum) {
+  return shifted / temperature - log_sum;
+}
+
+// What the gradient of a row's logits needs: dL/dz'_v = p_v·(log2(p_v)·slope + intercept) + 1[v=y]·g/τ.
+// From docs/math.md section 1: −G·p_v − h·p_v·(log p_v + H), over τ, with log p_v = ln2·log2(p_v).
+template <class A>
+struct RowGrad {
+  A max;        // as in RowSum
+  A k;          // log2(e)/τ
+  A log2_sum;   // log2 s
+  A slope;      // −h·ln2/τ
+  A intercept;  // −(G + h·H)/τ, G the sum of the live upstream gradients of the row's log-probabilities
+  A softcap;    // c, or 0 for none
+};
+
+template <class A>
+RL4LLM_HD RowGrad<A> row_grad(A max, A log_sum, A entropy, A grad_logp_sum, A grad_entropy, A temperature, A softcap) {
+  return {max,
+          A(kLog2E / temperature),
+          A(log_sum * kLog2E),
+          A(-grad_entropy * kLn2 / temperature),
+          // Without an upstream gradient the entropy may be undefined, and 0·NaN must not reach the row.
+          -(grad_logp_sum + (grad_entropy == A(0) ? A(0) : grad_entropy * entropy)) / temperature,
+          softcap};
+}
+
+}  // namespace rl4llm

@@ -1,0 +1,15 @@
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    time: str
+    compiler: str
+    torch_target_abi: str
+    cpu_instruction_sets: list[str]
+    cpu_instruction_set_in_use: str
+    cuda: str | None
+    cuda_archs: list[str]
+    no_cuda_reason: str | None
+
+def build_info() -> BuildInfo: ...
+def force_cpu_isa(name: str | None) -> None: ...
