@@ -15,13 +15,15 @@ del _pathlib, _root
 from .advantages import group_advantages
 from .dispatch import backends, use_backend
 from .errors import BackendError
-from .logprobs import token_logprobs
+from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 
 __all__ = [
     "BackendError",
     "__version__",
     "backends",
     "group_advantages",
+    "linear_token_logprobs",
+    "token_entropy",
     "token_logprobs",
     "use_backend",
 ]

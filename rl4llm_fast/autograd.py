@@ -52,6 +52,8 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
         logits, token_ids, mask, temperature, softcap, row_max, log_sum, entropy = ctx.saved_tensors
         options: TokenLogprobsOptions = ctx.options
+        if not options.return_entropy:
+            grad_entropy = None  # Dynamo hands zeros to an output that is not differentiable
         if grad_logp is None and grad_entropy is None:
             return None, None, None, None, None, None
         arguments = (
@@ -76,3 +78,88 @@ class TokenLogprobs(torch.autograd.Function):
         else:
             grad_logits = kernels.token_logprobs_bwd(*arguments)
         return grad_logits, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class LinearTokenLogprobsOptions:
+    """What linear_token_logprobs knows besides tensors."""
+
+    backend: str
+    ignore_index: int
+    return_entropy: bool
+    compute_dtype: torch.dtype
+    chunk_tokens: int
+    keep_logits: bool
+
+
+class LinearTokenLogprobs(torch.autograd.Function):
+    """(logp, entropy) of hidden rows (N, D) through the head (V, D); backward makes the logits of a chunk again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor,
+        softcap: Tensor | None,
+        options: LinearTokenLogprobsOptions,
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy, row_max, log_sum, kept = dispatch.ops(options.backend).linear_token_logprobs_fwd(
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            mask,
+            temperature,
+            softcap,
+            options.ignore_index,
+            options.return_entropy,
+            options.compute_dtype,
+            options.chunk_tokens,
+            options.keep_logits,
+        )
+        ctx.save_for_backward(hidden, weight, bias, token_ids, mask, temperature, softcap, row_max, log_sum, entropy)
+        ctx.options = options
+        ctx.kept_logits = kept if options.keep_logits else None
+        ctx.set_materialize_grads(False)
+        if not options.return_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        hidden, weight, bias, token_ids, mask, temperature, softcap, row_max, log_sum, entropy = ctx.saved_tensors
+        options: LinearTokenLogprobsOptions = ctx.options
+        if not options.return_entropy:
+            grad_entropy = None  # Dynamo hands zeros to an output that is not differentiable
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 8
+        # The first backward overwrites the kept logits; one after it (retain_graph) makes them again.
+        kept, ctx.kept_logits = ctx.kept_logits, None
+        need = ctx.needs_input_grad
+        grads = dispatch.ops(options.backend).linear_token_logprobs_bwd(
+            hidden,
+            weight,
+            bias,
+            token_ids,
+            mask,
+            temperature,
+            softcap,
+            options.ignore_index,
+            row_max,
+            log_sum,
+            entropy if grad_entropy is not None else None,
+            None if grad_logp is None else grad_logp.contiguous(),
+            None if grad_entropy is None else grad_entropy.contiguous(),
+            kept,
+            options.compute_dtype,
+            options.chunk_tokens,
+            need[0],
+            need[1],
+            need[2],
+        )
+        grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, need, strict=False))
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None

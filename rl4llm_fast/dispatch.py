@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schemas
+from . import chunked, schemas
 from .errors import BackendError
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
@@ -34,6 +34,8 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 # What must be registered with torch.library before a public op can use a backend.
 OP_KERNELS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("token_logprobs_fwd", "token_logprobs_bwd"),
+    "token_entropy": ("token_logprobs_fwd", "token_logprobs_bwd"),
+    "linear_token_logprobs": ("linear_token_logprobs_fwd", "token_logprobs_fwd", "token_logprobs_bwd_"),
     "group_advantages": ("group_advantages",),
 }
 
@@ -58,8 +60,12 @@ def _refuse_double_backward(namespace: str, name: str, library: torch.library.Li
     def in_place(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(message)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        for argument, declared in zip(args, op._schema.arguments, strict=True):
+            if argument is not None and declared.alias_info is not None and declared.alias_info.is_write:
+                torch.autograd.graph.increment_version(argument)  # what makes other consumers' backward raise
         with torch._C._AutoDispatchBelowAutograd():
-            return getattr(getattr(torch.ops, namespace), name)(*args)
+            return op(*args)
 
     if functional:
         torch.library.register_autograd(f"{namespace}::{name}", backward, lib=library)
@@ -75,6 +81,7 @@ def _define(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
         if op.no_double_backward:
             _refuse_double_backward(namespace, name, library, functional="!" not in op.schema)
+    chunked.register(library, namespace)
 
 
 def _load_extension() -> None:

@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
-from .autograd import TokenLogprobs, TokenLogprobsOptions
+from . import checks, chunked, dispatch, reference
+from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
 
 
@@ -95,14 +95,8 @@ def token_logprobs(
             the same error where RL4LLM_FAST_DEBUG=1.
     """
     _check_logits(logits)
-    checks.is_integer("token_ids", token_ids)
-    checks.same_device("token_ids", token_ids, logits, "logits")
     lead = logits.shape[:-1]
-    if token_ids.dim() not in (logits.dim() - 1, logits.dim()) or token_ids.shape[: len(lead)] != lead:
-        raise ValueError(
-            f"token_ids: wanted {checks.shape(logits)[:-1]}, or that with K ids a row behind it, to match logits "
-            f"{checks.shape(logits)}; got {checks.shape(token_ids)}"
-        )
+    _check_ids_shape(token_ids, logits, "logits")
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         raise ValueError(
             "inplace_backward: refused, because logits are a leaf that requires grad; their values would be "
@@ -124,19 +118,185 @@ def token_logprobs(
         return_entropy=return_entropy,
         inplace_backward=inplace_backward and not overlapping and not torch.compiler.is_compiling(),
     )
-    flat_ids = token_ids.reshape(-1) if token_ids.dim() < logits.dim() else token_ids.reshape(-1, token_ids.shape[-1])
     if chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
-        _check_ids_on_device(token_ids, mask, ignore_index, logits)
+        _check_ids_on_device(token_ids, mask, ignore_index, logits, logits.shape[-1])
     logp, entropy = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         rows,
-        flat_ids.long().contiguous(),
-        None if mask is None else mask.reshape(-1).contiguous(),
-        tau.reshape(-1).contiguous() if tau.dim() else tau,
+        *_flat(token_ids, logits, mask, tau),
         cap,
         options,
     )
     logp = logp.reshape(token_ids.shape)
     return (logp, entropy.reshape(lead)) if return_entropy else logp
+
+
+def token_entropy(
+    logits: Tensor,
+    *,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Entropy in nats of each row's distribution, differentiable: :math:`H = \log s - \sum_v p_v (u_v - m)`.
+
+    The entropy bonus of PPO's unified objective (survey (33); Schulman et al. 2017, eq. 9). Arguments, dtypes, edge
+    cases and errors are those of :func:`token_logprobs`.
+
+    Returns:
+        (...), fp32, or fp64 for fp64 logits.
+    """
+    checks.is_float("logits", logits)
+    nothing = torch.empty((*logits.shape[:-1], 0), dtype=torch.long, device=logits.device)
+    _, entropy = token_logprobs(
+        logits, nothing, temperature=temperature, softcap=softcap, mask=mask, return_entropy=True, backend=backend
+    )
+    return entropy
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    temperature: Number = ...,
+    softcap: Number | None = ...,
+    mask: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[False] = ...,
+    chunk_tokens: int | None = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    temperature: Number = ...,
+    softcap: Number | None = ...,
+    mask: Tensor | None = ...,
+    ignore_index: int = ...,
+    return_entropy: Literal[True],
+    chunk_tokens: int | None = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probabilities of chosen tokens straight from hidden states: :func:`token_logprobs` of :math:`x W^\top + b`.
+
+    The logits exist for one chunk of tokens at a time, in a workspace that is used again; the backward makes them anew
+    (unless all of them fit one chunk), overwrites them with :math:`dz`, and adds up :math:`dW = dz^\top x` and
+    :math:`db = \sum_n dz` in fp32. Gradients that nobody needs are not computed. Survey (2), (4).
+
+    Args:
+        hidden: (..., D). Under autocast the products run in the autocast dtype.
+        weight: (V, D), the head (tied or not), in the dtype of ``hidden`` unless autocast is on.
+        token_ids: integers, (...) or (..., K).
+        bias: (V,) or None.
+        chunk_tokens: tokens per chunk. None: as many as fit 512 MiB of logits on a GPU, and on a CPU 64 MiB in fp32 or
+            256 MiB in bf16 (``rl4llm_fast.chunked.chunk_rule``).
+        temperature, softcap, mask, ignore_index, return_entropy, backend: as in :func:`token_logprobs`. Hidden states
+            of masked rows may hold anything, NaN included, and reach no gradient.
+
+    Returns:
+        As :func:`token_logprobs`.
+
+    Raises:
+        As :func:`token_logprobs`; also ValueError for shapes of ``hidden``, ``weight`` and ``bias`` that do not fit,
+        and TypeError for dtypes that differ outside autocast.
+    """
+    compute_dtype = _check_linear(hidden, weight, bias)
+    _check_ids_shape(token_ids, hidden, "hidden")
+    lead = hidden.shape[:-1]
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
+    tau = _temperature(temperature, hidden)
+    cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
+    chosen = dispatch.choose("linear_token_logprobs", hidden, backend)
+    if chosen == "eager":
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        logp, entropy = reference.token_logprobs(logits, token_ids, mask, tau, cap, ignore_index, return_entropy)
+        return logp if entropy is None else (logp, entropy)
+
+    if chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
+        _check_ids_on_device(token_ids, mask, ignore_index, hidden, weight.shape[0])
+    chunk = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type)
+    options = LinearTokenLogprobsOptions(
+        backend=chosen,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+        compute_dtype=compute_dtype,
+        chunk_tokens=chunk,
+        keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
+    )
+    logp, entropy = LinearTokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *_flat(token_ids, hidden, mask, tau), cap, options
+    )
+    logp = logp.reshape(token_ids.shape)
+    return (logp, entropy.reshape(lead)) if return_entropy else logp
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Validate the factors of the logits; the dtype in which their product runs."""
+    checks.is_float("hidden", hidden)
+    checks.is_float("weight", weight)
+    if hidden.dim() == 0:
+        raise ValueError("hidden: wanted (..., D), got a 0-d tensor")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: wanted (V, {hidden.shape[-1]}) to match hidden {checks.shape(hidden)}, got {checks.shape(weight)}"
+        )
+    checks.same_device("weight", weight, hidden, "hidden")
+    if bias is not None:
+        checks.is_float("bias", bias)
+        checks.has_shape("bias", bias, weight.shape[:1], "weight without D")
+        checks.same_device("bias", bias, hidden, "hidden")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: wanted the dtype {hidden.dtype} of hidden, got {tensor.dtype}")
+    return hidden.dtype
+
+
+def _check_ids_shape(token_ids: Tensor, rows: Tensor, like: str) -> None:
+    checks.is_integer("token_ids", token_ids)
+    checks.same_device("token_ids", token_ids, rows, like)
+    lead = rows.shape[:-1]
+    if token_ids.dim() not in (rows.dim() - 1, rows.dim()) or token_ids.shape[: len(lead)] != lead:
+        raise ValueError(
+            f"token_ids: wanted {tuple(lead)}, or that with K ids a row behind it, to match {like} "
+            f"{checks.shape(rows)}; got {checks.shape(token_ids)}"
+        )
+
+
+def _flat(token_ids: Tensor, rows: Tensor, mask: Tensor | None, tau: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Per-row arguments as ops take them: contiguous ids (N,) or (N, K), mask (N,), temperature 0-d or (N,)."""
+    flat_ids = token_ids.reshape((rows.shape[:-1].numel(), *token_ids.shape[rows.dim() - 1 :]))
+    flat_mask = None if mask is None else mask.reshape(-1).contiguous()
+    return flat_ids.long().contiguous(), flat_mask, tau.reshape(-1).contiguous() if tau.dim() else tau
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -147,27 +307,29 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: wanted a vocabulary of at least one token, got shape {checks.shape(logits)}")
 
 
-def _temperature(temperature: Number, logits: Tensor) -> Tensor:
+def _temperature(temperature: Number, rows: Tensor) -> Tensor:
     """τ as a 0-d tensor, or one value per row (...)."""
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
-        tau = checks.number("temperature", temperature, logits, positive=True)
+        tau = checks.number("temperature", temperature, rows, positive=True)
     else:
         checks.is_float("temperature", temperature)
-        checks.has_shape("temperature", temperature, logits.shape[:-1], "logits without V")
-        checks.same_device("temperature", temperature, logits, "logits")
+        checks.has_shape("temperature", temperature, rows.shape[:-1], "one value a row")
+        checks.same_device("temperature", temperature, rows, "its rows")
         if temperature.requires_grad:
             raise ValueError("temperature: gets no gradient, but came as a tensor that requires one")
-        tau = temperature.to(torch.float64 if logits.device.type == "cpu" else torch.float32)
+        tau = temperature.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
     on_host = tau.device.type == "cpu" or checks.debug()
     if isinstance(temperature, Tensor) and on_host and not torch.compiler.is_compiling() and bool((tau <= 0).any()):
         raise ValueError("temperature: wanted values > 0 in every row")
     return tau
 
 
-def _check_ids_on_device(token_ids: Tensor, mask: Tensor | None, ignore_index: int, logits: Tensor) -> None:
-    one_id = token_ids.dim() < logits.dim()
+def _check_ids_on_device(
+    token_ids: Tensor, mask: Tensor | None, ignore_index: int, rows: Tensor, vocabulary: int
+) -> None:
+    one_id = token_ids.dim() < rows.dim()
     live = token_ids != ignore_index
     if mask is not None:
         live = live & (mask if one_id else mask.unsqueeze(-1))
-    invalid = live & ((token_ids < 0) | (token_ids >= logits.shape[-1]))
-    reference.check_token_ids(token_ids, invalid, logits.shape[-1])
+    invalid = live & ((token_ids < 0) | (token_ids >= vocabulary))
+    reference.check_token_ids(token_ids, invalid, vocabulary)

@@ -46,10 +46,9 @@ def token_logprobs(
     if not return_entropy:
         return logp, None
 
-    log_p = shifted - log_sum
-    impossible = log_p == -math.inf
-    p = log_p.exp().masked_fill(impossible, 0.0)
-    entropy = log_sum.squeeze(-1) - (p * shifted.masked_fill(impossible, 0.0)).sum(-1)
+    weight = shifted.exp()
+    mean = (weight * shifted.masked_fill(shifted == -math.inf, 0.0)).sum(-1) / weight.sum(-1)
+    entropy = log_sum.squeeze(-1) - mean
     return logp, torch.where(live, torch.where(bad_row.squeeze(-1), math.nan, entropy), nothing)
 
 
@@ -63,7 +62,8 @@ def _shifted_log_softmax(
     z = z.masked_fill(hidden, 0.0)
     if softcap is not None:
         cap = softcap.to(z)
-        z = torch.where(z == math.inf, math.nan, cap * torch.tanh(z / cap))  # tanh would turn +inf into a number
+        z = z + torch.where(z == math.inf, math.nan, 0.0)  # tanh would turn +inf into a number
+        z = cap * torch.tanh(z / cap)
     tau = temperature.to(z)
     tau = torch.where(tau > 0, tau, math.nan)
     u = z / (tau.unsqueeze(-1) if tau.dim() else tau)

@@ -67,6 +67,43 @@ def _token_logprobs_bwd_(logits: Tensor, *args: Any) -> None:
     return None
 
 
+def _linear_token_logprobs_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+    compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
+    kept = (rows, weight.shape[0]) if keep_logits and rows <= chunk_tokens else (0,)
+    return (
+        hidden.new_empty(token_ids.shape, dtype=acc),
+        hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
+        hidden.new_empty((rows,), dtype=acc),
+        hidden.new_empty((rows,), dtype=acc),
+        hidden.new_empty(kept, dtype=compute_dtype),
+    )
+
+
+def _linear_token_logprobs_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype, _, need_hidden, need_weight, need_bias = args[-5:]
+    bias_dtype = accumulation_dtype(compute_dtype) if bias is None else bias.dtype
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
+    )
+
+
 def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
 
@@ -89,6 +126,23 @@ OPS: dict[str, Op] = {
     "token_logprobs_bwd": Op(f"(Tensor logits, {_TOKEN_LOGPROBS_BWD} -> Tensor", _token_logprobs_bwd, True),
     # The same, written over the logits; the mutation in the schema makes every later use of them an error.
     "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", _token_logprobs_bwd_, True),
+    # hidden (N, D), weight (V, D), bias (V,); the rest as above. Products run in compute_dtype, chunk_tokens rows at a
+    # time. -> logp, entropy, row_max, log_sum as above; with keep_logits also the logits (N, V) if one chunk holds them
+    "linear_token_logprobs_fwd": Op(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
+        "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, int chunk_tokens, "
+        "bool keep_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _linear_token_logprobs_fwd,
+    ),
+    # kept_logits are overwritten. -> dhidden, dweight, dbias; (0,) for what is not needed
+    "linear_token_logprobs_bwd": Op(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
+        "Tensor? softcap, int ignore_index, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, "
+        "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, int chunk_tokens, bool need_hidden, "
+        "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+        _linear_token_logprobs_bwd,
+        True,
+    ),
     # rewards (B,); group_ids (B,) int64 or None (then consecutive groups of group_size); scale "group"|"batch"|"none";
     # baseline "mean"|"leave_one_out" -> advantages (B,)
     "group_advantages": Op(

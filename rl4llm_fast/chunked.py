@@ -1,0 +1,249 @@
+"""The ops that start from hidden states: logits are made a chunk of tokens at a time, used and overwritten.
+
+Written once for every backend: the matrix products go to the vendor's library (oneDNN, cuBLAS), the rest to the
+backend's own ``token_logprobs`` kernels. Nothing of size N×V ever exists; a workspace of chunk×V is reused.
+Registered as torch ops, so that Dynamo sees one node and not the loop.
+
+Chunks and bits: a matrix product's bits may depend on the number of rows it is given, so results here are reproducible
+run to run but, unlike those of the streaming kernels, not independent of N.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, schemas
+
+MIB = 2**20
+
+
+def chunk_rule(vocabulary: int, compute_dtype: torch.dtype, device: str) -> int:
+    """How many tokens' logits the workspace holds: 512 MiB on a GPU; on a CPU 64 MiB, or 256 MiB in bf16 and fp16.
+
+    Large enough that a product runs at the library's full rate (a few hundred rows), small enough to be noise beside
+    the weights. On a CPU a wider workspace buys nothing in fp32, whose products are slow; in bf16 they are 2.6 times as
+    fast and the fp32 accumulation of dW between chunks starts to show, so chunks are larger (docs/performance.md).
+    """
+    if device != "cpu":
+        workspace = 512 * MIB
+    else:
+        workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
+    tokens = workspace // (vocabulary * compute_dtype.itemsize)
+    return max(tokens // 64 * 64, min(tokens, 64), 1)
+
+
+class _Rows(NamedTuple):
+    """The per-row inputs of one chunk, or of the live rows."""
+
+    hidden: Tensor
+    token_ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor
+
+
+def _live(token_ids: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    if token_ids.dim() == 1:
+        kept = token_ids != ignore_index
+        return kept if mask is None else kept & mask
+    return torch.ones(token_ids.shape[0], dtype=torch.bool, device=token_ids.device) if mask is None else mask
+
+
+def _select_live(rows: _Rows, live: Tensor) -> tuple[_Rows, Tensor | None]:
+    """Drop the rows that are not live where that costs no synchronisation; elsewhere zero them.
+
+    Zeroing is needed because their gradient rows are zeros and 0·NaN would reach dW through the product.
+    """
+    if rows.hidden.device.type != "cpu":
+        return rows._replace(hidden=rows.hidden.masked_fill(~live.unsqueeze(-1), 0)), None
+    if bool(live.all()):
+        return rows._replace(mask=None), None
+    index = live.nonzero().squeeze(-1)
+    tau = rows.temperature[index] if rows.temperature.dim() else rows.temperature
+    return _Rows(rows.hidden[index], rows.token_ids[index], None, tau), index
+
+
+def _chunks(rows: _Rows, size: int) -> list[tuple[slice, _Rows]]:
+    result = []
+    for start in range(0, rows.hidden.shape[0], size):
+        part = slice(start, start + size)
+        tau = rows.temperature[part] if rows.temperature.dim() else rows.temperature
+        mask = None if rows.mask is None else rows.mask[part]
+        result.append((part, _Rows(rows.hidden[part], rows.token_ids[part], mask, tau)))
+    return result
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """logits = x Wᵀ + b, written into the workspace."""
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.to(compute_dtype) for t in tensors)
+
+
+def _scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    if index is None:
+        return values
+    return values.new_zeros((rows, *values.shape[1:])).index_copy_(0, index, values)
+
+
+def _forward(
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+    compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    keep_logits: bool,
+) -> tuple[Tensor, ...]:
+    rows_total, vocabulary = hidden.shape[0], weight.shape[0]
+    live = _live(token_ids, mask, ignore_index)
+    _check_ids(token_ids, live, ignore_index, vocabulary)
+    rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), live)
+    x, w, b = _cast(compute_dtype, rows.hidden, weight, bias)
+    assert x is not None
+    assert w is not None
+    rows = rows._replace(hidden=x)
+    count = x.shape[0]
+    acc = schemas.accumulation_dtype(compute_dtype)
+    logp = x.new_empty((count, *token_ids.shape[1:]), dtype=acc)
+    entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
+    workspace = x.new_empty((min(chunk_tokens, rows_total), vocabulary))
+    for part, chunk in _chunks(rows, chunk_tokens):
+        logits = _project(chunk.hidden, w, b, workspace[: chunk.hidden.shape[0]])
+        outputs = kernels.token_logprobs_fwd(
+            logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
+        )
+        for whole, piece in zip((logp, entropy, row_max, log_sum), outputs, strict=True):
+            if piece.shape[0]:
+                whole[part] = piece
+    entropy = entropy if return_entropy else entropy[:0]
+    kept = workspace if keep_logits and rows_total <= chunk_tokens else workspace.new_empty(0)
+    return (
+        _scatter(logp, index, rows_total),
+        _scatter(entropy, index, rows_total) if return_entropy else entropy.clone(),
+        _scatter(row_max, index, rows_total),
+        _scatter(log_sum, index, rows_total),
+        kept,
+    )
+
+
+def _backward(
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    kept_logits: Tensor | None,
+    compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), _live(token_ids, mask, ignore_index))
+    x, w, b = _cast(compute_dtype, rows.hidden, weight, bias)
+    assert x is not None
+    assert w is not None
+    rows = rows._replace(hidden=x)
+    saved = [
+        t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
+    ]
+    count, vocabulary = x.shape[0], weight.shape[0]
+    grad_hidden = x.new_empty((count, x.shape[1]) if need_hidden else (0,))
+    grad_weight = _WeightGradient(weight, compute_dtype, chunks=-(-count // chunk_tokens)) if need_weight else None
+    grad_bias = weight.new_zeros(vocabulary if need_bias else 0, dtype=schemas.accumulation_dtype(compute_dtype))
+    reuse = kept_logits is not None and kept_logits.shape[0] > 0
+    workspace = kept_logits if reuse else x.new_empty((min(chunk_tokens, count), vocabulary))
+    assert workspace is not None
+    for part, chunk in _chunks(rows, chunk_tokens):
+        logits = workspace[: chunk.hidden.shape[0]]
+        if not reuse:
+            _project(chunk.hidden, w, b, logits)
+        pieces = [None if t is None else t[part] for t in saved]
+        kernels.token_logprobs_bwd_(
+            logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
+        )  # the logits are now dlogits
+        if need_hidden:
+            torch.mm(logits, w, out=grad_hidden[part])
+        if grad_weight is not None:
+            grad_weight.add(logits, chunk.hidden)
+        if need_bias:
+            grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+    return (
+        _scatter(grad_hidden, index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
+        grad_weight.result() if grad_weight is not None else weight.new_empty(0),
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+class _WeightGradient:
+    """dW = Σ over chunks of dzᵀ·x, added up in fp32 (fp64 for fp64) whatever the products' dtype."""
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, chunks: int) -> None:
+        self.dtype, self.shape = weight.dtype, weight.shape
+        self.wide = schemas.accumulation_dtype(compute_dtype)
+        self.one_chunk = chunks == 1
+        self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        transposed = grad_logits.t()
+        if self.total.numel() == 0:
+            if self.one_chunk or hidden.dtype == self.wide:
+                self.total = torch.mm(transposed, hidden)
+            elif hidden.is_cuda:
+                self.total = torch.mm(transposed, hidden, out_dtype=self.wide)
+            else:
+                self.total = torch.mm(transposed, hidden).to(self.wide)
+        elif hidden.dtype == self.wide:
+            self.total.addmm_(transposed, hidden)
+        elif hidden.is_cuda:  # cuBLAS adds a bf16 product to an fp32 matrix in one call
+            torch.ops.aten.addmm.dtype_out(self.total, transposed, hidden, self.wide, out=self.total)
+        else:
+            self.total += torch.mm(transposed, hidden)
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
+def _check_ids(token_ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+    if token_ids.device.type != "cpu":
+        return
+    wide_live = live if token_ids.dim() == 1 else live.unsqueeze(-1) & (token_ids != ignore_index)
+    invalid = wide_live & ((token_ids < 0) | (token_ids >= vocabulary))
+    reference.check_token_ids(token_ids, invalid, vocabulary)
+
+
+def register(library: torch.library.Library, namespace: str) -> None:
+    """Implement the linear ops of one namespace by chunks over that namespace's own streaming kernels."""
+    kernels = getattr(torch.ops, namespace)
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward(kernels, *args)
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(kernels, *args)
+
+    for key in ("CPU", "CUDA"):
+        library.impl("linear_token_logprobs_fwd", forward, key)
+        library.impl("linear_token_logprobs_bwd", backward, key)
