@@ -1,0 +1,341 @@
+"""Writes the token formulas and their derivatives for Triton and for C++/CUDA, from their one Python source.
+
+    python -m rl4llm_fast.codegen            rewrite kernels/token_formulas_gen.py and csrc/token_formulas_gen.h
+    python -m rl4llm_fast.codegen --check    exit 1 if they are not what the formulas give
+
+Equal operations become one; a temporary has the name of the local variable that held it in the formula, a derivative
+with respect to logp the same name after ``d_``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import formulas, weights
+from .symbolic import Node, Trace
+
+ROOT = Path(__file__).resolve().parent.parent
+TRITON_FILE = ROOT / "kernels" / "token_formulas_gen.py"
+CPP_FILE = ROOT / "csrc" / "token_formulas_gen.h"
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
+_LOGIC = {"and": "&", "or": "|"}
+_PRECEDENCE = {"or": 1, "and": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "add": 3, "sub": 3, "mul": 4, "div": 4}
+_UNARY, _CALL = 5, 6
+_BOOLEAN = {*_LOGIC, "lt", "le", "gt", "ge", "eq"}
+
+
+@dataclass(frozen=True)
+class Language:
+    """How one language spells what a formula can say."""
+
+    const: Callable[[float], str]
+    call: Callable[[str, str], str]  # (operation, arguments)
+    declare: Callable[[Node, str, str], str]  # (node, name, expression) -> a statement
+
+
+_TRITON_CALLS = {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs", "where": "tl.where"}
+TRITON = Language(
+    const=lambda x: repr(x),
+    call=lambda op, args: f"{_TRITON_CALLS.get(op, op)}({args})",
+    declare=lambda node, name, text: f"{name} = {text}",
+)
+CPP = Language(
+    const=lambda x: f"M::c({x!r})",
+    call=lambda op, args: f"M::{op}({args})",
+    declare=lambda node, name, text: f"const {'auto' if node.op in _BOOLEAN else 'F'} {name} = {text};",
+)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A formula traced and differentiated: named outputs over inputs and knobs."""
+
+    name: str
+    doc: str
+    inputs: tuple[str, ...]
+    knobs: tuple[str, ...]
+    outputs: tuple[tuple[str, Node], ...]
+
+    def uses(self, name: str) -> bool:
+        return any(n.op == "input" and n.value == name for n in _reachable([o for _, o in self.outputs]))
+
+    def body(self, language: Language) -> tuple[list[str], list[str]]:
+        """The statements, and one expression for each output."""
+        return _emit(self, language)
+
+
+def _reachable(outputs: Iterable[Node]) -> list[Node]:
+    """Every node that the outputs need, arguments first, in the order in which they are met."""
+    order: list[Node] = []
+    seen: set[int] = set()
+
+    def visit(node: Node) -> None:
+        if id(node) not in seen:
+            seen.add(id(node))
+            for argument in node.args:
+                visit(argument)
+            order.append(node)
+
+    for output in outputs:
+        visit(output)
+    return order
+
+
+def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]:
+    outputs = [node for _, node in function.outputs]
+    nodes = _reachable(outputs)
+    users: dict[int, int] = {}
+    for node in nodes:
+        for argument in node.args:
+            users[id(argument)] = users.get(id(argument), 0) + 1
+    for node in outputs:
+        users[id(node)] = users.get(id(node), 0) + 1
+
+    taken = {*function.inputs, *function.knobs}
+    names: dict[int, str] = {}
+    size: dict[int, int] = {}  # operations within the expression that stands for the node
+    statements: list[str] = []
+
+    def text(node: Node, above: int, right: bool = False) -> str:
+        if id(node) in names:
+            return names[id(node)]
+        if node.op == "input":
+            return str(node.value)
+        if node.op == "const":
+            assert isinstance(node.value, float)
+            return language.const(node.value)
+        if node.op == "neg":
+            result, level = f"-{text(node.args[0], _UNARY)}", _UNARY
+        elif node.op in _LOGIC:
+            result, level = f" {_LOGIC[node.op]} ".join(text(a, _CALL) for a in node.args), _PRECEDENCE[node.op]
+        elif node.op in _INFIX:
+            level = _PRECEDENCE[node.op]
+            left, other = node.args
+            result = f"{text(left, level)} {_INFIX[node.op]} {text(other, level, right=True)}"
+        else:
+            result, level = language.call(node.op, ", ".join(text(a, 0) for a in node.args)), _CALL
+        # Parentheses on the right of an equal operator: a − (b − c); the order as written is kept.
+        return f"({result})" if level < above or (level == above and right) else result
+
+    for node in nodes:
+        if node.op in ("input", "const"):
+            size[id(node)] = 0
+            continue
+        size[id(node)] = 1 + sum(0 if id(a) in names else size[id(a)] for a in node.args)
+        if node.name is None and users[id(node)] == 1 and size[id(node)] <= 3:
+            continue
+        base = node.name or "t"
+        name = next(n for n in (base, *(f"{base}{i}" for i in range(2, 1000))) if n not in taken)
+        statement = language.declare(node, name, text(node, 0))
+        taken.add(name)
+        names[id(node)] = name
+        statements.append(statement)
+    return statements, [text(node, 0) for node in outputs]
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+@functools.cache
+def policy_functions() -> tuple[Function, ...]:
+    result = []
+    for formula in formulas.FORMULAS.values():
+        if not formula.builtin:
+            continue
+        trace = Trace()
+        inputs = ("logp", "old", "adv", "log_s")
+        outputs = trace.run(formulas.policy_token, (*inputs, *formula.knobs), formula=formula)
+        slope = trace.derivative(outputs[0], "logp") or trace.const(0.0)
+        named = zip(
+            ("loss", "dlogp", *formulas.TOKEN_METRICS), map(trace.strip, (outputs[0], slope, *outputs[1:])), strict=True
+        )
+        result.append(Function(formula.name, _summary(formula.function), inputs, formula.knobs, tuple(named)))
+    return tuple(result)
+
+
+@functools.cache
+def kl_functions() -> tuple[Function, ...]:
+    result = []
+    for name, choices in formulas.kl_variants():
+        trace = Trace()
+        inputs = ("logp", "ref", "old")
+        (kl,) = trace.run(formulas.kl_estimate, inputs, **choices)
+        slope = trace.derivative(kl, "logp") or trace.const(0.0)
+        way = choices["gradient"].replace("_", "-") + (", clamped" if choices["clamp"] else "")
+        doc = f"{choices['estimator']} of ref against logp, gradient: {way}."
+        result.append(Function(f"kl_{name}", doc, inputs, (), (("kl", trace.strip(kl)), ("dkl", trace.strip(slope)))))
+    return tuple(result)
+
+
+@functools.cache
+def weight_functions() -> tuple[Function, ...]:
+    result = []
+    for name, formula in weights.AGGREGATIONS.items():
+        (weight,) = Trace().run(formula, weights.INPUTS)
+        result.append(Function(name, _summary(formula), weights.INPUTS, (), (("weight", weight),)))
+    return tuple(result)
+
+
+_HEADER = "Generated by `python -m rl4llm_fast.codegen` from rl4llm_fast/formulas.py and weights.py: edit those."
+
+_TRITON_PREAMBLE = f'''"""{_HEADER}
+
+A policy formula gives the loss of a token, its derivative and the metrics; a KL formula its value and derivative, both
+with respect to logp; a weight formula the weight of a live token.
+"""
+
+import triton
+import triton.language as tl
+
+ALL = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=ALL)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=ALL)
+
+
+@triton.jit
+def clamp(x, low, high):
+    return minimum(maximum(x, low), high)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+'''
+
+
+def _triton_function(function: Function, parameters: Sequence[str]) -> str:
+    statements, results = function.body(TRITON)
+    knobs = [f"{name} = knobs[{i}]" for i, name in enumerate(function.knobs)]
+    lines = [f'"""{function.doc}"""', *knobs, *statements, f"return {', '.join(results)}"]
+    head = f"@triton.jit\ndef {function.name}({', '.join(parameters)}):"
+    return "\n".join([head, *(f"    {line}" for line in lines)])
+
+
+def triton_source() -> str:
+    """kernels/token_formulas_gen.py"""
+    parts = [_TRITON_PREAMBLE]
+    parts += [_triton_function(f, (*f.inputs, "knobs")) for f in policy_functions()]
+    parts += [_triton_function(f, f.inputs) for f in (*kl_functions(), *weight_functions())]
+
+    def table(name: str, functions: Iterable[Function], prefix: str = "") -> str:
+        rows = "\n".join(f'    "{f.name.removeprefix(prefix)}": {f.name},' for f in functions)
+        return f"{name} = {{\n{rows}\n}}"
+
+    parts.append(table("POLICY", policy_functions()))
+    parts[-1] += "\n" + table("KL", kl_functions(), "kl_") + "\n" + table("WEIGHTS", weight_functions())
+    return (
+        "\n\n".join(part.strip("\n") if i == 0 else "\n" + part for i, part in enumerate(parts)).replace(
+            "\n\n\n\n", "\n\n\n"
+        )
+        + "\n"
+    )
+
+
+_CPP_PREAMBLE = f"""// {_HEADER}
+// clang-format off
+//
+// Every formula is a struct with a static eval<M>, where M is the maths of one processor: M::F the number (or vector of
+// numbers) it computes with, M::c a constant of it, and M::exp, minimum, maximum, clamp, where, abs, sign, sigmoid.
+#pragma once
+
+#include "hd.h"
+
+#if defined(__CUDACC__)
+#define RL4LLM_FORMULA static __host__ __device__ __forceinline__
+#else
+#define RL4LLM_FORMULA static inline __attribute__((always_inline))
+#endif
+
+namespace rl4llm {{
+namespace formulas {{
+
+// What a policy formula gives for a token: the loss, its derivative with respect to logp, and the metrics.
+template <class F>
+struct PolicyToken {{
+  F loss, dlogp, {", ".join(formulas.TOKEN_METRICS)};
+}};
+
+// The value of a KL estimate and its derivative with respect to logp.
+template <class F>
+struct KlToken {{
+  F kl, dkl;
+}};
+"""
+
+
+def _cpp_function(function: Function, result: str, tail: str = "") -> str:
+    statements, results = function.body(CPP)
+    parameters = ", ".join(f"F {name}" if function.uses(name) else f"F /*{name}*/" for name in function.inputs)
+    lines = ["typedef typename M::F F;"]
+    lines += [f"const F {name} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
+    lines += [*statements, f"return {{{', '.join(results)}}};" if "<" in result else f"return {results[0]};"]
+    if tail:
+        parameters += ", const typename M::S*" + (" knobs" if function.knobs else " /*knobs*/")
+    parameters = parameters.replace("F ", "typename M::F ")
+    body = "\n".join(f"    {line}" for line in lines)
+    return (
+        f"// {function.doc}\nstruct {function.name} {{\n  template <class M>\n"
+        f"  RL4LLM_FORMULA {result} eval({parameters}) {{\n{body}\n  }}\n}};"
+    )
+
+
+def cpp_source() -> str:
+    """csrc/token_formulas_gen.h"""
+    parts = [_CPP_PREAMBLE.rstrip("\n")]
+    parts += [_cpp_function(f, "PolicyToken<typename M::F>", tail="knobs") for f in policy_functions()]
+    parts += [_cpp_function(f, "KlToken<typename M::F>") for f in kl_functions()]
+    parts += [_cpp_function(f, "typename M::F") for f in weight_functions()]
+    parts.append("}  // namespace formulas\n}  // namespace rl4llm")
+
+    def table(name: str, functions: Sequence[Function]) -> str:
+        lines = [f"  X({f.name})" for f in functions]
+        return f"#define RL4LLM_{name}(X) \\\n" + " \\\n".join(lines)
+
+    parts.append("// X(formula) for each, in one order everywhere.")
+    parts.append(table("POLICY_FORMULAS", policy_functions()))
+    parts.append(table("KL_FORMULAS", kl_functions()))
+    parts.append(table("WEIGHT_FORMULAS", weight_functions()))
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rl4llm_fast.codegen", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    check = parser.parse_args(arguments).check
+    stale = 0
+    for path, source in ((TRITON_FILE, triton_source()), (CPP_FILE, cpp_source())):
+        if path.is_file() and path.read_text() == source:
+            continue
+        stale += 1
+        if check:
+            print(f"{path.relative_to(ROOT)} is out of date: run python -m rl4llm_fast.codegen", file=sys.stderr)
+        else:
+            path.write_text(source)
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
