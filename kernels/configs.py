@@ -1,0 +1,63 @@
+"""Launch tables of the Triton kernels: data, with the reason on each row. Nothing is tuned at the first call.
+
+A row applies to every N: how a row of logits is cut, and so the order in which it is summed, depends on V, on the dtype
+and on whether rows start on 16 bytes, never on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's launch for one element size."""
+
+    block: int  # columns that a program holds at once
+    warps: int
+    registers: int  # budget per thread on sm_80, sm_90 and sm_100; tests/test_triton_aot.py holds the compiler to it
+    why: str
+
+
+# (kernel, bytes per logit) -> launch
+LAUNCHES: dict[tuple[str, int], Launch] = {
+    ("token_logprobs_fwd", 2): Launch(
+        8192, 8, 128, "not yet measured: 4 16-byte loads a thread in flight, 64 KiB an SM at 2 programs"
+    ),
+    ("token_logprobs_fwd", 4): Launch(4096, 8, 128, "not yet measured: as in 2 bytes, 4 16-byte loads a thread"),
+    ("token_logprobs_bwd", 2): Launch(
+        4096, 8, 64, "not yet measured: 2 16-byte loads a thread, 4 programs an SM and no loop to wait in"
+    ),
+    ("token_logprobs_bwd", 4): Launch(2048, 8, 64, "not yet measured: as in 2 bytes, 2 16-byte loads a thread"),
+}
+
+WARP = 32
+
+# A row longer than this is summed in parts by several programs, so that a few long rows still fill the GPU; a part
+# is long enough (64 KiB in bf16) that its closing reduction hides behind the other programs' loads. Not yet measured.
+MAX_PART = 32_768
+PART_STEP = 1_024  # parts are multiples of this, so that each starts on 16 bytes where the row does
+
+IDS_BLOCK = 32  # chosen ids read at a time when a row is finished: one warp's width
+
+
+def vector(element_size: int) -> int:
+    """Elements in one 16-byte load."""
+    return 16 // element_size
+
+
+def part_columns(vocabulary: int) -> int:
+    """Columns in each part of a row (the last may be shorter): as even as PART_STEP lets them be."""
+    parts = max(1, -(-vocabulary // MAX_PART))
+    return max(1, -(-vocabulary // (parts * PART_STEP))) * PART_STEP
+
+
+def row_launch(kernel: str, element_size: int, columns: int) -> tuple[int, int]:
+    """(block, warps) for rows, or parts of rows, of ``columns``: the table's, less where the row is shorter."""
+    launch = LAUNCHES[kernel, element_size]
+    smallest = WARP * vector(element_size)  # one load of one warp
+    block, warps = launch.block, launch.warps
+    while block > smallest and block // 2 >= columns:
+        block //= 2
+        warps = max(1, warps // 2)
+    return block, warps

@@ -1,0 +1,24 @@
+"""Gives the ops of ``rl4llm_fast.schemas`` their Triton implementations. The only module that need import Triton."""
+
+import os
+
+import torch
+
+from rl4llm_fast.schemas import TRITON_NAMESPACE
+
+from . import token_logprobs
+
+# op name -> launcher with the signature of schemas.OPS
+LAUNCHERS = {
+    "token_logprobs_fwd": token_logprobs.token_logprobs_fwd,
+    "token_logprobs_bwd": token_logprobs.token_logprobs_bwd,
+    "token_logprobs_bwd_": token_logprobs.token_logprobs_bwd_,
+}
+
+# "CUDA" is ROCm's key too. In the interpreter the same launchers take CPU tensors.
+KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+
+_library = torch.library.Library(TRITON_NAMESPACE, "IMPL")  # unregisters its ops when it is collected
+for _name, _launcher in LAUNCHERS.items():
+    for _key in KEYS:
+        _library.impl(_name, _launcher, _key)

@@ -1,0 +1,83 @@
+"""Small Triton functions that several kernels share; docs/math.md section 1 gives the formulas.
+
+A row's sums are kept relative to its running maximum m of the softcapped logits z', in powers of two:
+x_v = (z'_v − m)·k with k = log2(e)/τ, s = Σ 2^x_v, xs = Σ 2^x_v·x_v. So a large common offset of the logits cancels in
+an exact subtraction before anything is rounded, and one `ex2` instruction is all the exponential there is.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# 2^x is exactly 0 in fp32 from here down. Exponents are cut off at it where they are multiplied by a 2^x, because
+# 0·(−inf) would be NaN; where NaN must come through, they are not (`max` drops NaN on a GPU).
+LOG2_ZERO = tl.constexpr(-1024.0)
+
+
+@triton.jit
+def load_number(ptr, number, offset):
+    """A hyperparameter: read on the device where the user gave a tensor, else the launch's number. NaN if <= 0."""
+    if ptr is not None:
+        value = tl.load(ptr + offset).to(tl.float32)
+    else:
+        value = number
+    return tl.where(value > 0, value, float("nan"))
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about 2 ulp: libdevice's is out of the interpreter's reach, and 1 − 2/(e^2x + 1) alone loses small x.
+
+    The odd minimax polynomial below 0.625 is that of the Cephes library.
+    """
+    a = tl.abs(x)
+    q = x * x
+    small = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
+    small = tl.fma(q, small, -5.37397155531e-2)
+    small = tl.fma(q, small, 1.33314422036e-1)
+    small = tl.fma(q, small, -3.33332819422e-1)
+    small = tl.fma(q * x, small, x)
+    large = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
+    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def capped(z, softcap):
+    """z' = c·tanh(z/c), and tanh(z/c). ±inf stands for itself: −inf is a masked-out token, +inf poisons its row."""
+    ratio = tanh(z / softcap)
+    return tl.where(tl.abs(z) == float("inf"), z, softcap * ratio), ratio
+
+
+@triton.jit
+def reference_max(m):
+    """What to subtract: m, or 0 where every logit so far is −inf, so that −inf − m stays −inf."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def rebase(s, xs, m, new_m, k):
+    """Σ 2^x and Σ 2^x·x relative to ``new_m`` >= m, from those relative to m."""
+    shift = tl.maximum((m - reference_max(new_m)) * k, LOG2_ZERO)
+    scale = tl.exp2(shift)
+    return s * scale, (xs + s * shift) * scale
+
+
+@triton.jit
+def merge(m, s, xs, k):
+    """The sums of one row from those of its lanes or parts, a vector each: one fixed tree, so the same bits always."""
+    row_m = tl.max(m, axis=0)
+    s, xs = rebase(s, xs, m, row_m, k)
+    return row_m, tl.sum(s, axis=0), tl.sum(xs, axis=0)
+
+
+@triton.jit
+def row_is_live(row, mask_ptr, token_ids_ptr, ignore_index, ID_PER_ROW: tl.constexpr):
+    """Whether a row counts: mask (N,) is not 0, and with ids (N,) its id is not ignore_index."""
+    live = True
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    if ID_PER_ROW:
+        live = live & (tl.load(token_ids_ptr + row) != ignore_index)
+    return live
