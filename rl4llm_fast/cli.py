@@ -1,0 +1,65 @@
+"""The command ``rl4llm-fast``: train, demo, info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; a mistake of the user's is one line on stderr and the exit status 2."""
+    parser = argparse.ArgumentParser(prog="rl4llm-fast", description="Fused kernels for reinforcement learning on LLMs")
+    parser.add_argument("--version", action="version", version=f"rl4llm_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
+    commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
+    train = commands.add_parser("train", help="train a language model")
+    train.add_argument("algorithm", choices=["grpo"])
+    train.add_argument("config", nargs="?", help="a TOML file; without it the defaults")
+    train.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a setting, e.g. --set learning_rate=2e-5 --set task_options.max_terms=3",
+    )
+    arguments = parser.parse_args(argv)
+
+    try:
+        if arguments.command == "info":
+            from . import info
+
+            info.main()
+        elif arguments.command == "demo":
+            from .trainer import demo
+
+            return demo.main([])
+        else:
+            _train(arguments.config, arguments.overrides)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        print(f"rl4llm-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(path: str | None, overrides: Sequence[str]) -> None:
+    from .trainer import load_config, train_grpo
+
+    config = load_config(path, overrides)
+    result = train_grpo(config)
+    if result.history:
+        last = result.history[-min(10, len(result.history)) :]
+        print(f"mean reward of the last {len(last)} steps: {sum(row['reward_mean'] for row in last) / len(last):.3f}")
+    print(f"metrics.jsonl, rewards.png and checkpoint.pt lie in {result.output_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""One file with all that a run needs to go on as if it had never stopped; it is there whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import GRPOConfig
+
+# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+_FREE = {"steps", "output_dir", "resume", "checkpoint_every", "eval_every", "eval_prompts", "progress"}
+
+
+def save(path: Path, *, step: int, config: GRPOConfig, optimizer: dict[str, Any], generator: torch.Generator) -> None:
+    """Write the state after ``step`` steps. A crash at any moment leaves the previous file or the new one."""
+    kind, keys, *position = np.random.get_state()
+    state = {
+        "step": step,
+        "config": dataclasses.asdict(config),
+        "optimizer": optimizer,
+        "generator": generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *position],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: Path, config: GRPOConfig) -> dict[str, Any]:
+    """Read a checkpoint (tensors and plain values only: no code is run).
+
+    Raises:
+        ValueError: it is of a run with other settings, or no checkpoint of this library.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        written = state["config"]
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint that can be read ({error}); delete it to start over") from error
+    now = dataclasses.asdict(config)
+    other = [key for key in now if key not in _FREE and written.get(key) != now[key]]
+    if other:
+        changes = ", ".join(f"{key} {written.get(key)!r} -> {now[key]!r}" for key in other)
+        raise ValueError(f"{path}: written with other settings ({changes}); use resume=false or another output_dir")
+    return state
+
+
+def restore_rng(state: dict[str, Any], generator: torch.Generator) -> None:
+    """Put every random number generator back to where it was."""
+    generator.set_state(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))

@@ -1,0 +1,158 @@
+"""One training step, fused against plain PyTorch, on the same batch: time and peak memory.
+
+Each variant lives in a process of its own, so that neither sees the other's memory; they take turns, step by step, so
+that whatever else the machine does hits both. Run as a module it is such a process: it reads a line, takes a step,
+writes what it cost.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .config import GRPOConfig
+from .grpo import Batch, GRPOTrainer
+from .metrics import Phases
+from .sampling import Rollout
+from .tasks import Task
+
+_READY = "ready"
+
+
+@dataclass
+class Cost:
+    """Medians over the rounds: seconds of a step and of its log-probabilities and loss; peak bytes of a step."""
+
+    step_seconds: float
+    loss_seconds: float
+    peak_bytes: int  # of the process (CPU) or the allocator (GPU)
+    extra_bytes: int  # over what was there before the step
+    loss: float  # of the first step, which both take from the same weights
+
+
+def compare(config: GRPOConfig, batch: Batch, folder: Path, *, rounds: int = 7) -> dict[str, Cost]:
+    """{"fused": ..., "eager": ...}: what a step on ``batch`` costs with the library's ops and with plain PyTorch.
+
+    Raises:
+        RuntimeError: one of the two processes died; its message says with what.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "compare.json"
+    answers = {"rollout": asdict(batch.rollout), "rewards": batch.rewards, "advantages": batch.advantages.tolist()}
+    path.write_text(json.dumps({"config": asdict(config), "batch": answers}), encoding="utf-8")
+    workers = {name: _Worker(name, path) for name in ("fused", "eager")}
+    try:
+        for worker in workers.values():
+            worker.wait_until_ready()
+        rows: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+        for turn in range(rounds):
+            # The order alternates: whoever goes second finds the caches as the first one left them.
+            for name in workers if turn % 2 == 0 else reversed(workers):
+                rows[name].append(workers[name].step())
+        return {name: _cost(steps) for name, steps in rows.items()}
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _cost(steps: list[dict[str, float]]) -> Cost:
+    timed = steps[1:] or steps  # the first step of a process pays for its memory
+    return Cost(
+        step_seconds=median(s["seconds"] for s in timed),
+        loss_seconds=median(s["loss_seconds"] for s in timed),
+        peak_bytes=int(median(s["peak"] for s in timed)),
+        extra_bytes=int(median(s["peak"] - s["before"] for s in timed)),
+        loss=steps[0]["loss"],
+    )
+
+
+class _Worker:
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rl4llm_fast.trainer.compare", name, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        while (line := self._line()) != _READY:  # whatever a library prints on loading
+            print(line)
+
+    def step(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        values: dict[str, float] = json.loads(self._line())
+        return values
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of the {self.name} step ended with status {self.process.wait()}")
+        return line.rstrip("\n")
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Start a new peak; returns what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _work(name: str, path: Path) -> None:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = stored["config"] | {"backend": "eager" if name == "eager" else "auto", "progress": False}
+    kept = stored["batch"]
+    batch = Batch(Rollout(**kept["rollout"]), kept["rewards"], torch.tensor(kept["advantages"]))
+    # The batch is given, so nothing is sampled and no task has to be built.
+    trainer = GRPOTrainer(GRPOConfig(**settings), task=Task(train=[[1]], reward=lambda example, answer: 0.0))
+    device = trainer.policy.device
+    print(_READY, flush=True)
+    for _ in sys.stdin:
+        before = _reset_peak(device)
+        trainer.phases = Phases(device)
+        metrics = trainer.update(batch, step=1)
+        seconds = trainer.phases.seconds
+        print(
+            json.dumps(
+                {
+                    "seconds": sum(seconds.values()),
+                    "loss_seconds": seconds["loss"],
+                    "before": before,
+                    "peak": _peak(device),
+                    "loss": metrics["loss"],
+                }
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], Path(sys.argv[2]))

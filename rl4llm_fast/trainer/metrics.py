@@ -1,0 +1,123 @@
+"""What a run leaves to read: a line of JSON a step, the seconds of each phase, and a plot of the rewards."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PHASES = ("sample", "reward", "forward", "loss", "backward", "optimizer")
+
+
+class Phases:
+    """Seconds by phase: ``mark(name)`` gives the time since the last mark to ``name``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # kernels run behind the clock's back otherwise
+        return time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+class Averages:
+    """Metrics of several micro-batches as one: means by number of tokens; minima, maxima and losses as such."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[tuple[Tensor, float]]] = defaultdict(list)
+
+    def add(self, metrics: dict[str, Tensor], tokens: int) -> None:
+        for name, value in metrics.items():
+            self._values[name].append((value.detach(), float(tokens)))
+
+    def result(self) -> dict[str, float]:
+        out = {}
+        for name, pairs in self._values.items():
+            values = torch.stack([v.float() for v, _ in pairs]).cpu()  # one copy off the device for a metric
+            if name.endswith("_min"):
+                out[name] = float(values.min())
+            elif name.endswith("_max"):
+                out[name] = float(values.max())
+            else:
+                weights = torch.tensor([w for _, w in pairs])
+                out[name] = float((values * weights).sum() / weights.sum())
+        return out
+
+
+class History:
+    """``metrics.jsonl``: appended to as the run goes, cut back to the checkpoint when it goes on."""
+
+    def __init__(self, path: Path, keep_steps: int) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if keep_steps and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that was being written when the run was cut off
+                if row["step"] <= keep_steps:
+                    self.rows.append(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            # JSON has no NaN: a reader in another language must be able to parse the file.
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(clean) + "\n")
+
+
+def phase_table(rows: list[dict[str, Any]]) -> str:
+    """Where the time went: mean seconds a step and share, by phase."""
+    totals = {phase: sum(row[f"seconds_{phase}"] for row in rows) for phase in PHASES}
+    whole = sum(totals.values()) or 1.0
+    lines = [f"  {'phase':<12}{'s/step':>8}{'share':>8}"]
+    lines += [f"  {p:<12}{t / max(len(rows), 1):>8.3f}{t / whole:>8.0%}" for p, t in totals.items()]
+    lines.append(f"  {'all':<12}{whole / max(len(rows), 1):>8.3f}")
+    return "\n".join(lines)
+
+
+def plot_rewards(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
+    """The reward of each step, its running mean, and the held-out accuracy, as a PNG; False without matplotlib."""
+    if not rows or importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
+    smooth: list[float] = []
+    for reward in rewards:
+        smooth.append(reward if not smooth else 0.8 * smooth[-1] + 0.2 * reward)
+    axes.plot(steps, rewards, color="tab:blue", alpha=0.35, linewidth=1, label="mean reward of the step's answers")
+    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="its running mean")
+    held = [(row["step"], row["heldout_accuracy"]) for row in rows if "heldout_accuracy" in row]
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="held-out accuracy (greedy)")
+    axes.set(xlabel="step", ylabel="reward", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True

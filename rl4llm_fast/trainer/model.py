@@ -1,0 +1,67 @@
+"""Loading a model and its tokenizer by name, in the precision that it will be trained in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import smollm2
+from .extras import require
+
+
+def load_model(name: str, *, precision: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer; ``smollm2-135m-instruct`` comes from a Python package.
+
+    Raises:
+        ImportError: an extra is missing.
+        ValueError: there is no such model.
+    """
+    require("transformers", extra="trainer")
+    source = name
+    if name == smollm2.NAME:
+        source = str(smollm2.model_folder())
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        model = _quietly(lambda: AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"model: {name!r} is neither {smollm2.NAME!r} nor one transformers can load: {error}"
+        ) from error
+    return model.to(device), tokenizer
+
+
+def _quietly(load: Callable[[], Any]) -> Any:
+    """Without the progress bar that transformers draws for a load of a fraction of a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: those of the generation config and the tokenizer's own."""
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return frozenset(int(i) for i in found)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: the GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

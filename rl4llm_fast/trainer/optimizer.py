@@ -1,0 +1,117 @@
+"""AdamW over an fp32 master copy of bf16 weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import GRPOConfig
+
+
+class MasterAdamW:
+    """Fused AdamW; parameters in 16 bits get an fp32 master and an fp32 gradient, others are updated as they are.
+
+    lr = 1e-5 times a normalised update is below a bf16 weight's last place: without a master most updates would round
+    away. A hook adds each bf16 gradient to the fp32 one as soon as it is complete and frees it, so accumulation over
+    micro-batches is in fp32 and only one set of gradients is alive.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("model: none of its parameters requires a gradient")
+        self.params = [p for _, p in named]
+        self.masters: list[Tensor] = []
+        self._hooks: list[Any] = []
+        self._stale = [True] * len(named)  # the fp32 gradient holds the last step's values: overwrite, don't add
+        for index, parameter in enumerate(self.params):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                master = parameter.detach().float().requires_grad_()
+                master.grad = torch.zeros_like(master)  # kept for good: fresh pages cost more than the addition
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(index, master)))
+            else:
+                master = parameter
+            self.masters.append(master)
+        # Norms, biases and other vectors are not decayed.
+        matrices = [m for m in self.masters if m.dim() > 1]
+        vectors = [m for m in self.masters if m.dim() <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": part, "weight_decay": decay}
+            for part, decay in ((matrices, weight_decay), (vectors, 0.0))
+            if part
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.names = [name for name, _ in named]
+
+    def _collector(self, index: int, master: Tensor) -> Any:
+        def collect(parameter: Tensor) -> None:
+            assert master.grad is not None
+            assert parameter.grad is not None
+            if self._stale[index]:
+                master.grad.copy_(parameter.grad)
+                self._stale[index] = False
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+        return collect
+
+    @torch.no_grad()
+    def step(self, lr: float, max_grad_norm: float) -> float:
+        """One update; returns the gradient's norm before clipping. A norm that is not finite updates nothing."""
+        for index, (parameter, master) in enumerate(zip(self.params, self.masters, strict=True)):
+            if master is not parameter and self._stale[index]:
+                assert master.grad is not None
+                master.grad.zero_()  # this step gave it no gradient
+            elif master is parameter and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+        if math.isfinite(norm):
+            if 0 < max_grad_norm < norm:
+                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], max_grad_norm / (norm + 1e-6))
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
+            self._write_back()
+        self._stale = [True] * len(self.params)
+        for parameter, master in zip(self.params, self.masters, strict=True):
+            if master is parameter:
+                parameter.grad = None
+        return norm
+
+    def close(self) -> None:
+        """Take the hooks off the model, so that it can be trained again by something else."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _write_back(self) -> None:
+        for parameter, master in zip(self.params, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        return {"weights": weights, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if sorted(state["weights"]) != sorted(self.names):
+            raise ValueError("checkpoint: holds the parameters of another model")
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.copy_(state["weights"][name])
+        self._write_back()
+        self.adam.load_state_dict(state["adam"])
+
+
+def learning_rate(config: GRPOConfig, step: int) -> float:
+    """The rate of a step, counted from 1: a linear warm-up, then constant, or down to 0 linearly or as a cosine."""
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    done = min(1.0, max(0.0, (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)))
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * warmup * decay[config.lr_schedule]

@@ -1,0 +1,158 @@
+"""A causal language model as a policy: per-token log-probabilities of answers, computing as little as possible."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rl4llm_fast as rf
+
+from .layout import Layout, forward_flops, plain_layout, shared_layout
+
+Hook = Callable[[], None]
+
+
+class Policy:
+    """Wraps a causal language model of transformers; its head runs on the tokens asked for, never on whole rows."""
+
+    def __init__(self, model: Any, *, autocast: bool = False, layout: str = "auto") -> None:
+        self.model: Any = model
+        self.config: Any = self.model.config.get_text_config()
+        self.device: torch.device = next(model.parameters()).device
+        self.autocast = autocast
+        self.layout = layout
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.decoder: Any = None
+        self.head: Any = None
+        self._find_head()
+        if layout != "plain":
+            reason = self._why_not_shared()
+            if reason and layout == "shared":
+                raise ValueError(f"layout: this model cannot take 'shared': {reason}")
+            self.layout = "plain" if reason else layout
+
+    def frozen_copy(self) -> Policy:
+        """The reference: the same model as it is now, without gradients."""
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model).requires_grad_(False)
+        other._find_head()
+        return other
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def hidden(self, **inputs: Any) -> tuple[Tensor, Any]:
+        """Last hidden states (R, S, D) and the cache; logits (R, S, V) for a model whose head cannot be split off."""
+        if self.decoder is None:
+            output = self.model(**inputs)
+            return output.logits, output.past_key_values if inputs.get("use_cache") else None
+        output = self.decoder(**inputs)
+        return output.last_hidden_state, output.past_key_values if inputs.get("use_cache") else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), before the softcap, which rf.token_logprobs applies."""
+        return hidden if self.decoder is None else self.head(hidden)
+
+    def choose_layout(
+        self, prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]
+    ) -> Layout:
+        plain = plain_layout(prompts, answers)
+        if self.layout == "plain":
+            return plain.to(self.device)
+        shared = shared_layout(prompts, answers, groups)
+        size = (self.parameters, self.config.num_hidden_layers, self.config.hidden_size)
+        cheaper = forward_flops(shared, *size) < forward_flops(plain, *size)
+        return (shared if cheaper or self.layout == "shared" else plain).to(self.device)
+
+    def token_logprobs(
+        self,
+        layout: Layout,
+        *,
+        temperature: float,
+        return_entropy: bool = False,
+        mark: Callable[[str], None] = lambda phase: None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (N,), and entropies, of the layout's answer tokens, one answer behind the other.
+
+        ``mark(phase)`` is told when a phase ends, the backward's included: "forward", "loss", "backward".
+        """
+        mask = layout.visible
+        with self.precision():
+            if mask is not None:  # additive, which every attention that takes a 4-D mask understands
+                dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            hidden, _ = self.hidden(
+                input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
+            )
+            logits = self.logits(hidden.flatten(0, 1)[layout.source])
+        mark("forward")
+        if logits.requires_grad:
+            logits.register_hook(lambda grad: mark("loss"))
+        result: Any = rf.token_logprobs(  # type: ignore[call-overload]
+            logits,
+            layout.token_ids,
+            temperature=temperature,
+            softcap=self.softcap,
+            return_entropy=return_entropy,
+            inplace_backward=logits.requires_grad and not logits.is_leaf,
+        )
+        logp, entropy = result if isinstance(result, tuple) else (result, None)
+        return logp[layout.prediction], None if entropy is None else entropy[layout.prediction]
+
+    def _find_head(self) -> None:
+        """Split the model into decoder and head, if together they are the model: checked, not assumed."""
+        self.decoder = self.head = None
+        decoder, head = getattr(self.model, "base_model", None), self.model.get_output_embeddings()
+        if decoder is None or decoder is self.model or head is None:
+            return
+        ids = torch.tensor([[1, 2, 3]], device=self.device) % self.config.vocab_size
+        with torch.no_grad(), self._evaluating():
+            whole = self.model(input_ids=ids, use_cache=False).logits.float()
+            parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+        if self.softcap is not None:
+            parts = torch.tanh(parts / self.softcap) * self.softcap
+        if whole.shape == parts.shape and torch.allclose(whole, parts, rtol=1e-2, atol=1e-2):
+            self.decoder, self.head = decoder, head
+        else:
+            self.softcap = None  # the model's own forward has applied it, and whatever else stands behind the head
+
+    def _why_not_shared(self) -> str | None:
+        """Try both layouts on four tokens: models with other attention than a mask can express show it here."""
+        prompts, answers = [[1, 2, 3]] * 2, [[4, 5, 6], [4, 7, 8]]
+        size = self.config.vocab_size
+        prompts, answers = ([[t % size for t in row] for row in rows] for rows in (prompts, answers))
+        implementation = getattr(self.config, "_attn_implementation", "eager")
+        if implementation not in ("sdpa", "eager"):
+            return f"its attention ({implementation}) takes no 4-D mask"
+        window = getattr(self.config, "sliding_window", None)
+        if window and getattr(self.config, "use_sliding_window", True):
+            return "it has sliding-window attention"
+        try:
+            with torch.no_grad(), self._evaluating():
+                plain, _ = self.token_logprobs(plain_layout(prompts, answers).to(self.device), temperature=1.0)
+                shared, _ = self.token_logprobs(
+                    shared_layout(prompts, answers, [0, 0]).to(self.device), temperature=1.0
+                )
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            return f"it does not take a 4-D mask: {error}"
+        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16) or self.autocast
+        if not torch.allclose(plain, shared, rtol=0.0, atol=0.1 if half else 1e-3):
+            return f"its log-probabilities differ by {float((plain - shared).abs().max()):.2g} from one row an answer"
+        return None
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Any:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)

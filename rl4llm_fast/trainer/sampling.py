@@ -1,0 +1,194 @@
+"""Sampling of answers, G to a prompt, with a key-value cache; the log-probabilities of what was drawn are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rl4llm_fast as rf
+
+from .policy import Policy
+from .tasks import Example, Reward, prompt_token_ids
+
+
+@dataclass
+class Rollout:
+    """Answers to prompts: answer i belongs to ``prompts[i // group_size]``."""
+
+    prompts: list[list[int]]
+    group_size: int
+    answers: list[list[int]]  # token ids, the end token included where the answer ended
+    logprobs: list[list[float]]  # of each token, by the sampler: at its temperature, before top-p and top-k
+    ended: list[bool]  # False: cut off at max_new_tokens
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    *,
+    group_size: int = 1,
+    max_new_tokens: int,
+    end_ids: Collection[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+    batch_size: int = 0,
+) -> Rollout:
+    """Draw ``group_size`` answers to each prompt (token ids), or with ``greedy`` the likeliest token each time.
+
+    Each prompt is read once; its cache is then copied for its answers. ``batch_size`` prompts at a time, 0: all.
+    The draw takes one number per answer and position from ``generator`` (CPU), whoever has ended already.
+    """
+    rollout = Rollout(list(map(list, prompts)), group_size, [], [], [])
+    step = batch_size or max(len(prompts), 1)
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        for start in range(0, len(prompts), step):
+            with policy.precision():
+                _sample_batch(
+                    policy, rollout, rollout.prompts[start : start + step], max_new_tokens, frozenset(end_ids),
+                    1.0 if greedy else temperature, top_p, top_k, greedy, generator,
+                )  # fmt: skip
+    finally:
+        policy.model.train(training)
+    return rollout
+
+
+def _sample_batch(
+    policy: Policy,
+    rollout: Rollout,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    greedy: bool,
+    generator: torch.Generator | None,
+) -> None:
+    device, group_size = policy.device, rollout.group_size
+    rows = len(prompts) * group_size
+    width = max(map(len, prompts))
+    lengths = torch.tensor([len(p) for p in prompts])
+    input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # padded on the left
+    attention_mask = (torch.arange(width) >= (width - lengths)[:, None]).to(device)
+    padded = bool((lengths < width).any())  # without padding no mask: attention takes its fast path
+    positions = (torch.arange(width) - (width - lengths)[:, None]).clamp_(min=0)
+    hidden, cache = policy.hidden(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask if padded else None,
+        position_ids=positions.to(device),
+        use_cache=True,
+    )
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    logits = policy.logits(hidden[:, -1]).repeat_interleave(group_size, 0)
+    attention_mask = attention_mask.repeat_interleave(group_size, 0)
+    position = lengths.repeat_interleave(group_size)
+
+    alive = torch.arange(rows)  # the answers that the cache's rows belong to
+    running = torch.ones(rows, dtype=torch.bool)
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    logprobs: list[list[float]] = [[] for _ in range(rows)]
+    for t in range(max_new_tokens):
+        uniform = torch.rand(rows, dtype=torch.float64, generator=generator)[alive].to(device)
+        chosen = _draw(policy, logits, uniform, temperature, top_p, top_k, greedy)
+        logp = rf.token_logprobs(logits, chosen, temperature=temperature, softcap=policy.softcap)
+        assert isinstance(logp, Tensor)
+        tokens, values = chosen.tolist(), logp.tolist()
+        for i, token, value in zip(alive.tolist(), tokens, values, strict=True):
+            if running[i]:
+                answers[i].append(token)
+                logprobs[i].append(value)
+                if token in end_ids:
+                    running[i] = False
+        still = running[alive]
+        if t + 1 == max_new_tokens or not still.any():
+            break
+        if still.sum() <= 0.75 * len(still):  # answers that have ended leave the batch; not one by one: it costs a copy
+            keep = still.nonzero().flatten()
+            alive = alive[keep]
+            keep = keep.to(device)
+            cache.batch_select_indices(keep)
+            chosen, attention_mask = chosen[keep], attention_mask[keep]
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=True)
+        hidden, cache = policy.hidden(
+            input_ids=chosen[:, None],
+            attention_mask=attention_mask if padded else None,
+            position_ids=(position[alive] + t)[:, None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = policy.logits(hidden[:, -1])
+    rollout.answers += answers
+    rollout.logprobs += logprobs
+    rollout.ended += (~running).tolist()
+
+
+def _draw(
+    policy: Policy, logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, greedy: bool
+) -> Tensor:
+    """One token a row (R,): the inverse of the cumulative distribution at ``uniform``."""
+    if greedy:
+        return logits.argmax(-1)
+    scores = logits.float()
+    if policy.softcap is not None:
+        scores = torch.tanh(scores / policy.softcap) * policy.softcap
+    probs = torch.softmax(scores / temperature, -1)
+    if top_p < 1 or 0 < top_k < probs.shape[-1]:
+        ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        drop = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
+        if top_k:
+            drop[:, top_k:] = True
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered.masked_fill(drop, 0.0))
+    total = probs.cumsum(-1, dtype=torch.float64)
+    # right=True finds the first token whose cumulative sum exceeds the target, so one of probability 0 is never drawn.
+    target = (uniform[:, None] * total[:, -1:]).clamp(max=total[:, -1:].nextafter(total.new_zeros(())))
+    drawn = torch.searchsorted(total, target, right=True).squeeze(-1)
+    return drawn.clamp_(max=logits.shape[-1] - 1)  # a row of NaN finds none
+
+
+@dataclass
+class Evaluation:
+    """Greedy answers to held-out examples."""
+
+    accuracy: float  # the share with the full reward, 1
+    reward: float  # the mean
+    completions: list[Any]
+
+
+def completion_of(answer: list[int], end_ids: Collection[int], tokenizer: Any) -> Any:
+    """What a reward function gets: the text without end tokens, or their ids where there is no tokenizer."""
+    kept = answer[:-1] if answer and answer[-1] in end_ids else answer
+    return kept if tokenizer is None else tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def evaluate(
+    policy: Policy,
+    examples: Sequence[Example],
+    reward: Reward,
+    *,
+    tokenizer: Any,
+    end_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int = 0,
+) -> Evaluation:
+    """Mean reward and accuracy of greedy answers to ``examples``."""
+    if not examples:
+        raise ValueError("examples: none to evaluate on")
+    prompts = [prompt_token_ids(example, tokenizer) for example in examples]
+    rollout = sample(
+        policy, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, greedy=True, batch_size=batch_size
+    )
+    completions = [completion_of(answer, end_ids, tokenizer) for answer in rollout.answers]
+    rewards = [float(reward(e, c)) for e, c in zip(examples, completions, strict=True)]
+    accuracy = sum(r >= 1 for r in rewards) / len(rewards)
+    return Evaluation(accuracy, sum(rewards) / len(rewards), completions)

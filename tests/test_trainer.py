@@ -1,0 +1,507 @@
+"""The GRPO trainer on a tiny random Llama: it learns, resumes bit-exactly, and every shortcut keeps the mathematics."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import rl4llm_fast as rf
+from rl4llm_fast import cli
+from rl4llm_fast.trainer import GRPOConfig, Task, load_config, load_task, sample, train_grpo
+from rl4llm_fast.trainer.grpo import GRPOTrainer
+from rl4llm_fast.trainer.layout import plain_layout, shared_layout
+from rl4llm_fast.trainer.optimizer import MasterAdamW, learning_rate
+from rl4llm_fast.trainer.policy import Policy
+from rl4llm_fast.trainer.tasks import examples_of_step, last_number, prompt_token_ids
+
+transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
+
+V, END = 32, 31
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A model this small only waits for a second thread, and for long where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": END, "bos_token_id": None,
+        "pad_token_id": END, "tie_word_embeddings": True, "initializer_range": 0.2, **changes,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(dtype).eval()
+
+
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
+
+
+def count_sevens(example, answer: list[int]) -> float:
+    return answer.count(7) / 4
+
+
+def config(tmp_path, **changes) -> GRPOConfig:
+    settings = {
+        "output_dir": str(tmp_path), "precision": "fp32", "device": "cpu", "steps": 6, "prompts_per_step": 4,
+        "group_size": 8, "max_new_tokens": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "progress": False,
+        **changes,
+    }  # fmt: skip
+    return GRPOConfig(**settings)
+
+
+def run(cfg: GRPOConfig, model=None, reward=count_sevens):
+    return train_grpo(cfg, model=tiny_model() if model is None else model, prompts=PROMPTS, reward=reward)
+
+
+def rewards(result) -> list[float]:
+    return [row["reward_mean"] for row in result.history]
+
+
+def weights(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+# It learns
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_improves_a_toy_reward(tmp_path, precision):
+    model = tiny_model(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    result = run(config(tmp_path, steps=40, precision=precision), model)
+    values = rewards(result)
+    first, last = sum(values[:3]) / 3, sum(values[-5:]) / 5
+    assert first < 0.3
+    assert last > first + 0.5, values
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert all(math.isclose(line["reward_mean"], value) for line, value in zip(lines, values, strict=True))
+    assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learns_with_kl_entropy_epochs_and_minibatches(tmp_path):
+    cfg = config(
+        tmp_path, steps=25, epochs=2, minibatches=2, micro_batch_size=5, kl_coef=1e-3, entropy_coef=1e-3,
+        loss="ppo_clip", aggregation="seq_mean_token_mean",
+    )  # fmt: skip
+    result = run(cfg)
+    assert sum(rewards(result)[-5:]) / 5 > sum(rewards(result)[:3]) / 3 + 0.3
+    assert {"kl_ref", "entropy", "clip_fraction", "ratio_mean"} <= set(result.history[-1])
+    assert result.history[-1]["kl_ref"] > 0
+
+
+# The same curve, however it is computed
+
+
+def test_same_curve_fused_and_eager(tmp_path):
+    fused = run(config(tmp_path / "fused", steps=8))
+    eager = run(config(tmp_path / "eager", steps=8, backend="eager"))
+    for a, b in zip(fused.history, eager.history, strict=True):
+        assert a["reward_mean"] == b["reward_mean"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_accumulation_equals_the_whole_batch(tmp_path, aggregation):
+    gradients = []
+    for size, layout in ((0, "plain"), (3, "plain"), (5, "shared")):
+        trainer = GRPOTrainer(
+            config(tmp_path, micro_batch_size=size, layout=layout, aggregation=aggregation, kl_coef=0.05),
+            model=tiny_model(), prompts=PROMPTS, reward=count_sevens,
+        )  # fmt: skip
+        batch = trainer.collect(1)
+        trainer.optimizer.step = lambda lr, norm: 0.0
+        metrics = trainer.update(batch, 1)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+        assert len({len(a) for a in batch.rollout.answers}) > 1  # lengths differ, or the test shows nothing
+        assert math.isfinite(metrics["loss"])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_answers_of_advantage_zero_are_skipped_exactly(tmp_path, monkeypatch):
+    gradients, forwards = [], []
+    for silent in (True, False):
+        monkeypatch.setattr("rl4llm_fast.trainer.grpo.silent_at_zero", lambda c, silent=silent: silent)
+        trainer = GRPOTrainer(
+            config(tmp_path), model=tiny_model(), prompts=PROMPTS, reward=lambda e, a: float(e == [4, 5] and 7 in a)
+        )
+        batch = trainer.collect(1)
+        live = batch.advantages.reshape(4, 8).ne(0).any(1)
+        assert 0 < live.sum() < 4
+        counted = []
+        inner = trainer.policy.token_logprobs
+        trainer.policy.token_logprobs = lambda layout, _i=inner, _c=counted, **k: (
+            _c.append(len(layout.prediction)) or _i(layout, **k)
+        )
+        trainer.optimizer.step = lambda lr, norm: 0.0
+        trainer.update(batch, 1)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+        forwards.append(sum(counted))
+    assert forwards[0] < forwards[1]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def answers_with_shared_prefixes() -> tuple[list[list[int]], list[list[int]], list[int]]:
+    answers = [[5, 6, END], [5, 6, 7, 8], [5, 6, END], [9], [5], [9, 9, 9, 9], [1, 2, END], [1, 3]]
+    groups = [0, 0, 0, 0, 2, 2, 2, 2]
+    return [PROMPTS[g] for g in groups], answers, groups
+
+
+def test_shared_layout_equals_plain_layout():
+    model = tiny_model()
+    policy = Policy(model)
+    assert policy.layout == "auto"
+    assert policy.decoder is not None
+    prompts, answers, groups = answers_with_shared_prefixes()
+    results = []
+    for layout in (plain_layout(prompts, answers), shared_layout(prompts, answers, groups)):
+        model.zero_grad()
+        logp, entropy = policy.token_logprobs(layout, temperature=0.7, return_entropy=True)
+        upstream = torch.linspace(-1, 1, len(logp))
+        ((logp + 0.3 * entropy) * upstream).sum().backward()
+        results.append((logp.detach(), entropy.detach(), [p.grad.clone() for p in model.parameters()]))
+        size = layout.input_ids.numel()
+    assert size < plain_layout(prompts, answers).input_ids.numel()
+    for a, b in zip(*((r[0], r[1], *r[2]) for r in results), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # and both are what the model itself says of each answer in a row of its own
+    expected = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected.append(torch.log_softmax(logits / 0.7, -1)[range(len(answer)), answer])
+    torch.testing.assert_close(results[0][0], torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_layout_tree_by_hand():
+    # Prompt 1 2 3; answers 5 6 and 5 7: one row 1 2 3 5, whose 3 predicts 5 and whose 5 predicts 6 and 7.
+    layout = shared_layout([[1, 2, 3]] * 2, [[5, 6], [5, 7]], [0, 0])
+    assert layout.input_ids.tolist() == [[1, 2, 3, 5]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3]]
+    assert layout.source.tolist() == [2, 3, 3]
+    assert layout.token_ids.tolist() == [5, 6, 7]
+    assert layout.prediction.tolist() == [0, 1, 0, 2]
+    # Answers 5 6 8 and 7 9 8: siblings do not see each other.
+    layout = shared_layout([[1]] * 2, [[5, 6, 8], [7, 9, 8]], [0, 0])
+    assert layout.input_ids.tolist() == [[1, 5, 6, 7, 9]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 1, 2]]
+    assert layout.visible[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1],
+    ]  # fmt: skip
+
+
+def test_models_that_cannot_share_fall_back(tmp_path):
+    model = tiny_model()
+    inner = model.model.forward
+
+    def no_4d(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("wanted a 2-D attention mask")
+        return inner(*args, attention_mask=attention_mask, **kwargs)
+
+    model.model.forward = no_4d
+    assert Policy(model).layout == "plain"
+    with pytest.raises(ValueError, match=r"'shared'.*4-D mask"):
+        Policy(model, layout="shared")
+    assert len(run(config(tmp_path, steps=1), model).history) == 1
+
+
+def test_models_whose_head_is_not_all_are_called_whole():
+    model = tiny_model()
+    inner = model.lm_head.forward
+    policy = Policy(model)
+    expected, _ = policy.token_logprobs(plain_layout(PROMPTS, [[1, 2]] * 4), temperature=1.0)
+    whole = model.forward
+
+    def scaled(*args, **kwargs):  # a model with a logit scale behind the head
+        output = whole(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    model.forward = scaled
+    other = Policy(model)
+    assert other.decoder is None
+    assert inner is not None
+    got, _ = other.token_logprobs(plain_layout(PROMPTS, [[1, 2]] * 4), temperature=0.5)  # ×0.5, ÷0.5
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_sampled_logprobs_equal_a_fresh_forward(backend):
+    model = tiny_model()
+    policy = Policy(model)
+    generator = torch.Generator().manual_seed(1)
+    arguments = {"group_size": 6, "max_new_tokens": 10, "end_ids": {END, 3}, "temperature": 0.8, "generator": generator}
+    if backend == "auto":
+        rollout = sample(policy, PROMPTS, **arguments)
+    else:
+        with rf.use_backend(backend):
+            rollout = sample(policy, PROMPTS, **arguments)
+    assert len(rollout.answers) == 24
+    assert 0 < sum(rollout.ended) < 24
+    for i, (answer, kept) in enumerate(zip(rollout.answers, rollout.logprobs, strict=True)):
+        prompt = PROMPTS[i // 6]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        fresh = torch.log_softmax(logits / 0.8, -1)[range(len(answer)), answer]
+        torch.testing.assert_close(torch.tensor(kept), fresh.detach(), rtol=1e-4, atol=1e-4)
+        assert rollout.ended[i] == (answer[-1] in {END, 3})
+        assert not {END, 3} & set(answer[:-1])
+
+
+def test_batches_of_prompts_are_drawn_alike_and_seeds_differ():
+    policy = Policy(tiny_model())
+
+    def draw(seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        return sample(policy, PROMPTS, group_size=4, max_new_tokens=6, end_ids={END}, generator=generator).answers
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    greedy = [
+        sample(policy, PROMPTS, max_new_tokens=6, end_ids={END}, greedy=True, batch_size=b).answers for b in (0, 1)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_draws_follow_the_distribution():
+    model = tiny_model()
+    policy = Policy(model)
+    generator = torch.Generator().manual_seed(0)
+    count = 20_000
+    first = [
+        a[0]
+        for a in sample(
+            policy, [PROMPTS[0]], group_size=count, max_new_tokens=1, end_ids=(), generator=generator
+        ).answers
+    ]
+    seen = torch.bincount(torch.tensor(first), minlength=V) / count
+    probs = torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1], -1).detach()
+    assert (seen - probs).abs().max() < 5 * (0.25 / count) ** 0.5
+    order = probs.argsort(descending=True)
+    for options, allowed in (
+        ({"top_k": 3}, set(order[:3].tolist())),
+        ({"top_p": float(probs[order[0]]) / 2}, {int(order[0])}),
+    ):
+        rollout = sample(
+            policy, [PROMPTS[0]], group_size=500, max_new_tokens=1, end_ids=(), generator=generator, **options
+        )
+        assert {a[0] for a in rollout.answers} == allowed
+
+
+# Resuming
+
+
+def test_resumes_bit_exactly(tmp_path):
+    changes = {"checkpoint_every": 3, "epochs": 2, "minibatches": 2, "lr_schedule": "constant", "precision": "bf16"}
+
+    def bf16():
+        return tiny_model(dtype=torch.bfloat16)
+
+    whole = run(config(tmp_path / "whole", steps=6, **changes), bf16())
+
+    class CutOff(Exception):
+        pass
+
+    calls = 0
+
+    def cut_off(example, answer):
+        nonlocal calls
+        calls += 1
+        if calls > 4 * 32 + 5:  # in the middle of step 5, two steps after the checkpoint
+            raise CutOff
+        return count_sevens(example, answer)
+
+    with pytest.raises(CutOff):
+        run(config(tmp_path / "cut", steps=6, **changes), bf16(), reward=cut_off)
+    torch.manual_seed(12345)  # what the state of the process was must not matter
+    rest = run(config(tmp_path / "cut", steps=6, **changes), bf16())
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in result.history]
+        for result in (whole, rest)
+    ]
+    assert timeless[0] == timeless[1]
+    for a, b in zip(weights(whole.model), weights(rest.model), strict=True):
+        assert torch.equal(a, b)
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoint_of_other_settings_or_broken(tmp_path):
+    run(config(tmp_path, steps=1, checkpoint_every=1))
+    with pytest.raises(ValueError, match=r"learning_rate 0.01 -> 0.5"):
+        run(config(tmp_path, steps=2, checkpoint_every=1, learning_rate=0.5))
+    assert len(run(config(tmp_path, steps=2, checkpoint_every=1, learning_rate=0.5, resume=False)).history) == 2
+    (tmp_path / "checkpoint.pt").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="delete it to start over"):
+        run(config(tmp_path, steps=2, checkpoint_every=1))
+
+
+# The optimizer
+
+
+def test_master_weights_follow_fp32_adamw():
+    torch.manual_seed(0)
+    reference = torch.nn.Linear(8, 8)
+    half = copy.deepcopy(reference).bfloat16()
+    with torch.no_grad():
+        for a, b in zip(reference.parameters(), half.parameters(), strict=True):
+            a.copy_(b)
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    plain, master = MasterAdamW(reference, **options), MasterAdamW(half, **options)
+    assert plain.masters[0] is reference.weight
+    for _ in range(20):
+        for parameters in (reference.parameters(), half.parameters()):
+            torch.manual_seed(1)
+            sum((p * torch.randn(p.shape).to(p.dtype)).sum() for p in parameters).backward()
+        assert half.weight.grad is None  # moved to fp32 and freed
+        norms = plain.step(1e-3, 1.0), master.step(1e-3, 1.0)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    torch.testing.assert_close(master.masters[0], reference.weight, rtol=0, atol=2e-4)
+    assert torch.equal(half.weight, master.masters[0].bfloat16())
+    before = weights(half)
+    (half.weight.sum() * float("nan")).backward()
+    assert math.isnan(master.step(1e-3, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(half), strict=True))
+
+
+def test_learning_rate_by_hand():
+    cfg = GRPOConfig(steps=12, warmup_steps=2, learning_rate=1.0, lr_schedule="linear")
+    # warm-up 1/2, 2/2; then from 1 down by 1/10 a step: step 3 has done 0 of 10, step 12 has done 9.
+    assert [learning_rate(cfg, s) for s in (1, 2, 3, 8, 12)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.1])
+    assert learning_rate(GRPOConfig(steps=10, learning_rate=1.0, lr_schedule="cosine"), 6) == pytest.approx(0.5)
+
+
+# Settings, tasks, errors
+
+
+def test_config_from_toml_and_overrides(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 3\nlearning_rate = 1\n[loss_options]\neps_high = 0.28\n")
+    cfg = load_config(path, ["steps=7", "task_options.max_terms=3", "output_dir=some/where", "adam_betas=[0.9, 0.95]"])
+    assert (cfg.steps, cfg.learning_rate, cfg.loss_options) == (7, 1.0, {"eps_high": 0.28})
+    assert (cfg.task_options, cfg.output_dir, cfg.adam_betas) == ({"max_terms": 3}, "some/where", (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learnig_rate=1", "'learnig_rate'; the nearest is 'learning_rate'"),
+        ("task_option.x=1", "'task_option'; the nearest is 'task_options'"),
+        ("steps", "key=value"),
+        ("steps=1.5", "steps: wanted int, got 1.5"),
+        ("steps=true", "steps: wanted int"),
+        ("steps.x=1", "steps"),
+        ("steps=-1", "steps: wanted 0 or more"),
+        ("temperature=0", "temperature: wanted more than 0"),
+        ("top_p=1.5", "top_p"),
+        ("precision=int4", "precision: wanted one of bf16, autocast, fp32"),
+        ("adam_betas=[0.9]", "adam_betas: wanted 2 values"),
+        ("minibatches=99", "minibatches: wanted at most prompts_per_step"),
+    ],
+)
+def test_config_errors(override, message):
+    with pytest.raises(ValueError, match="(?s).*" + message.replace("[", r"\[")):
+        load_config(None, [override])
+
+
+def test_loss_settings_are_checked_before_any_work(tmp_path):
+    for changes in ({"loss": "grpoo"}, {"loss_options": {"eps_hihg": 0.3}}, {"aggregation": "mean"}):
+        with pytest.raises(ValueError, match=next(iter(changes.values())) if "loss" in changes else ""):
+            run(config(tmp_path, **changes))
+    with pytest.raises(ValueError, match="prompts, reward"):
+        train_grpo(config(tmp_path), model=tiny_model(), prompts=PROMPTS)
+    with pytest.raises(ValueError, match="finite number, got nan"):
+        run(config(tmp_path), reward=lambda e, a: math.nan)
+    with pytest.raises(ValueError, match="tokenizer"):
+        prompt_token_ids("text", None)
+    with pytest.raises(ValueError, match="empty"):
+        prompt_token_ids({"prompt": []}, None)
+    with pytest.raises(TypeError, match="prompt: wanted"):
+        prompt_token_ids(3.5, None)
+
+
+def test_cli(capsys, tmp_path):
+    assert cli.main(["train", "grpo", "--set", "stepz=3"]) == 2
+    assert "the nearest is 'steps'" in capsys.readouterr().err
+    assert cli.main(["train", "grpo", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml" in capsys.readouterr().err
+
+
+def test_missing_extra_names_the_command(monkeypatch, tmp_path):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else find(name, *a)
+    )
+    with pytest.raises(ImportError, match=r"pip install 'rl4llm_fast\[trainer\]'"):
+        run(config(tmp_path))
+
+
+def test_the_package_itself_needs_no_extra():
+    import subprocess
+
+    code = (
+        "import sys; sys.modules.update(transformers=None, tqdm=None, matplotlib=None, reasoning_gym=None)\n"
+        "import rl4llm_fast, rl4llm_fast.cli, rl4llm_fast.trainer"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_chain_sum_holds_questions_out():
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    task = load_task("chain_sum", heldout=64, **options)
+    held = {e["prompt"] for e in task.heldout}
+    assert len(held) == 64
+    assert not held & {e["prompt"] for e in task.train}
+    example = task.heldout[0]
+    answer = example["entry"]["answer"]
+    assert task.reward(example, f"The answer is {answer}.") == 1
+    assert task.reward(example, "") == 0
+    assert task.reward(example, "no idea") == 0
+    with pytest.raises(ValueError, match="too few distinct questions"):
+        load_task("chain_sum", heldout=150 * 10, **options)
+    with pytest.raises(ValueError, match="chain_summ"):
+        load_task("chain_summ")
+
+
+def test_scorers_that_raise_score_zero():
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
+    task = load_task("chain_sum", heldout=2, size=8)
+    assert task.reward({"prompt": "broken", "entry": None}, "7") == 0.0  # its scorer reads the entry's answer
+
+
+def test_last_number():
+    assert [last_number(t) for t in ("4 - 1 = 3.", "-7", "1,234 or so", "none ")] == ["3", "-7", "1,234", "none"]
+
+
+def test_every_prompt_comes_once_a_pass():
+    train = list(range(10))
+    seen = [e for step in range(1, 6) for e in examples_of_step(train, step, 4, seed=3)]
+    assert sorted(seen[:10]) == train
+    assert sorted(seen[10:]) == train
+    assert seen[:10] != seen[10:]
+
+
+def test_evaluation_of_held_out_examples(tmp_path):
+    task = Task(train=PROMPTS, reward=count_sevens, heldout=[[1, 2], [3, 4]])
+    result = train_grpo(config(tmp_path, steps=30, eval_every=15), model=tiny_model(), task=task)
+    held = [row["heldout_reward"] for row in result.history if "heldout_reward" in row]
+    assert len(held) == 2
+    assert held[-1] > 0.5
