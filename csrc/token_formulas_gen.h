@@ -16,6 +16,16 @@
 namespace rl4llm {
 namespace formulas {
 
+// The hyperparameters of a call, in the order of the vector that holds them; knob k is at num_params + k.
+enum Param { param_num_tokens, param_num_sequences, param_max_length, param_dp_size, param_kl_coef, param_entropy_coef, num_params };
+constexpr int max_knobs = 4;
+
+// The metrics of a call, in the order of the vector that they leave in.
+enum Metric {
+  clip_fraction, clip_fraction_low, clip_fraction_high, ratio_mean, ratio_min,
+  ratio_max, kl_old_k1, kl_old_k3, kl_ref, entropy, num_metrics
+};
+
 // What a policy formula gives for a token: the loss, its derivative with respect to logp, and the metrics.
 template <class F>
 struct PolicyToken {
@@ -547,8 +557,7 @@ struct seq_mean_token_mean {
   template <class M>
   RL4LLM_FORMULA typename M::F eval(typename M::F length, typename M::F /*num_tokens*/, typename M::F num_sequences, typename M::F /*max_length*/) {
     typedef typename M::F F;
-    const F t = M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(length, M::c(1.0)));
-    return t;
+    return M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(length, M::c(1.0)));
   }
 };
 
@@ -566,8 +575,7 @@ struct seq_mean_token_sum_norm {
   template <class M>
   RL4LLM_FORMULA typename M::F eval(typename M::F /*length*/, typename M::F /*num_tokens*/, typename M::F num_sequences, typename M::F max_length) {
     typedef typename M::F F;
-    const F t = M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(max_length, M::c(1.0)));
-    return t;
+    return M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(max_length, M::c(1.0)));
   }
 };
 

@@ -453,8 +453,7 @@ def token_mean(length, num_tokens, num_sequences, max_length):
 @triton.jit
 def seq_mean_token_mean(length, num_tokens, num_sequences, max_length):
     """1 / (B·|o_i|) (81, 82; Shao et al. 2024, eq. 3)."""
-    t = 1.0 / (maximum(num_sequences, 1.0) * maximum(length, 1.0))
-    return t
+    return 1.0 / (maximum(num_sequences, 1.0) * maximum(length, 1.0))
 
 
 @triton.jit
@@ -466,8 +465,7 @@ def seq_mean_token_sum(length, num_tokens, num_sequences, max_length):
 @triton.jit
 def seq_mean_token_sum_norm(length, num_tokens, num_sequences, max_length):
     """1 / (B·L_max) (Dr.GRPO; Liu et al. 2025)."""
-    t = 1.0 / (maximum(num_sequences, 1.0) * maximum(max_length, 1.0))
-    return t
+    return 1.0 / (maximum(num_sequences, 1.0) * maximum(max_length, 1.0))
 
 
 @triton.jit

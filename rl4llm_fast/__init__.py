@@ -15,15 +15,23 @@ del _pathlib, _root
 from .advantages import group_advantages
 from .dispatch import backends, use_backend
 from .errors import BackendError
+from .formulas import token_loss
+from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
+from .losses import policy_loss
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 
 __all__ = [
+    "AdaptiveKLController",
     "BackendError",
     "__version__",
     "backends",
     "group_advantages",
+    "kl_estimate",
     "linear_token_logprobs",
+    "policy_loss",
     "token_entropy",
     "token_logprobs",
+    "token_loss",
+    "trust_region_exceeded",
     "use_backend",
 ]

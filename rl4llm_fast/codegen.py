@@ -130,7 +130,7 @@ def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]
             size[id(node)] = 0
             continue
         size[id(node)] = 1 + sum(0 if id(a) in names else size[id(a)] for a in node.args)
-        if node.name is None and users[id(node)] == 1 and size[id(node)] <= 3:
+        if node.name is None and users[id(node)] == 1 and (size[id(node)] <= 3 or [node] == outputs):
             continue
         base = node.name or "t"
         name = next(n for n in (base, *(f"{base}{i}" for i in range(2, 1000))) if n not in taken)
@@ -270,6 +270,16 @@ _CPP_PREAMBLE = f"""// {_HEADER}
 
 namespace rl4llm {{
 namespace formulas {{
+
+// The hyperparameters of a call, in the order of the vector that holds them; knob k is at num_params + k.
+enum Param {{ {", ".join(f"param_{p}" for p in formulas.PARAMS)}, num_params }};
+constexpr int max_knobs = {formulas.MAX_KNOBS};
+
+// The metrics of a call, in the order of the vector that they leave in.
+enum Metric {{
+  {", ".join(formulas.METRICS[:5])},
+  {", ".join(formulas.METRICS[5:])}, num_metrics
+}};
 
 // What a policy formula gives for a token: the loss, its derivative with respect to logp, and the metrics.
 template <class F>

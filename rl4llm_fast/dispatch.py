@@ -37,6 +37,8 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "token_entropy": ("token_logprobs_fwd", "token_logprobs_bwd"),
     "linear_token_logprobs": ("linear_token_logprobs_fwd", "token_logprobs_fwd", "token_logprobs_bwd_"),
     "group_advantages": ("group_advantages",),
+    "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
+    "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

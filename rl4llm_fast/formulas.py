@@ -211,6 +211,21 @@ FORMULAS: dict[str, PolicyFormula] = {
         PolicyFormula(kl_pen),
     )
 }
+# The hyperparameters of one policy_loss call, as one fp64 vector; MAX_KNOBS knobs of the formula follow.
+# num_tokens < 0: count the live tokens.
+PARAMS = ("num_tokens", "num_sequences", "max_length", "dp_size", "kl_coef", "entropy_coef")
+METRICS = (
+    "clip_fraction",
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "kl_old_k1",
+    "kl_old_k3",
+    "kl_ref",
+    "entropy",
+)
 TOKEN_METRICS = ("ratio", "clipped_low", "clipped_high", "k1", "k3")
 
 

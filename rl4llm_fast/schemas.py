@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import formulas
+
 NAMESPACE = "rl4llm_fast"
 TRITON_NAMESPACE = "rl4llm_fast_triton"
 
@@ -108,6 +110,25 @@ def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
 
 
+def _policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    aggregation, entropy_grad = args[-2:]
+    return (
+        logp.new_empty(logp.shape if aggregation == "none" else ()),
+        torch.empty_like(logp),
+        logp.new_empty(logp.shape if entropy_grad else (0,)),
+        logp.new_empty((logp.shape[0],)),
+        logp.new_empty((len(formulas.METRICS),)),
+    )
+
+
+def _kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logp), torch.empty_like(logp)
+
+
+def _token_loss_bwd(grad: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dlogp), torch.empty_like(dentropy)
+
+
 _TOKEN_LOGPROBS_BWD = (
     "Tensor token_ids, Tensor? mask, Tensor temperature, Tensor? softcap, int ignore_index, "
     "Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, Tensor? grad_entropy)"
@@ -149,5 +170,24 @@ OPS: dict[str, Op] = {
         "(Tensor rewards, Tensor? group_ids, int group_size, str scale, str baseline, bool unbiased, Tensor eps)"
         " -> Tensor",
         _group_advantages,
+    ),
+    # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
+    # bool; all contiguous, in the accumulation dtype. params (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or
+    # on the op's device. formula: a name of formulas.FORMULAS; kl: one of formulas.kl_variants(), "" without ref.
+    # -> loss 0-d ((B, T) for "none"); dlogp (B, T) and dentropy (B, T) or (0,), without the weight of their sequence,
+    #    which is in scale (B,); metrics (len(formulas.METRICS),)
+    "policy_loss_fwd": Op(
+        "(Tensor logp, Tensor? old, Tensor advantages, Tensor? ref, Tensor? entropy, Tensor? mask, "
+        "Tensor? policy_weights, Tensor? token_weights, Tensor? log_s, Tensor params, str formula, str kl, "
+        "str aggregation, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _policy_loss_fwd,
+    ),
+    # logp, ref, old, mask (N,); variant: one of formulas.kl_variants() -> kl, dkl/dlogp (N,)
+    "kl_estimate_fwd": Op(
+        "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", _kl_estimate_fwd
+    ),
+    # grad 0-d, or like dlogp; scale (B,) for dlogp (B, T), or None -> grad·scale·dlogp, grad·scale·dentropy
+    "token_loss_bwd": Op(
+        "(Tensor grad, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)", _token_loss_bwd, True
     ),
 }

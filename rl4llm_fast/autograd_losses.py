@@ -1,0 +1,99 @@
+"""The differentiable token losses: the forward kernel returns the derivative too, the backward only scales it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+@dataclass(frozen=True)
+class PolicyLossOptions:
+    """What policy_loss knows besides tensors."""
+
+    backend: str
+    formula: str
+    kl: str
+    aggregation: str
+    entropy_grad: bool
+
+
+class PolicyLoss(torch.autograd.Function):
+    """(loss, metrics); the arguments are those of ``policy_loss_fwd``. Differentiable in logp and entropy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logp: Tensor,
+        entropy: Tensor | None,
+        old: Tensor | None,
+        advantages: Tensor,
+        ref: Tensor | None,
+        mask: Tensor | None,
+        policy_weights: Tensor | None,
+        token_weights: Tensor | None,
+        log_s: Tensor | None,
+        params: Tensor,
+        options: PolicyLossOptions,
+    ) -> tuple[Tensor, Tensor]:
+        loss, dlogp, dentropy, scale, metrics = dispatch.ops(options.backend).policy_loss_fwd(
+            logp,
+            old,
+            advantages,
+            ref,
+            entropy,
+            mask,
+            policy_weights,
+            token_weights,
+            log_s,
+            params,
+            options.formula,
+            options.kl,
+            options.aggregation,
+            options.entropy_grad,
+        )
+        ctx.save_for_backward(dlogp, dentropy, scale)
+        ctx.options = options
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_metrics: Tensor) -> Any:
+        dlogp, dentropy, scale = ctx.saved_tensors
+        options: PolicyLossOptions = ctx.options
+        grad_logp, grad_entropy = dispatch.ops(options.backend).token_loss_bwd(
+            grad_loss.contiguous(), scale, dlogp, dentropy
+        )
+        return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
+
+
+@dataclass(frozen=True)
+class KlEstimateOptions:
+    """What kl_estimate knows besides tensors."""
+
+    backend: str
+    variant: str
+
+
+class KlEstimate(torch.autograd.Function):
+    """The per-token estimate on (N,); differentiable in logp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | None, options: KlEstimateOptions
+    ) -> Tensor:
+        kl, dkl = dispatch.ops(options.backend).kl_estimate_fwd(logp, ref, old, mask, options.variant)
+        ctx.save_for_backward(dkl)
+        ctx.options = options
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> Any:
+        (dkl,) = ctx.saved_tensors
+        nothing = dkl.new_empty((0,))
+        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(grad_kl.contiguous(), None, dkl, nothing)
+        return grad_logp, None, None, None, None

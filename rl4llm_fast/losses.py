@@ -1,0 +1,312 @@
+"""Losses on per-token log-probabilities: the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, formulas, reference_losses, weights
+from .autograd_losses import PolicyLoss, PolicyLossOptions
+from .checks import Number
+from .errors import BackendError
+from .formulas import EagerMaths
+from .kl import Estimator, Gradient, check_like
+from .schemas import accumulation_dtype
+from .sequences import Sequences, sequences
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    *,
+    kind: str = "ppo_clip",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    kl_coef: Number = 0.0,
+    kl_estimator: Estimator = "k3",
+    kl_gradient: Gradient = "value",
+    kl_clamp: bool = False,
+    entropy: Tensor | None = None,
+    entropy_coef: Number = 0.0,
+    rollout_logp: Tensor | None = None,
+    rollout_correction: Literal["truncate", "mask"] | None = None,
+    rollout_level: Literal["token", "sequence"] = "token",
+    rollout_cap: Number = 2.0,
+    rollout_floor: Number = 0.0,
+    aggregation: str = "token_mean",
+    num_tokens: Number | None = None,
+    num_sequences: Number | None = None,
+    dp_size: Number = 1,
+    max_length: Number | None = None,
+    token_weights: Tensor | None = None,
+    backend: str | None = None,
+    **knobs: Number | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Policy loss on per-token log-probabilities, with its derivative and metrics in one pass.
+
+    .. math::
+        L = \sum_t w_t\,(\omega_t\,\ell_t + \beta\,\mathrm{kl}_t - c_2 H_t), \qquad
+        \rho_t = e^{\mathrm{clamp}(\log\pi_t - \log\pi^{old}_t,\,\pm 20)}
+
+    ====== kinds and their knobs ===========================================================================
+    pg          −logp·A (survey (2), (4); Williams 1992)
+    cpi         −ρA (30; Kakade & Langford 2002); with the metric ``kl_old_k3`` it serves TRPO (9)
+    ppo_clip    −min(ρA, clip(ρ, 1−ε_lo, 1+ε_hi)A) (10; Schulman et al. 2017, eq. 7); eps_low=0.2, eps_high=0.2.
+                dual_clip=c > 1: where A < 0 at most −cA (Ye et al. 2020); delta is another name for c (TRL)
+    grpo        ppo_clip, usually with ref_logp and kl_coef (82; Shao et al. 2024, eq. 3)
+    gspo        −min(sA, clip(s)A), s = exp(mean of log ρ over the sequence) (Zheng et al. 2025, eq. 5); eps_low=3e-4,
+                eps_high=4e-4; advantages (B,) give GSPO, per token GSPO-token
+    cispo       −sg(clip(ρ))·A·logp (MiniMax 2025, eq. 4); eps_low=0.2, eps_high=0.2; cap: −sg(min(ρ, cap))·A·logp
+    sapo        −(4/τ)·sigmoid(τ(ρ−1))·A; tau_pos=1.0 where A > 0, else tau_neg=1.05 (Gao et al. 2025)
+    kl_pen      −ρA + β·k3(old‖now) (29, 31); beta=0.01
+    ========================================================================================================
+
+    and whatever :func:`token_loss` has registered.
+
+    Args:
+        logp: (B, T), or packed (N,) with ``cu_seqlens``; fp32, bf16, fp16; fp64 on the eager and CPU backends.
+            Differentiable.
+        old_logp: log-probabilities of the policy that sampled; None: the detached ``logp`` (on-policy). No gradient
+            flows to it, nor to ref, rollout, advantages or weights.
+        advantages: like ``logp``, or (B,), one value per sequence.
+        kind: see above.
+        mask: like ``logp``, bool or 0/1 integers, True for a live token. Whatever stands at other tokens, NaN included,
+            changes nothing.
+        cu_seqlens: (B+1,) integers, where each packed sequence starts, and N. An empty sequence is fine.
+        ref_logp: log-probabilities of the reference, for the KL term.
+        kl_coef: β of the KL term; needs ``ref_logp``.
+        kl_estimator, kl_gradient, kl_clamp: as in :func:`kl_estimate`.
+        entropy: like ``logp``, H_t; differentiable.
+        entropy_coef: c₂ of the entropy bonus (33); needs ``entropy``.
+        rollout_logp: log-probabilities that the sampler itself reported; needs ``rollout_correction``.
+        rollout_correction: ω = exp(old − rollout) weighs the policy term: "truncate": min(ω, rollout_cap); "mask": 0
+            outside [rollout_floor, rollout_cap]. None: ω = 1.
+        rollout_level: "token", or "sequence": the product of ω over the live tokens of the sequence.
+        aggregation: how tokens are weighed: token_mean, seq_mean_token_mean, seq_mean_token_sum,
+            seq_mean_token_sum_norm, token_sum, or none (the loss then is like ``logp``); see ``weights``.
+        num_tokens: global count of live tokens for token_mean (gradient accumulation, data parallelism); None: this
+            call's.
+        num_sequences: global count of sequences for seq_mean_*; None: this call's, empty ones too.
+        dp_size: multiplies the loss, where gradients are averaged over that many ranks.
+        max_length: L_max of seq_mean_token_sum_norm; None: T, or the longest packed sequence.
+        token_weights: like ``logp``, multiplies the weights.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
+        **knobs: the kind's. Each, like every number above, may be a 0-d tensor: annealing it recompiles nothing.
+
+    Returns:
+        The loss, 0-d in fp32 (fp64 for fp64 input), and metrics over live tokens as 0-d tensors, made without a
+        synchronisation: clip_fraction, clip_fraction_low (ρ below the range, A < 0), clip_fraction_high (ρ above it,
+        A > 0) for kinds that clip; ratio_mean, ratio_min, ratio_max; kl_old_k1, kl_old_k3; kl_ref (the term as chosen)
+        with ``ref_logp``; entropy with ``entropy``. No live token: loss 0, zero gradients, ratios 1, the rest 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; an unknown kind, knob or choice, naming what exists.
+        BackendError: a backend asked for by name cannot run here.
+    """
+    checks.is_float("logp", logp)
+    layout = sequences(logp, cu_seqlens)
+    checks.choice("aggregation", aggregation, weights.NAMES)
+    tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "rollout_logp": rollout_logp}
+    for name, tensor in (*tensors.items(), ("token_weights", token_weights)):
+        check_like(name, tensor, logp)
+    formula, values = _formula(kind, knobs)
+    sequence_level = formulas.FORMULAS[formula].sequence_level
+    if not layout.known and (aggregation.startswith("seq_") or sequence_level or rollout_level == "sequence"):
+        needs = f"kind={kind!r}" if sequence_level else f"aggregation={aggregation!r}, rollout_level={rollout_level!r}"
+        raise ValueError(f"cu_seqlens: wanted with packed (N,) tokens for {needs}")
+    checks.choice("kl_estimator", kl_estimator, formulas.ESTIMATORS)
+    checks.choice("kl_gradient", kl_gradient, formulas.GRADIENTS)
+    _needs("kl_coef", kl_coef, "ref_logp", ref_logp)
+    _needs("entropy_coef", entropy_coef, "entropy", entropy)
+    mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
+
+    chosen = _backend(kind, formula, logp, backend)
+    dtype = accumulation_dtype(logp.dtype)
+
+    def rows(tensor: Tensor | None) -> Any:
+        return None if tensor is None else layout.as_rows(tensor.to(dtype)).contiguous()
+
+    def fixed(tensor: Tensor | None) -> Any:
+        return None if tensor is None else rows(tensor.detach())
+
+    now, old, live = rows(logp), fixed(old_logp), None if mask is None else layout.as_rows(mask).contiguous()
+    adv, per_sequence = _advantages(advantages, logp, layout, dtype)
+    omega = _rollout_weights(
+        rollout_correction, rollout_level, rollout_cap, rollout_floor, now, old, fixed(rollout_logp), live, layout
+    )
+    weight = fixed(token_weights)
+    log_s = None
+    if sequence_level:
+        log_s = _sequence_mean(now.detach() - (now.detach() if old is None else old), live, layout)
+        if per_sequence and weight is not None:
+            # With one A per sequence every token's share of the loss moves the one ratio: only the mean weight counts.
+            weight = _sequence_mean(weight, live, layout).expand(layout.rows).contiguous()
+    how = aggregation
+    if layout.packed and aggregation.startswith("seq_"):
+        per_token = _packed_weights(aggregation, layout, live, now, num_sequences, max_length)
+        weight, how = per_token if weight is None else weight * per_token, "token_sum"
+    params = _pack(
+        now,
+        {
+            "num_tokens": -1.0 if num_tokens is None else num_tokens,
+            "num_sequences": float(layout.count) if num_sequences is None else num_sequences,
+            "max_length": float(layout.rows[1]) if max_length is None else max_length,
+            "dp_size": dp_size,
+            "kl_coef": kl_coef,
+            "entropy_coef": entropy_coef,
+            **values,
+        },
+    )
+    variant = "" if ref_logp is None else formulas.kl_variant(kl_estimator, kl_gradient, bool(kl_clamp))
+    ref, uncertainty = fixed(ref_logp), rows(entropy)
+    if chosen == "eager":
+        arguments = (now, old, adv, ref, uncertainty, live, omega, weight, log_s, params, formula, variant, how)
+        loss, vector = reference_losses.policy_loss(*arguments)
+    else:
+        entropy_grad = entropy is not None and entropy.requires_grad
+        options = PolicyLossOptions(chosen, formula, variant, how, entropy_grad)
+        loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
+            now, uncertainty, old, adv, ref, live, omega, weight, log_s, params, options
+        )
+    loss = loss.reshape(logp.shape) if aggregation == "none" else loss
+    clips = formulas.FORMULAS[formula].clip_range is not None
+    absent = {"kl_ref": ref_logp is None, "entropy": entropy is None}
+    metrics = dict(zip(formulas.METRICS, vector.unbind(), strict=True))
+    return loss, {k: v for k, v in metrics.items() if (clips or "clip" not in k) and not absent.get(k, False)}
+
+
+def _formula(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
+    """The formula's name, and its knobs by name."""
+    if kind not in formulas.KINDS:
+        raise ValueError(f"kind: wanted one of {', '.join(formulas.KINDS)}, got {kind!r}")
+    defaults = formulas.KINDS[kind]
+    for name in given:
+        if name not in defaults:
+            raise ValueError(f"{name}: not a knob of kind {kind!r}, which has {', '.join(defaults) or 'none'}")
+    knobs = {**defaults, **given}
+    for name, value in knobs.items():
+        if value is None and defaults[name] is not None:
+            raise ValueError(f"{name}: wanted a number or a 0-d tensor, got None")
+    if knobs.get("dual_clip") is not None and knobs.get("delta") is not None:
+        raise ValueError("dual_clip, delta: two names of one bound; give one of them")
+    for name, least in (("dual_clip", 1.0), ("delta", 1.0), ("tau_pos", 0.0), ("tau_neg", 0.0)):
+        value = knobs.get(name)
+        if defaults is not None and name in defaults and isinstance(value, (int, float)) and not value > least:
+            raise ValueError(f"{name}: wanted a number > {least:g}, got {value}")
+    formula, values = formulas.formula_of(kind, knobs)
+    return formula, dict(zip(formulas.FORMULAS[formula].knobs, values, strict=True))
+
+
+def _needs(coefficient: str, value: Number, name: str, tensor: Tensor | None) -> None:
+    if tensor is None and (isinstance(value, Tensor) or value != 0):
+        raise ValueError(f"{coefficient}: needs {name}, which is None")
+
+
+def _backend(kind: str, formula: str, logp: Tensor, backend: str | None) -> str:
+    if formulas.FORMULAS[formula].builtin:
+        return dispatch.choose("policy_loss", logp, backend)
+    if backend not in (None, "eager"):
+        raise BackendError(
+            f"backend {backend!r} cannot run kind {kind!r}: registered formulas run on the eager backend"
+        )
+    return "eager"
+
+
+def _pack(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
+    """Hyperparameters as one fp64 vector: on the CPU, or on the op's device if the user gave a tensor there."""
+    room = len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers)
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers.values()):
+        if not torch.compiler.is_compiling():
+            return torch.tensor([*numbers.values(), *(0.0,) * room], dtype=torch.float64)
+    packed = [checks.number(name, value, logp).double() for name, value in numbers.items()]
+    device = next((p.device for p in packed if p.device.type != "cpu"), None)
+    if device is not None:
+        # A fill, not a copy from the host: it can be captured in a CUDA graph and waits for nothing.
+        packed = [
+            p if p.device == device else torch.full((), float(v), dtype=torch.float64, device=device)
+            for p, v in zip(packed, numbers.values(), strict=True)
+        ]
+    return torch.cat([torch.stack(packed), packed[0].new_zeros(max(room, 0))])
+
+
+def _advantages(advantages: Tensor, logp: Tensor, layout: Sequences, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Advantages as rows, (B, T) or (B, 1), and whether there is one per sequence."""
+    checks.is_float("advantages", advantages)
+    checks.same_device("advantages", advantages, logp, "logp")
+    adv = advantages.detach().to(dtype)
+    if adv.shape == logp.shape:
+        return layout.as_rows(adv).contiguous(), False
+    if layout.known and adv.dim() == 1 and adv.shape[0] == layout.count:
+        return layout.spread(adv).contiguous(), True
+    per_sequence = f", or {(layout.count,)} for one value per sequence" if layout.known else ""
+    raise ValueError(f"advantages: wanted {checks.shape(logp)} like logp{per_sequence}; got {checks.shape(advantages)}")
+
+
+def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Tensor:
+    """The mean over the live tokens of each sequence, spread to what broadcasts against rows."""
+    live = torch.ones_like(values, dtype=torch.bool) if live is None else live
+    total = layout.sums(torch.where(live, values, torch.zeros((), dtype=values.dtype, device=values.device)))
+    return layout.spread(total / layout.sums(live.to(values.dtype)).clamp(min=1)).contiguous()
+
+
+def _rollout_weights(
+    correction: str | None,
+    level: str,
+    cap: Number,
+    floor: Number,
+    now: Tensor,
+    old: Tensor | None,
+    rollout: Tensor | None,
+    live: Tensor | None,
+    layout: Sequences,
+) -> Tensor | None:
+    """ω of docs/math.md section 5, "sampler mismatch", as rows (B, T); None for ω = 1."""
+    checks.choice("rollout_level", level, ("token", "sequence"))
+    if correction is None:
+        if rollout is not None:
+            raise ValueError("rollout_correction: wanted 'truncate' or 'mask' beside rollout_logp, got None")
+        return None
+    checks.choice("rollout_correction", correction, ("truncate", "mask"))
+    if rollout is None:
+        raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
+    upper, lower = (checks.number(n, v, now).to(now) for n, v in (("rollout_cap", cap), ("rollout_floor", floor)))
+    log_omega = (now.detach() if old is None else old) - rollout
+    if live is not None:
+        log_omega = torch.where(live, log_omega, torch.zeros((), dtype=now.dtype, device=now.device))
+    if level == "sequence":
+        log_omega = layout.spread(layout.sums(log_omega)).expand(layout.rows)
+    omega = log_omega.exp()
+    if correction == "truncate":
+        return torch.minimum(omega, upper).contiguous()
+    # Not multiplied by the condition: an ω that overflowed is to be 0, and inf·0 is not.
+    outside = (omega < lower) | (omega > upper)
+    return omega.masked_fill(outside, 0.0).contiguous()
+
+
+def _packed_weights(
+    aggregation: str,
+    layout: Sequences,
+    live: Tensor | None,
+    now: Tensor,
+    num_sequences: Number | None,
+    max_length: Number | None,
+) -> Tensor:
+    """w_t of a per-sequence aggregation over packed tokens (1, N); padded ones have theirs made in the kernel."""
+    alive = torch.ones_like(now) if live is None else live.to(now.dtype)
+    lengths = layout.sums(alive)
+    assert layout.cu_seqlens is not None
+    if max_length is None:
+        longest = layout.cu_seqlens.diff().amax().to(now) if layout.count else torch.ones_like(now.sum())
+    else:
+        longest = checks.number("max_length", max_length, now).to(now)
+    sequences_seen: Number = float(layout.count) if num_sequences is None else num_sequences
+    total = checks.number("num_sequences", sequences_seen, now).to(now)
+    # num_tokens has no part in these aggregations.
+    arguments: Sequence[Tensor] = (layout.spread(lengths), total, total, longest)
+    weight: Tensor = weights.AGGREGATIONS[aggregation](EagerMaths, *arguments)
+    return weight.expand(layout.rows).contiguous()

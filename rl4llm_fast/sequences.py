@@ -1,0 +1,86 @@
+"""Which tokens make a sequence: padded (B, T), or packed (N,) with cu_seqlens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A layout of tokens. Kernels see rows: (B, T) as it is, packed tokens as one row (1, N)."""
+
+    shape: tuple[int, ...]  # as the user gave the tokens
+    rows: tuple[int, int]  # (B, T), or (1, N)
+    cu_seqlens: Tensor | None  # (B+1,) int64 where packed
+    index: Tensor | None  # (N,) the sequence of each packed token
+    known: bool  # False: one dimension without cu_seqlens, so that nothing is known about sequences
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def count(self) -> int:
+        """B, empty sequences too."""
+        return self.rows[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def as_rows(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.rows)
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """(B,): the sum over each sequence. No atomics, no synchronisation."""
+        if self.cu_seqlens is None:
+            return rows.sum(-1)
+        if self.count == 0:
+            return rows.new_zeros(0)
+        # unsafe skips a check of the offsets that would synchronise; they were checked where that is free.
+        return torch.segment_reduce(rows[0], "sum", offsets=self.cu_seqlens, axis=0, initial=0, unsafe=True)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """(B,) to what broadcasts against rows: (B, 1), or (1, N)."""
+        return per_sequence.unsqueeze(-1) if self.index is None else per_sequence[self.index].unsqueeze(0)
+
+
+def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> Sequences:
+    """The layout of ``tokens`` (B, T), or (N,) with ``cu_seqlens`` (B+1,).
+
+    Raises:
+        TypeError, ValueError: other shapes; offsets that do not start at 0, ever decrease, or do not end at N (checked
+            on the CPU always, on a GPU with RL4LLM_FAST_DEBUG=1).
+    """
+    shape = checks.shape(tokens)
+    if cu_seqlens is None:
+        if len(shape) == 2:
+            return Sequences(shape, (shape[0], shape[1]), None, None, True)
+        if len(shape) == 1:
+            return Sequences(shape, (1, shape[0]), None, None, False)
+        raise ValueError(f"{name}: wanted (B, T), or packed (N,) with cu_seqlens; got {shape}")
+    if len(shape) != 1:
+        raise ValueError(f"{name}: wanted packed tokens (N,) beside cu_seqlens, got {shape}")
+    checks.is_integer("cu_seqlens", cu_seqlens)
+    checks.same_device("cu_seqlens", cu_seqlens, tokens, name)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: wanted (B+1,), got {checks.shape(cu_seqlens)}")
+    if (cu_seqlens.device.type == "cpu" or checks.debug()) and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != shape[0]:
+            raise ValueError(
+                f"cu_seqlens: wanted offsets from 0 to the number of tokens {shape[0]}, got {offsets[0]} to {offsets[-1]}"
+            )
+        for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+            if end < start:
+                raise ValueError(f"cu_seqlens: wanted offsets that never decrease, got {start}, {end} at position {i}")
+    if shape[0] and cu_seqlens.shape[0] == 1:
+        raise ValueError(f"cu_seqlens: wanted at least one sequence for {shape[0]} tokens, got (1,)")
+    # Clamped, so that whatever the offsets hold on a GPU, nothing is read out of bounds.
+    offsets64 = cu_seqlens.long().clamp(0, shape[0])
+    position = torch.arange(shape[0], device=tokens.device)
+    index = torch.searchsorted(offsets64[1:].contiguous(), position, right=True).clamp(
+        max=max(offsets64.shape[0] - 2, 0)
+    )
+    return Sequences(shape, (1, shape[0]), offsets64, index, True)
