@@ -88,13 +88,15 @@ struct RowGrad {
 };
 
 template <class A>
-RL4LLM_HD RowGrad<A> row_grad(A max, A log_sum, A entropy, A grad_logp_sum, A grad_entropy, A temperature, A softcap) {
+RL4LLM_HD RowGrad<A> row_grad(A max, A log_sum, A entropy, A grad_logp_sum, A grad_entropy, double temperature,
+                               A softcap) {
+  // In fp64, once a row. Without an upstream gradient the entropy may be undefined: 0·NaN must not reach the row.
+  const double weight = grad_entropy == A(0) ? 0.0 : double(grad_entropy) * double(entropy);
   return {max,
           A(kLog2E / temperature),
-          A(log_sum * kLog2E),
-          A(-grad_entropy * kLn2 / temperature),
-          // Without an upstream gradient the entropy may be undefined, and 0·NaN must not reach the row.
-          -(grad_logp_sum + (grad_entropy == A(0) ? A(0) : grad_entropy * entropy)) / temperature,
+          A(double(log_sum) * kLog2E),
+          A(-double(grad_entropy) * kLn2 / temperature),
+          A(-(double(grad_logp_sum) + weight) / temperature),
           softcap};
 }
 

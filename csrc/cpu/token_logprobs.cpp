@@ -98,7 +98,7 @@ void token_logprobs_fwd_rows(const Rows& rows, const TokenIds& tokens, const Per
                              A* logp_ptr, A* entropy_ptr, A* row_max_ptr, A* log_sum_ptr) {
   const TokenLogprobsFunctions<A>& kernel = functions_for<A>(rows.type);
   const Parts cut(rows);
-  std::vector<RowSum<A>> sums(size_t(cut.jobs));
+  std::vector<RowSum<double>> sums(size_t(cut.jobs));
   parallel_jobs(cut.jobs, cut.batch, [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const int64_t n = job / cut.parts, v = job % cut.parts * kPart;
@@ -116,21 +116,21 @@ void token_logprobs_fwd_rows(const Rows& rows, const TokenIds& tokens, const Per
         row_max_ptr[n] = log_sum_ptr[n] = 0;
         continue;
       }
-      const A tau = A(temperature[n]), k = A(kLog2E / temperature[n]);
-      RowSum<A> row = sums[size_t(n * cut.parts)];
+      const double tau = temperature[n], k = kLog2E / tau;
+      RowSum<double> row = sums[size_t(n * cut.parts)];
       for (int64_t i = 1; i < cut.parts; ++i) row = merge(row, sums[size_t(n * cut.parts + i)], k);
-      const A row_log_sum = log_sum(row);
-      row_max_ptr[n] = row.max;
-      log_sum_ptr[n] = row_log_sum;
-      if (entropy_ptr) entropy_ptr[n] = entropy(row, row_log_sum);
+      const double row_log_sum = log_sum(row);
+      row_max_ptr[n] = A(row.max);
+      log_sum_ptr[n] = A(row_log_sum);
+      if (entropy_ptr) entropy_ptr[n] = A(entropy(row, row_log_sum));
       for (int64_t j = 0; j < tokens.K; ++j) {
         A& logp = logp_ptr[n * tokens.K + j];
         if (!tokens.counts(n, j)) {
           logp = 0;
           continue;
         }
-        const A shifted = kernel.shifted_logit(rows.at(n, tokens.id(n, j)), A(softcap), row.max);
-        logp = chosen_logp(shifted, tau, row_log_sum);
+        const A shifted = kernel.shifted_logit(rows.at(n, tokens.id(n, j)), A(softcap), A(row.max));
+        logp = A(chosen_logp(double(shifted), tau, row_log_sum));
       }
     }
   });
@@ -226,9 +226,9 @@ void token_logprobs_bwd_rows(const Rows& rows, const Rows& out, const TokenIds& 
         for (const Choice<A>& choice : choices) g += choice.g;
         const A h = up.grad_entropy_ptr ? up.grad_entropy_ptr[n] : A(0);
         row = row_grad<A>(up.row_max_ptr[n], canonical(up.log_sum_ptr[n]), h != A(0) ? up.entropy_ptr[n] : A(0),
-                          canonical(g), canonical(h), A(temperature[n]), A(softcap));
+                          canonical(g), canonical(h), temperature[n], A(softcap));
         careful = !(finite(row.max) && finite(row.log2_sum) && finite(row.slope) && finite(row.intercept));
-        for (Choice<A>& choice : choices) choice.g = canonical(choice.g) / A(temperature[n]);
+        for (Choice<A>& choice : choices) choice.g = A(double(canonical(choice.g)) / temperature[n]);
       }
       // The chosen logits are read before the pass may overwrite them.
       const auto first = std::lower_bound(choices.begin(), choices.end(), v,

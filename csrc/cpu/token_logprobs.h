@@ -21,7 +21,7 @@ struct LogitsPart {
 
 template <class A>
 struct TokenLogprobsFunctions {
-  void (*fwd)(LogitsPart<A> part, A k, bool entropy, RowSum<A>* sum);
+  void (*fwd)(LogitsPart<A> part, A k, bool entropy, RowSum<double>* sum);
   // dlogits_ptr (length,) may be the logits themselves. careful: the row holds NaN or its coefficients are not finite.
   void (*bwd)(LogitsPart<A> part, const RowGrad<A>& row, bool careful, void* dlogits_ptr);
   // z' − origin of one logit; and the gradient of a chosen one, chosen = Σ g/τ over its choices.

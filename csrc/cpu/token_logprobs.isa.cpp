@@ -3,8 +3,9 @@
 // Computes: fwd: max z', Σ 2^x, Σ 2^x·x with x = (z' − max)·log2(e)/τ;  bwd: dL/dz of every logit.
 // Grid:     one call per part of kPart logits of one row; token_logprobs.cpp hands the parts to threads.
 // Traffic:  fwd reads the logits once (a block is summed while it lies in L1), bwd reads and writes them once.
-// Numerics: fp32 sums in 4 × Vec::width lanes (fp64 for fp64), a running maximum per block of kBlock logits. −inf adds
-//           exactly 0 wherever it stands; NaN and +inf come out as a NaN sum, since max skips NaN but 2^x does not.
+// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to the maximum so far; blocks in fp64, from
+//           the left (fp64 logits: fp64 throughout). −inf adds exactly 0 wherever it stands; NaN and +inf come out as a
+//           NaN sum, since max skips NaN but 2^x does not.
 // Gradient: p_v·(log2(p_v)·slope + intercept), the softcap's chain, rounded once; see RowGrad in hd.h.
 #include "cpu/token_logprobs.h"
 
@@ -37,13 +38,11 @@ RL4LLM_INLINE void load_tail(const T* z_ptr, int count, int step, T* tail_ptr) {
 }
 
 template <bool kEntropy, bool kSoftcap, class T, class A>
-void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<A>* out) {
+void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<double>* out) {
   typedef typename Element<T>::vec F;
   constexpr int step = kVecs * F::width;  // logits an iteration
-  F sum[kVecs], xsum[kVecs];
-  for (int i = 0; i < kVecs; ++i) sum[i] = xsum[i] = F::of(0);
-  A running_max = -infinity(A());
-  bool nan = false;
+  const F row_k = F::of(k), least = F::of(kLeast<F>);
+  RowSum<double> row = {-infinity(double()), 0, 0};
 
   const auto add_block = [&](const T* z_ptr, int length) __attribute__((always_inline)) {
     F top[kVecs];
@@ -55,36 +54,36 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<A>* out) {
     }
     A block_max = max_of(max(max(top[0], top[1]), max(top[2], top[3])));
     if (block_max == -infinity(A())) {  // nothing to add; but the maximum has skipped any NaN
-      for (int v = 0; v < length; v += step) {
-        F z[kVecs];
-        for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
-        for (int i = 0; i < kVecs; ++i) nan |= any_nan(z[i]);
+      for (int v = 0; v < length; v += 2 * F::width) {
+        F a, b;
+        load2(z_ptr + v, a, b);
+        if (any_nan(a) || any_nan(b)) row.sum = not_a_number(double());
       }
       return;
     }
     block_max = first_of(shifted_logit<kSoftcap>(F::of(block_max), part.softcap, A(0)));
-    if (block_max > running_max) {
-      if (running_max != -infinity(A())) {
-        for (int i = 0; i < kVecs; ++i) {
-          const F shift = max(F::of(kLeast<F>), F::of((running_max - block_max) * k));
-          const F scale = exp2(shift);
-          xsum[i] = scale * fma(shift, sum[i], xsum[i]);
-          sum[i] = scale * sum[i];
-        }
+    if (block_max > row.max) {
+      if (row.max == -infinity(double())) {
+        row.max = block_max;
+      } else {
+        row = rebase(row, double(block_max), double(k));
       }
-      running_max = block_max;
     }
-    const F row_k = F::of(k), least = F::of(kLeast<F>);
+    const A origin = A(row.max);
+    F sum[kVecs], xsum[kVecs];
+    for (int i = 0; i < kVecs; ++i) sum[i] = xsum[i] = F::of(0);
     for (int v = 0; v < length; v += step) {
       F z[kVecs];
       for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
       for (int i = 0; i < kVecs; ++i) {
-        const F x = max(least, shifted_logit<kSoftcap>(z[i], part.softcap, running_max) * row_k);
+        const F x = max(least, shifted_logit<kSoftcap>(z[i], part.softcap, origin) * row_k);
         const F e = exp2(x);
         sum[i] = sum[i] + e;
         if (kEntropy) xsum[i] = fma(e, x, xsum[i]);
       }
     }
+    row.sum += sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (kEntropy) row.xsum += sum_of((xsum[0] + xsum[1]) + (xsum[2] + xsum[3]));
   };
 
   const T* logits_ptr = (const T*)part.logits_ptr;  // (length,)
@@ -95,9 +94,7 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<A>* out) {
     load_tail(logits_ptr + whole, int(part.length - whole), step, tail);
     add_block(tail, step);
   }
-  out->max = running_max;
-  out->sum = nan ? not_a_number(A()) : sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  out->xsum = sum_of((xsum[0] + xsum[1]) + (xsum[2] + xsum[3]));
+  *out = row;
 }
 
 // dL/dz of logits z; chosen: Σ g/τ over the choices of these logits.
@@ -144,7 +141,7 @@ void token_logprobs_bwd_kernel(LogitsPart<A> part, const RowGrad<A>& row_grad, v
 }
 
 template <class T, class A>
-void fwd(LogitsPart<A> part, A k, bool entropy, RowSum<A>* sum) {
+void fwd(LogitsPart<A> part, A k, bool entropy, RowSum<double>* sum) {
   if (part.softcap != A(0)) {
     if (entropy) return token_logprobs_fwd_kernel<true, true, T>(part, k, sum);
     return token_logprobs_fwd_kernel<false, true, T>(part, k, sum);
