@@ -33,7 +33,7 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
     from .report import title
 
     rows = [
-        (title(record), {r["implementation"]: r for r in record["results"]})
+        (title(record, "\n"), {r["implementation"]: r for r in record["results"]})
         for record in result["cases"]
         if any("speedup" in r for r in record["results"])
     ]
@@ -72,7 +72,7 @@ def _bars(plt: Any, values: dict[str, dict[str, float]], label: str, footer: str
     axes.set_xscale("log")
     if label.startswith("time"):
         axes.axvline(1.0, color=_COLOURS[OURS], linewidth=1.5)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(values))], list(values), fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(label, fontsize=8)

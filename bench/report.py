@@ -53,16 +53,19 @@ def table(result: dict[str, Any]) -> str:
         f"{verdicts.count('not judged')} not judged",
         "peers: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         "'ours is 5.0x': that peer takes five times as long. GB/s: the least bytes of the case over the median time.",
-        "error: distance to the fp64 oracle, as a part of what the error rule allows; above 1 is marked WRONG.",
+        "error: the largest distance to the fp64 oracle, as a part of what the error rule allows this library.",
     ]
     return "\n".join(lines)
 
 
-def title(record: dict[str, Any]) -> str:
-    """A case in words, short enough for a plot's axis."""
+def title(record: dict[str, Any], separator: str = " ") -> str:
+    """A case in words; the separator stands between the op and how it was run."""
     name = record["op"] + (" + entropy" if record["call"].endswith("_entropy") else "")
     shape = " x ".join(f"{size:,}" for size in record["shape"])
-    return " ".join(part for part in (name, record["variant"], record["mode"], record["dtype"], shape) if part)
+    return separator.join(
+        " ".join(part for part in half if part)
+        for half in ((name, record["variant"]), (record["mode"], record["dtype"], shape))
+    )
 
 
 def _row(r: dict[str, Any], copy: float) -> str:
@@ -73,9 +76,10 @@ def _row(r: dict[str, Any], copy: float) -> str:
     used = max((e["found"] / e["allowed"] for e in r.get("errors", {}).values()), default=None)
     error = "" if used is None else f"{used:.2g}"
     wrong = ", ".join(key for key, e in r.get("errors", {}).items() if not e["within"])
-    note = f"  WRONG: {wrong}" if wrong else ""
-    if wrong and r["implementation"] == OURS:
-        note += "; no speed-up is printed"
+    note = ""
+    if wrong:
+        ours = r["implementation"] == OURS
+        note = f"  WRONG: {wrong}; no speed-up is printed" if ours else f"  less exact: {wrong}"
     spread = f"{r['p20_ms']:.3f} - {r['p80_ms']:.3f}"
     return (
         f"  {r['implementation']:<12}{r['median_ms']:>10.3f}  {spread:<17}{speedup:>9}{r['bytes_per_s'] / 1e9:>8.1f}"

@@ -187,16 +187,16 @@ def _backends() -> list[str]:
     usable = dispatch.backends()
     width = max(map(len, usable), default=0)
     lines = [f"  {op:<{width}}  {' '.join(names)}" for op, names in sorted(usable.items())]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     reasons: dict[str, list[str]] = {}
     for op, names in sorted(usable.items()):
         for backend in dispatch.BACKENDS:
-            reason = None if backend in names else dispatch.why_not(op, backend, device)
-            if reason:
+            if backend not in names:
+                device = "cpu" if backend == "cpu" else "cuda"
+                reason = dispatch.why_not(op, backend, device) or "its kernels are built, but there is no GPU here"
                 reasons.setdefault(f"  not {backend}: {reason.removeprefix(op + ' ')}", []).append(op)
-    return lines + [
-        f"{line} ({', '.join(ops) if len(ops) < len(usable) else 'all ops'})" for line, ops in reasons.items()
-    ]
+    for line, ops in reasons.items():
+        lines.append(line if len(ops) == len(usable) else f"{line} ({', '.join(ops)})")
+    return lines
 
 
 def _gpus() -> list[str]:

@@ -1,0 +1,436 @@
+"""The benchmark suite: its statistics, probes and formulas, a tiny case from end to end, the report and the ledger run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rl4llm_fast as rf
+from bench import base, cases, measure, memory, ops, peers, plots, report, run, timing, verify
+from bench.cases import BACKWARD, BOTH, FORWARD, IN_PLACE, Case, Target
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = measure.Budget(seconds=0.05, min_rounds=3, max_rounds=4)
+
+
+def logits_case(mode: str, dtype: torch.dtype = torch.float32, call: str = "token_logprobs", **more: object) -> Case:
+    return Case("token_logprobs", call, mode, dtype, (8, 300), ("smoke",), **more)  # type: ignore[arg-type]
+
+
+# --- statistics and clocks
+
+
+def test_percentiles_interpolate_between_sorted_neighbours() -> None:
+    values = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert timing.percentile(values, 0) == 1.0
+    assert timing.percentile(values, 50) == 3.0
+    assert timing.percentile(values, 100) == 5.0
+    assert timing.percentile(values, 20) == pytest.approx(1.8)  # place 0.8 between 1 and 2
+    assert timing.percentile([7.0], 80) == 7.0
+    with pytest.raises(ValueError, match="at least one sample"):
+        timing.percentile([], 50)
+
+
+def test_samples_give_median_and_percentiles() -> None:
+    samples = timing.Samples([10.0, 30.0, 20.0])
+    assert (samples.p20, samples.median, samples.p80) == (pytest.approx(14.0), 20.0, pytest.approx(26.0))
+
+
+def test_interleave_rotates_the_order_and_drops_the_first_round() -> None:
+    calls: list[str] = []
+
+    def sampler(name: str, ms: float) -> object:
+        return lambda: (calls.append(name), ms)[1]
+
+    samplers = {"a": sampler("a", 1.0), "b": sampler("b", 2.0), "c": sampler("c", 3.0)}
+    result = timing.interleave(samplers, budget_s=0.0, min_rounds=2, max_rounds=9)  # type: ignore[arg-type]
+    assert calls == list("abc" + "bca" + "cab")
+    assert {name: samples.ms for name, samples in result.items()} == {"a": [1.0] * 2, "b": [2.0] * 2, "c": [3.0] * 2}
+
+
+def test_interleave_stops_at_the_largest_number_of_rounds() -> None:
+    result = timing.interleave({"a": lambda: 1.0}, budget_s=60.0, min_rounds=1, max_rounds=5)
+    assert len(result["a"].ms) == 5
+
+
+def test_cpu_sample_divides_by_the_calls_of_a_sample() -> None:
+    ran: list[object] = []
+    step = timing.Step(prepare=lambda: "state", run=ran.append, inner=7)
+    assert timing.cpu_sample(step) >= 0
+    assert ran == ["state"] * 7
+    assert timing.calls_per_sample(1e-9) > timing.calls_per_sample(0.5) == 4
+    assert timing.calls_per_sample(100.0) == 1
+
+
+# --- memory
+
+
+def test_the_memory_probe_sees_a_known_allocation_behind_a_higher_peak() -> None:
+    code = (
+        "import torch; from bench.timing import cpu_extra_bytes\n"
+        "big = torch.ones(80 * 2**20 // 4); del big\n"  # the process's own peak is higher than the call's
+        "print(cpu_extra_bytes(lambda: torch.ones(32 * 2**20 // 4)), cpu_extra_bytes(lambda: None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seen, nothing = map(int, done.stdout.split())
+    assert 32 * 2**20 <= seen <= 33.5 * 2**20
+    assert nothing <= 2**20
+
+
+def test_the_prober_answers_case_by_case_and_survives_a_peer_that_cannot() -> None:
+    case = next(c for c in cases.CASES if c.op == "group_advantages")
+    prober = memory.Prober()
+    try:
+        assert prober.ask(case, "chunked") is None
+        extra = prober.ask(case, "eager")
+        assert extra is not None
+        assert 0 < extra < 64 * 2**20
+    finally:
+        prober.close()
+
+
+# --- the registry
+
+
+@pytest.mark.parametrize(
+    ("mode", "call", "wanted"),
+    [
+        # 8 rows x 300 logits: 2,400 logits of 4 bytes = 9,600; a row: 8 of id, 4 of logp, 4 of entropy
+        (FORWARD, "token_logprobs", 9_600 + 8 * 12),
+        (FORWARD, "token_logprobs_entropy", 9_600 + 8 * 16),
+        # backward reads the logits, the id, m and log s (8), g (4), with entropy h and H; and writes the logits' size
+        (BACKWARD, "token_logprobs", 2 * 9_600 + 8 * 20),
+        (BACKWARD, "token_logprobs_entropy", 2 * 9_600 + 8 * 28),
+        (BOTH, "token_logprobs", 3 * 9_600 + 8 * 32),
+        (IN_PLACE, "token_logprobs", 3 * 9_600 + 8 * 32),
+    ],
+)
+def test_bytes_of_token_logprobs(mode: str, call: str, wanted: int) -> None:
+    assert logits_case(mode, call=call).bytes == wanted
+
+
+def test_bytes_and_flops_by_hand() -> None:
+    # bf16 halves the logits' part alone: 2,400 x 2 = 4,800
+    assert logits_case(FORWARD, torch.bfloat16).bytes == 4_800 + 8 * 12
+    assert logits_case(BOTH).flops == 2_400 * 9
+    assert logits_case(BOTH, call="token_logprobs_entropy").flops == 2_400 * 14
+    policy = Case("policy_loss", "policy_loss", BOTH, torch.float32, (2, 10), ("cpu",))
+    assert policy.bytes == 20 * (12 + 1 + 4) + 8 + 20 * 8
+    group = Case("group_advantages", "group_advantages", FORWARD, torch.float32, (100,), ("cpu",))
+    assert group.bytes == 1_600
+
+
+def test_the_registry_holds_every_row_that_must_be_reached() -> None:
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    smoke = cases.select("smoke")
+    assert {case.shape for case in smoke} == {(512, 49_152)}
+    assert {case.dtype for case in smoke} == {torch.bfloat16, torch.float32}
+    assert all(case.targets for case in smoke)
+    assert {case.shape[-1] for case in cases.select("cpu", "token_logprobs")} == {49_152, 151_936}
+    thresholds = {(case.name, str(target)) for case in cases.CASES for target in case.targets}
+    assert ("token_logprobs_entropy/forward+backward/bf16/512x49152", ">= 12x eager") in thresholds
+    assert ("token_logprobs/forward+backward in place/fp32/512x151936", ">= 7x eager") in thresholds
+    assert ("token_logprobs_entropy/forward/bf16/8192x151936", "<= 0.85 ms on H100") in thresholds
+    with pytest.raises(ValueError, match="suite: wanted one of"):
+        cases.select("all")
+    with pytest.raises(ValueError, match="op: the suite 'cpu' has"):
+        cases.select("cpu", "softmax")
+
+
+# --- results against the oracle
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, BOTH, IN_PLACE])
+@pytest.mark.parametrize("call", ["token_logprobs", "token_logprobs_entropy"])
+def test_every_peer_is_judged_and_ours_is_right(mode: str, call: str) -> None:
+    case = logits_case(mode, call=call)
+    inputs = ops.make_inputs(case, "cpu")
+    before = inputs["logits"].clone()
+    outputs = {}
+    for name in (peers.OURS, "eager", "chunked"):
+        step = ops.step(case, peers.build(name, case, "cpu"), inputs, ops.overwrites(case, name))
+        outputs[name] = ops.first_run(step)
+        again = ops.first_run(step)
+        assert all(torch.equal(again[key], value) for key, value in outputs[name].items())  # in-place steps restore
+    assert torch.equal(inputs["logits"], before)
+    judged = ops.errors(case, inputs, outputs)
+    wanted = {"logp"} | ({"entropy"} if case.entropy else set()) | (set() if mode == FORWARD else {"grad_logits"})
+    assert set(judged[peers.OURS]) == wanted
+    assert all(error.within for error in judged[peers.OURS].values())
+    # another implementation of the same formula lies near, too: the peers compute what they are meant to
+    torch.testing.assert_close(outputs["eager"], outputs["chunked"])
+    torch.testing.assert_close(outputs["eager"], outputs[peers.OURS], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_a_wrong_result_is_caught(wrong: float) -> None:
+    case = logits_case(BOTH)
+    inputs = ops.make_inputs(case, "cpu")
+    outputs = {"x": ops.first_run(ops.step(case, peers.build("eager", case, "cpu"), inputs))}
+    outputs["x"]["grad_logits"][3, 7] += wrong
+    judged = ops.errors(case, inputs, outputs)["x"]
+    assert judged["logp"].within
+    assert not judged["grad_logits"].within
+
+
+def test_group_peers_agree() -> None:
+    case = Case("group_advantages", "group_advantages", FORWARD, torch.float32, (200,), ("cpu",), variant="shuffled")
+    inputs = ops.make_inputs(case, "cpu")
+    outputs = {
+        name: ops.first_run(ops.step(case, peers.build(name, case, "cpu"), inputs))
+        for name in (peers.OURS, "eager", "loop")
+    }
+    assert all(error.within for error in ops.errors(case, inputs, outputs)[peers.OURS].values())
+    torch.testing.assert_close(outputs["eager"], outputs["loop"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs["eager"], outputs[peers.OURS], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(rf, "policy_loss"), reason="this tree has no policy_loss")
+def test_policy_loss_and_its_eager_peer_agree_on_loss_gradient_and_metrics() -> None:
+    case = Case("policy_loss", "policy_loss", BOTH, torch.float32, (4, 33), ("cpu",))
+    inputs = ops.make_inputs(case, "cpu")
+    outputs = {
+        name: ops.first_run(ops.step(case, peers.build(name, case, "cpu"), inputs)) for name in (peers.OURS, "eager")
+    }
+    assert set(outputs["eager"]) <= set(outputs[peers.OURS])
+    judged = ops.errors(case, inputs, outputs)
+    assert {"loss", "grad_logp", "metric clip_fraction", "metric kl_ref"} <= set(judged[peers.OURS])
+    assert all(error.within for error in judged[peers.OURS].values())
+    for key, value in outputs["eager"].items():
+        torch.testing.assert_close(
+            value, outputs[peers.OURS][key], atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_absent_peers_say_why() -> None:
+    with pytest.raises(peers.Absent, match="needs a GPU"):
+        peers.build("liger", logits_case(FORWARD), "cpu")
+    with pytest.raises(peers.Absent, match="counterpart"):
+        peers.build("loop", logits_case(FORWARD), "cpu")
+
+
+# --- one tiny case from end to end
+
+
+def tiny_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    targets = (Target("speedup", 1e-9, "eager"), Target("speedup", 1e9, "eager"), Target("time_ms", 1.0, device="H100"))
+    case = logits_case(BOTH, targets=targets)
+    monkeypatch.setattr(cases, "CASES", (case,))
+    monkeypatch.setitem(measure.BUDGETS, "smoke", TINY)
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"copy": 20e9, "read": 15e9})
+    monkeypatch.setattr(memory.Prober, "ask", lambda self, case, peer: 3 * 2**20)
+    return run.run("smoke", None, [peers.OURS, "eager", "chunked", "liger"])
+
+
+def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    result = tiny_result(monkeypatch)
+    stem = run.stem(result["meta"])  # type: ignore[arg-type]
+    paths = report.write(result, tmp_path, stem)
+    assert [path.name for path in paths[:2]] == [f"{stem}.json", f"{stem}.csv"]
+    assert json.loads(paths[0].read_text()) == json.loads(json.dumps(result))
+    with open(paths[1], newline="") as file:
+        rows = {row["implementation"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {peers.OURS, "eager", "chunked", "liger"}
+    assert rows["liger"]["status"] == "absent"
+    assert "GPU" in rows["liger"]["reason"]
+    ours, eager = float(rows[peers.OURS]["median_ms"]), float(rows["eager"]["median_ms"])
+    assert float(rows["eager"]["speedup"]) == pytest.approx(eager / ours)
+    pytest.importorskip("matplotlib")
+    assert [path.name for path in paths[2:]] == [f"{stem}-speed.png", f"{stem}-memory.png"]
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000 for path in paths[2:])
+
+    text = report.table(result)
+    assert max(map(len, text.splitlines())) <= 120
+    assert "token_logprobs forward+backward fp32 8 x 300" in text
+    assert "reached >= 1e-09x eager" in text
+    assert "MISSED >= 1e+09x eager" in text
+    assert "not judged <= 1 ms on H100" in text
+    assert "targets: 1 reached, 1 missed, 1 not judged" in text
+    assert "liger: absent, its counterpart is a Triton kernel: needs a GPU" in text
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    assert report.main([str(paths[0]), "--readme", str(readme)]) == 0
+    block = readme.read_text()
+    assert block.startswith(f"above\n{report.BEGIN}\n| case | rl4llm_fast | eager | chunked |")
+    assert block.endswith(f"{report.END}\nbelow\n")
+    assert "old" not in block
+    assert f"{ours:.3g} ms" in block
+    once = readme.read_text()
+    report.main([str(paths[0]), "--readme", str(readme)])
+    assert readme.read_text() == once
+
+
+def test_no_speedup_is_printed_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    right = peers.build
+
+    def build(name: str, case: Case, device: str) -> object:
+        function = right(name, case, device)
+        return (lambda *a: function(*a) + 1e-2) if name == peers.OURS else function
+
+    monkeypatch.setattr(peers, "build", build)
+    result = tiny_result(monkeypatch)
+    (record,) = result["cases"]  # type: ignore[misc]
+    assert not any("speedup" in r for r in record["results"])
+    assert [target["verdict"] for target in record["targets"]] == ["missed", "missed", "not judged"]
+    text = report.table(result)
+    assert "WRONG: logp; no speed-up is printed" in text
+    assert "result wrong: not shown" in report.markdown(result)
+    assert plots.draw(result, tmp_path, "x") == []
+
+
+def test_a_peer_that_breaks_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.build
+
+    def build(name: str, case: Case, device: str) -> object:
+        def breaks(*_: object) -> None:
+            raise RuntimeError("no\nway")
+
+        return breaks if name == "chunked" else right(name, case, device)
+
+    monkeypatch.setattr(peers, "build", build)
+    assert "chunked: failed, RuntimeError: no way" in report.table(tiny_result(monkeypatch))
+
+
+def test_targets_of_time_bandwidth_and_memory() -> None:
+    ours = {"implementation": peers.OURS, "status": "ok", "correct": True, "median_ms": 0.8, "bytes_per_s": 9e9}
+    record = {"results": [{**ours, "extra_bytes": 5 * 2**20}]}
+
+    def verdict(target: Target, device: str = "NVIDIA H100 80GB HBM3") -> str:
+        return str(measure.judge(target, record, device, copy_ceiling=1e10)["verdict"])
+
+    assert verdict(Target("time_ms", 0.85, device="H100")) == "reached"
+    assert verdict(Target("time_ms", 0.75, device="H100")) == "missed"
+    assert verdict(Target("time_ms", 0.85, device="H100"), "cpu") == "not judged"
+    assert verdict(Target("copy_fraction", 0.90)) == "reached"
+    assert verdict(Target("copy_fraction", 0.92)) == "missed"
+    assert verdict(Target("extra_bytes", 5 * 2**20)) == "reached"
+    assert verdict(Target("extra_bytes", 4 * 2**20)) == "missed"
+    assert verdict(Target("speedup", 2.0, "compile")) == "not judged"
+
+
+def test_the_newest_results_are_chosen(tmp_path: pathlib.Path) -> None:
+    for name in ("smoke-a-2026-01-02", "smoke-a-2026-01-01", "cpu-b-2026-01-01", "smoke-b-2026-01-03", "verified"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert [path.stem for path in report.newest(tmp_path)] == ["cpu-b-2026-01-01", "smoke-a-2026-01-02"]
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: pathlib.Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.rewrite_readme(readme, ["x"])
+    assert readme.read_text() == "no markers"
+
+
+def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--peers", "eager,nobody"], "got nobody"),
+        (["--op", "softmax"], "got 'softmax'"),
+        (["--suite", "all"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run.main(arguments)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="wanted a git ref, got 'no-such-ref'"):
+        base.Base("no-such-ref")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_gpu_suite_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--suite", "gpu"]) == 2
+    assert "needs a GPU" in capsys.readouterr().out
+
+
+# --- verification
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_verify_leaves_the_ledger_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = tmp_path / "verified.json"
+    monkeypatch.setattr(verify.info, "LEDGER", ledger)
+    assert verify.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().out
+    assert not ledger.exists()
+
+
+def test_the_plan_names_tests_and_cases() -> None:
+    text = verify.plan(["kernels/token_logprobs.py", "csrc/cuda/token_loss.cu"])
+    assert (
+        'kernels/token_logprobs.py  (backend triton)\n  tests: pytest -m gpu -k "(token_logprobs) and triton"' in text
+    )
+    assert "case:  token_logprobs_entropy/forward/bf16/8192x151936" in text
+    assert '-k "(token_loss or policy_loss or kl_estimate) and cuda"' in text
+    assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
+
+
+def test_junit_results_are_counted(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/><testcase classname="t" name="b"><failure/></testcase>'
+        '<testcase classname="t" name="c"><skipped/></testcase><testcase classname="t" name="d"><error/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    tests = verify.parse_junit(path)
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
+    assert tests["names"] == ["t::a"]
+    assert tests["failures"] == ["t::b", "t::d"]
+
+
+def test_verify_saves_after_each_kernel_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    for name in ("a", "b"):
+        path = tmp_path / "kernels" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"def {name}_fwd_kernel(x_ptr):\n    pass\n")
+    ledger = tmp_path / "verified.json"
+    kernels = ["kernels/a.py", "kernels/b.py"]
+    tested: list[str] = []
+    broken = True
+
+    def run_tests(kernel: str) -> dict[str, object]:
+        tested.append(kernel)
+        if broken and kernel == "kernels/b.py":
+            raise KeyboardInterrupt
+        return {"passed": 3, "failed": 0, "skipped": 0, "names": [], "failures": []}
+
+    keys = ("gpu", "date", "git", "rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setattr(verify, "run_tests", run_tests)
+    monkeypatch.setattr(verify.run, "environment", lambda device: {**dict.fromkeys(keys, "2026-01-01"), "device": "X"})
+    monkeypatch.setattr(verify.timing, "ceilings", lambda device: {"copy": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        verify.verify(kernels, ledger, again=False)
+    assert json.loads(ledger.read_text())["kernels"]["kernels/a.py"]["complete"]
+    broken = False
+    assert verify.verify(kernels, ledger, again=False)
+    assert tested == ["kernels/a.py", "kernels/b.py", "kernels/b.py"]  # a was not run again
+    (tmp_path / "kernels" / "a.py").write_text("def a_fwd_kernel(y_ptr):\n    pass\n")
+    assert verify.verify(kernels, ledger, again=False)
+    assert tested[3:] == ["kernels/a.py"]
+    verify.verify(kernels, ledger, again=True)
+    assert tested[4:] == kernels
+
+
+# --- the lane of pytest-benchmark (--benchmark-enable times it; without, it runs once and is checked)
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BOTH])
+def test_benchmark_token_logprobs(benchmark: object, mode: str) -> None:
+    case = dataclasses.replace(logits_case(mode), shape=(32, 4_096))
+    inputs = ops.make_inputs(case, "cpu")
+    step = ops.step(case, peers.build(peers.OURS, case, "cpu"), inputs)
+    result = benchmark(step.run, step.prepare())  # type: ignore[operator]
+    assert all(error.within for error in ops.errors(case, inputs, {"x": result})["x"].values())
