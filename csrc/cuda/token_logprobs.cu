@@ -231,7 +231,7 @@ __device__ GradOfRow grad_of_row(const TokenLogprobsRows& rows, const TokenLogpr
 // Numerics: built in fp32, rounded once; −inf logits and dead rows exactly 0, whatever else is NaN
 // Gradient: p_v = exp(u_v − m − log s), so dlogp_y/du_v = 1[v=y] − p_v and dH/du_v = −p_v·(log p_v + H)
 template <class T, bool SOFTCAP>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     token_logprobs_bwd_kernel(TokenLogprobsRows rows, TokenLogprobsGrads grads, unsigned blocks) {
   const int64_t row = blockIdx.x / blocks;
   const T* logits_ptr = static_cast<const T*>(rows.logits_ptr);
@@ -268,34 +268,13 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const RowGrad<float> grad = shared.grad;
 
-  float dz[kBwdLoads * kVec<T>];
-#pragma unroll
-  for (int i = 0; i < kBwdLoads * kVec<T>; ++i) {
-    float z = to_float(vecs[i / kVec<T>].values[i % kVec<T>]), chain = 1.0f;
-    if (SOFTCAP) {
-      const float ratio = cap_ratio(z, grad.softcap);
-      z = capped(z, ratio, grad.softcap);
-      chain = 1.0f - ratio * ratio;
-    }
-    const float log2_p = (z - grad.max) * grad.k - grad.log2_sum;
-    dz[i] = exp2_fast(log2_p) * (fmaxf(log2_p, kLog2Zero) * grad.slope + grad.intercept) * chain;
-  }
+  float dz[kBwdLoads * kVec<T>] = {};
   if (live && grads.grad_logp_ptr) {
     for (int64_t k = row * rows.K; k < (row + 1) * rows.K; ++k) {
       const int64_t y = rows.token_ids_ptr[k];
       // Few of many ids fall into this block; the branch is the same for all its threads.
       if (y == rows.ignore_index || y < block_start || y >= block_start + kBwdGroup<T>) continue;
-      float g = grads.grad_logp_ptr[k] * shared.inverse_tau;
-      if (SOFTCAP) {
-        // The chosen logit from the registers: in place, another thread may have written over it in memory.
-        float z = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kBwdLoads * kVec<T>; ++i) {
-          if (start + i / kVec<T> * kStep + i % kVec<T> == y) z = to_float(vecs[i / kVec<T>].values[i % kVec<T>]);
-        }
-        const float ratio = cap_ratio(z, grad.softcap);
-        g *= 1.0f - ratio * ratio;
-      }
+      const float g = grads.grad_logp_ptr[k] * shared.inverse_tau;
 #pragma unroll
       for (int i = 0; i < kBwdLoads * kVec<T>; ++i) {
         if (start + i / kVec<T> * kStep + i % kVec<T> == y) dz[i] += g;
@@ -305,7 +284,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kBwdLoads * kVec<T>; ++i) {
     T& value = vecs[i / kVec<T>].values[i % kVec<T>];
-    value = from_float<T>(to_float(value) == -infinity(0.0f) ? 0.0f : dz[i]);
+    float z = to_float(value), chain = 1.0f;
+    const bool masked_out = z == -infinity(0.0f);
+    if (SOFTCAP) {
+      const float ratio = cap_ratio(z, grad.softcap);
+      z = capped(z, ratio, grad.softcap);
+      chain = 1.0f - ratio * ratio;
+    }
+    const float log2_p = (z - grad.max) * grad.k - grad.log2_sum;
+    dz[i] += exp2_fast(log2_p) * (fmaxf(log2_p, kLog2Zero) * grad.slope + grad.intercept);
+    value = from_float<T>(masked_out ? 0.0f : dz[i] * chain);
   }
 
 #pragma unroll
