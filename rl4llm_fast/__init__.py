@@ -14,11 +14,12 @@ del _pathlib, _root
 
 from .advantages import group_advantages
 from .dispatch import backends, use_backend
+from .divergence import kl_divergence
 from .errors import BackendError
 from .formulas import token_loss
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
-from .losses import policy_loss
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
+from .losses import policy_loss
 
 __all__ = [
     "AdaptiveKLController",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "backends",
     "group_advantages",
+    "kl_divergence",
     "kl_estimate",
     "linear_token_logprobs",
     "policy_loss",

@@ -163,3 +163,43 @@ class LinearTokenLogprobs(torch.autograd.Function):
         )
         grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, need, strict=False))
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class KlDivergenceOptions:
+    """What kl_divergence knows besides tensors."""
+
+    backend: str
+    direction: str
+
+
+class KlDivergence(torch.autograd.Function):
+    """Exact KL of rows (B, T, V) against reference rows; backward reads both once and writes dlogits once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ref_logits: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor,
+        softcap: Tensor | None,
+        beta: Tensor,
+        options: KlDivergenceOptions,
+    ) -> Tensor:
+        kl, *saved = dispatch.ops(options.backend).kl_divergence_fwd(
+            logits, ref_logits, mask, temperature, softcap, options.direction, beta
+        )
+        ctx.save_for_backward(logits, ref_logits, mask, temperature, softcap, beta, *saved)
+        ctx.options = options
+        result: Tensor = kl
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, ref_logits, mask, temperature, softcap, beta, *saved = ctx.saved_tensors
+        options: KlDivergenceOptions = ctx.options
+        grad_logits = dispatch.ops(options.backend).kl_divergence_bwd(
+            logits, ref_logits, mask, temperature, softcap, options.direction, beta, *saved, grad.contiguous()
+        )
+        return grad_logits, None, None, None, None, None, None

@@ -36,6 +36,7 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("token_logprobs_fwd", "token_logprobs_bwd"),
     "token_entropy": ("token_logprobs_fwd", "token_logprobs_bwd"),
     "linear_token_logprobs": ("linear_token_logprobs_fwd", "token_logprobs_fwd", "token_logprobs_bwd_"),
+    "kl_divergence": ("kl_divergence_fwd", "kl_divergence_bwd"),
     "group_advantages": ("group_advantages",),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),

@@ -103,7 +103,7 @@ def token_logprobs(
             "overwritten by their gradient"
         )
     mask = checks.live_mask("mask", mask, lead, logits, "logits without V")
-    tau = _temperature(temperature, logits)
+    tau = check_temperature(temperature, logits)
     cap = None if softcap is None else checks.number("softcap", softcap, logits, positive=True)
     chosen = dispatch.choose("token_logprobs", logits, backend)
     if chosen == "eager":
@@ -122,7 +122,8 @@ def token_logprobs(
         _check_ids_on_device(token_ids, mask, ignore_index, logits, logits.shape[-1])
     logp, entropy = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         rows,
-        *_flat(token_ids, logits, mask, tau),
+        flat_ids(token_ids, logits),
+        *flat_rows(mask, tau),
         cap,
         options,
     )
@@ -231,7 +232,7 @@ def linear_token_logprobs(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
-    tau = _temperature(temperature, hidden)
+    tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
     chosen = dispatch.choose("linear_token_logprobs", hidden, backend)
     if chosen == "eager":
@@ -251,7 +252,13 @@ def linear_token_logprobs(
         keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
     )
     logp, entropy = LinearTokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *_flat(token_ids, hidden, mask, tau), cap, options
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        flat_ids(token_ids, hidden),
+        *flat_rows(mask, tau),
+        cap,
+        options,
     )
     logp = logp.reshape(token_ids.shape)
     return (logp, entropy.reshape(lead)) if return_entropy else logp
@@ -292,11 +299,15 @@ def _check_ids_shape(token_ids: Tensor, rows: Tensor, like: str) -> None:
         )
 
 
-def _flat(token_ids: Tensor, rows: Tensor, mask: Tensor | None, tau: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Per-row arguments as ops take them: contiguous ids (N,) or (N, K), mask (N,), temperature 0-d or (N,)."""
-    flat_ids = token_ids.reshape((rows.shape[:-1].numel(), *token_ids.shape[rows.dim() - 1 :]))
+def flat_ids(token_ids: Tensor, rows: Tensor) -> Tensor:
+    """Ids as ops take them: contiguous int64 (N,) or (N, K)."""
+    return token_ids.reshape((rows.shape[:-1].numel(), *token_ids.shape[rows.dim() - 1 :])).long().contiguous()
+
+
+def flat_rows(mask: Tensor | None, tau: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Per-row arguments as ops take them: contiguous mask (N,), temperature 0-d or (N,)."""
     flat_mask = None if mask is None else mask.reshape(-1).contiguous()
-    return flat_ids.long().contiguous(), flat_mask, tau.reshape(-1).contiguous() if tau.dim() else tau
+    return flat_mask, tau.reshape(-1).contiguous() if tau.dim() else tau
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -307,7 +318,7 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: wanted a vocabulary of at least one token, got shape {checks.shape(logits)}")
 
 
-def _temperature(temperature: Number, rows: Tensor) -> Tensor:
+def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
     """τ as a 0-d tensor, or one value per row (...)."""
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
         tau = checks.number("temperature", temperature, rows, positive=True)

@@ -72,6 +72,48 @@ def _shifted_log_softmax(
     return shifted, shifted.exp().sum(-1, keepdim=True).log()
 
 
+def kl_divergence(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    direction: str,
+    beta: Tensor,
+) -> Tensor:
+    """docs/math.md section 3, exact KL of two sets of logits (..., V): (...)."""
+    live = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
+    acc = torch.promote_types(accumulation_dtype(logits.dtype), accumulation_dtype(ref_logits.dtype))
+    shifted, log_sum = _shifted_log_softmax(logits.to(acc), live, temperature, softcap)
+    log_p = shifted - log_sum
+    shifted, log_sum = _shifted_log_softmax(ref_logits.detach().to(acc), live, temperature, softcap)
+    log_q = shifted - log_sum
+    if direction == "reverse":
+        terms = _relative_entropy_terms(log_p, log_q)
+    elif direction == "forward":
+        terms = _relative_entropy_terms(log_q, log_p)
+    else:
+        weight = beta.to(log_p)
+        log_m = torch.logaddexp(weight.log() + log_q, (1 - weight).log() + _without_gradient_at_minus_inf(log_p))
+        terms = weight * _relative_entropy_terms(log_q, log_m) + (1 - weight) * _relative_entropy_terms(log_p, log_m)
+    return torch.where(live, terms.sum(-1), torch.zeros((), dtype=acc, device=logits.device))
+
+
+def _relative_entropy_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a·(log a − log b); 0 where a is 0, +inf where b is 0 and a is not."""
+    impossible = log_a == -math.inf
+    log_a = log_a.masked_fill(impossible, 0.0)
+    log_b = log_b.masked_fill(impossible, 0.0)
+    terms = log_a.exp() * (log_a - log_b)
+    terms = torch.where((log_b == -math.inf) & terms.isnan() & ~log_a.isnan(), math.inf, terms)  # a underflowed
+    return terms.masked_fill(impossible, 0.0)
+
+
+def _without_gradient_at_minus_inf(log_p: Tensor) -> Tensor:
+    impossible = log_p == -math.inf
+    return log_p.masked_fill(impossible, 0.0).masked_fill(impossible, -math.inf)
+
+
 def check_token_ids(ids: Tensor, invalid: Tensor, vocabulary: int) -> None:
     """IndexError for the first live id outside [0, V): always on the CPU; elsewhere it would cost a synchronisation."""
     if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or checks.debug()):

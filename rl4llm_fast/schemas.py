@@ -106,6 +106,19 @@ def _linear_token_logprobs_bwd(
     )
 
 
+def _kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    acc = torch.promote_types(accumulation_dtype(logits.dtype), accumulation_dtype(ref_logits.dtype))
+    return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))
+
+
+def _kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _kl_divergence_bwd_(logits: Tensor, *args: Any) -> None:
+    return None
+
+
 def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
 
@@ -132,6 +145,11 @@ def _token_loss_bwd(grad: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy:
 _TOKEN_LOGPROBS_BWD = (
     "Tensor token_ids, Tensor? mask, Tensor temperature, Tensor? softcap, int ignore_index, "
     "Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, Tensor? grad_entropy)"
+)
+
+_KL_DIVERGENCE_BWD = (
+    "Tensor ref_logits, Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, Tensor inner, "
+    "Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad)"
 )
 
 OPS: dict[str, Op] = {
@@ -164,6 +182,17 @@ OPS: dict[str, Op] = {
         _linear_token_logprobs_bwd,
         True,
     ),
+    # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
+    # direction "reverse"|"forward"|"jsd". -> kl, inner (what the gradient subtracts: KL(p‖q) for reverse, KL(p‖m) for
+    # jsd, unspecified for forward), then row_max and log_sum of both sides as in token_logprobs_fwd; all (N,)
+    "kl_divergence_fwd": Op(
+        "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature, Tensor? softcap, str direction, "
+        "Tensor beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _kl_divergence_fwd,
+    ),
+    # grad (N,) -> dlogits (B, T, V), contiguous, in the logits' dtype; ref_logits get none.
+    "kl_divergence_bwd": Op(f"(Tensor logits, {_KL_DIVERGENCE_BWD} -> Tensor", _kl_divergence_bwd, True),
+    "kl_divergence_bwd_": Op(f"(Tensor(a!) logits, {_KL_DIVERGENCE_BWD} -> ()", _kl_divergence_bwd_, True),
     # rewards (B,); group_ids (B,) int64 or None (then consecutive groups of group_size); scale "group"|"batch"|"none";
     # baseline "mean"|"leave_one_out" -> advantages (B,)
     "group_advantages": Op(
