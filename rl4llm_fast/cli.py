@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if arguments.command == "info":
-            from . import info
+            from .info import main as info
 
-            info.main()
+            info()
         elif arguments.command == "demo":
-            from .trainer import demo
+            from .trainer.demo import main as demo
 
-            return demo.main([])
+            return demo([])
         else:
             _train(arguments.config, arguments.overrides)
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:

@@ -46,7 +46,7 @@ def load(path: Path, config: GRPOConfig) -> dict[str, Any]:
         ValueError: it is of a run with other settings, or no checkpoint of this library.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         written = state["config"]
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that can be read ({error}); delete it to start over") from error

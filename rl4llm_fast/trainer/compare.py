@@ -38,16 +38,18 @@ class Cost:
     loss: float  # of the first step, which both take from the same weights
 
 
-def compare(config: GRPOConfig, batch: Batch, folder: Path, *, rounds: int = 7) -> dict[str, Cost]:
-    """{"fused": ..., "eager": ...}: what a step on ``batch`` costs with the library's ops and with plain PyTorch.
+def write_batch(path: Path, config: GRPOConfig, batch: Batch) -> None:
+    """The settings and answers that ``compare`` takes its steps on, as JSON."""
+    answers = {"rollout": asdict(batch.rollout), "rewards": batch.rewards, "advantages": batch.advantages.tolist()}
+    path.write_text(json.dumps({"config": asdict(config), "batch": answers}), encoding="utf-8")
+
+
+def compare(path: Path, *, rounds: int = 7) -> dict[str, Cost]:
+    """{"fused": ..., "eager": ...}: what a step on the batch in ``path`` costs with the library's ops and without.
 
     Raises:
         RuntimeError: one of the two processes died; its message says with what.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "compare.json"
-    answers = {"rollout": asdict(batch.rollout), "rewards": batch.rewards, "advantages": batch.advantages.tolist()}
-    path.write_text(json.dumps({"config": asdict(config), "batch": answers}), encoding="utf-8")
     workers = {name: _Worker(name, path) for name in ("fused", "eager")}
     try:
         for worker in workers.values():
