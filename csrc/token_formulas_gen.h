@@ -2,7 +2,7 @@
 // clang-format off
 //
 // Every formula is a struct with a static eval<M>, where M is the maths of one processor: M::F the number (or vector of
-// numbers) it computes with, M::c a constant of it, and M::exp, minimum, maximum, clamp, where, abs, sign, sigmoid.
+// numbers M::S) it computes with, M::c a constant of it, and M::exp, minimum, maximum, clamp, where, abs, sign, sigmoid.
 #pragma once
 
 #include "hd.h"
@@ -22,8 +22,8 @@ constexpr int max_knobs = 4;
 
 // The metrics of a call, in the order of the vector that they leave in.
 enum Metric {
-  clip_fraction, clip_fraction_low, clip_fraction_high, ratio_mean, ratio_min,
-  ratio_max, kl_old_k1, kl_old_k3, kl_ref, entropy, num_metrics
+  metric_clip_fraction, metric_clip_fraction_low, metric_clip_fraction_high, metric_ratio_mean, metric_ratio_min,
+  metric_ratio_max, metric_kl_old_k1, metric_kl_old_k3, metric_kl_ref, metric_entropy, num_metrics
 };
 
 // What a policy formula gives for a token: the loss, its derivative with respect to logp, and the metrics.
@@ -40,9 +40,8 @@ struct KlToken {
 
 // (2, 4): −logp·A.
 struct pg {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* /*knobs*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
     const F loss = -logp * adv;
     const F d_loss = -adv;
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
@@ -53,9 +52,8 @@ struct pg {
 
 // (30): −ρ·A.
 struct cpi {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* /*knobs*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
     const F t = logp - old;
     const F log_rho = M::clamp(t, M::c(-20.0), M::c(20.0));
     const F rho = M::exp(log_rho);
@@ -69,9 +67,8 @@ struct cpi {
 
 // (10): −min(ρA, clip(ρ, 1−ε_lo, 1+ε_hi)·A), and where A < 0 at most −c·A (dual clip; c = inf: none).
 struct ppo_clip {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F dual_clip = M::c(knobs[2]);
@@ -103,9 +100,8 @@ struct ppo_clip {
 
 // −min(s·A, clip(s)·A), s = exp(log_s); each token of the sequence carries its own share of the gradient of s.
 struct gspo {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F log_s, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F log_s, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F rho = M::exp(M::clamp(log_s, M::c(-20.0), M::c(20.0)));
@@ -131,9 +127,8 @@ struct gspo {
 
 // −sg(clip(ρ, 1−ε_lo, 1+ε_hi))·A·logp.
 struct cispo {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
@@ -151,9 +146,8 @@ struct cispo {
 
 // −sg(min(ρ, cap))·A·logp.
 struct cispo_cap {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F cap = M::c(knobs[0]);
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
     const F rho = M::exp(log_rho);
@@ -168,9 +162,8 @@ struct cispo_cap {
 
 // −(4/τ)·sigmoid(τ(ρ−1))·A, τ = τ_pos where A > 0, else τ_neg.
 struct sapo {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F tau_pos = M::c(knobs[0]);
     const F tau_neg = M::c(knobs[1]);
     const F tau = M::where(adv > M::c(0.0), tau_pos, tau_neg);
@@ -191,9 +184,8 @@ struct sapo {
 
 // (29, 31): −ρA + β·k3(old‖now), k3 = ρ − 1 − log ρ.
 struct kl_pen {
-  template <class M>
-  RL4LLM_FORMULA PolicyToken<typename M::F> eval(typename M::F logp, typename M::F old, typename M::F adv, typename M::F /*log_s*/, const typename M::S* knobs) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F beta = M::c(knobs[0]);
     const F t = logp - old;
     const F log_rho = M::clamp(t, M::c(-20.0), M::c(20.0));
@@ -209,9 +201,8 @@ struct kl_pen {
 
 // k1 of ref against logp, gradient: value.
 struct kl_k1_value {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = -diff;
     return {kl, M::c(1.0)};
@@ -220,9 +211,8 @@ struct kl_k1_value {
 
 // k1 of ref against logp, gradient: value, clamped.
 struct kl_k1_value_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = -d;
@@ -235,9 +225,8 @@ struct kl_k1_value_clamp {
 
 // k1 of ref against logp, gradient: straight-through.
 struct kl_k1_straight_through {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = -diff;
     const F d_kl = (kl - diff) / M::c(2.0);
@@ -247,9 +236,8 @@ struct kl_k1_straight_through {
 
 // k1 of ref against logp, gradient: straight-through, clamped.
 struct kl_k1_straight_through_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F kl = M::clamp(-d, M::c(-10.0), M::c(10.0));
@@ -260,9 +248,8 @@ struct kl_k1_straight_through_clamp {
 
 // k1 of ref against logp, gradient: importance.
 struct kl_k1_importance {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = -diff;
     const F t = M::exp(logp - old);
@@ -273,9 +260,8 @@ struct kl_k1_importance {
 
 // k1 of ref against logp, gradient: importance, clamped.
 struct kl_k1_importance_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = -d;
@@ -290,9 +276,8 @@ struct kl_k1_importance_clamp {
 
 // k2 of ref against logp, gradient: value.
 struct kl_k2_value {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = diff * diff / M::c(2.0);
     const F d_kl = (-diff - diff) / M::c(2.0);
@@ -302,9 +287,8 @@ struct kl_k2_value {
 
 // k2 of ref against logp, gradient: value, clamped.
 struct kl_k2_value_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = d * d / M::c(2.0);
@@ -318,9 +302,8 @@ struct kl_k2_value_clamp {
 
 // k2 of ref against logp, gradient: straight-through.
 struct kl_k2_straight_through {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = diff * diff / M::c(2.0);
     const F d_kl = (-diff - diff) / M::c(2.0);
@@ -330,9 +313,8 @@ struct kl_k2_straight_through {
 
 // k2 of ref against logp, gradient: straight-through, clamped.
 struct kl_k2_straight_through_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F kl = M::clamp(d * d / M::c(2.0), M::c(-10.0), M::c(10.0));
@@ -343,9 +325,8 @@ struct kl_k2_straight_through_clamp {
 
 // k2 of ref against logp, gradient: importance.
 struct kl_k2_importance {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = diff * diff / M::c(2.0);
     const F t = M::exp(logp - old);
@@ -357,9 +338,8 @@ struct kl_k2_importance {
 
 // k2 of ref against logp, gradient: importance, clamped.
 struct kl_k2_importance_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = d * d / M::c(2.0);
@@ -375,9 +355,8 @@ struct kl_k2_importance_clamp {
 
 // k3 of ref against logp, gradient: value.
 struct kl_k3_value {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F t = M::exp(diff);
     const F kl = t - diff - M::c(1.0);
@@ -388,9 +367,8 @@ struct kl_k3_value {
 
 // k3 of ref against logp, gradient: value, clamped.
 struct kl_k3_value_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = M::exp(d);
@@ -404,9 +382,8 @@ struct kl_k3_value_clamp {
 
 // k3 of ref against logp, gradient: straight-through.
 struct kl_k3_straight_through {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = M::exp(diff) - diff - M::c(1.0);
     const F d_kl = (-diff - diff) / M::c(2.0);
@@ -416,9 +393,8 @@ struct kl_k3_straight_through {
 
 // k3 of ref against logp, gradient: straight-through, clamped.
 struct kl_k3_straight_through_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F kl = M::clamp(M::exp(d) - d - M::c(1.0), M::c(-10.0), M::c(10.0));
@@ -429,9 +405,8 @@ struct kl_k3_straight_through_clamp {
 
 // k3 of ref against logp, gradient: importance.
 struct kl_k3_importance {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F t = M::exp(diff);
     const F kl = t - diff - M::c(1.0);
@@ -444,9 +419,8 @@ struct kl_k3_importance {
 
 // k3 of ref against logp, gradient: importance, clamped.
 struct kl_k3_importance_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = M::exp(d);
@@ -462,9 +436,8 @@ struct kl_k3_importance_clamp {
 
 // abs of ref against logp, gradient: value.
 struct kl_abs_value {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = M::abs(diff);
     const F d_kl = -M::sign(diff);
@@ -474,9 +447,8 @@ struct kl_abs_value {
 
 // abs of ref against logp, gradient: value, clamped.
 struct kl_abs_value_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = M::abs(d);
@@ -489,9 +461,8 @@ struct kl_abs_value_clamp {
 
 // abs of ref against logp, gradient: straight-through.
 struct kl_abs_straight_through {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F kl = M::abs(diff);
     const F d_kl = (-diff - diff) / M::c(2.0);
@@ -501,9 +472,8 @@ struct kl_abs_straight_through {
 
 // abs of ref against logp, gradient: straight-through, clamped.
 struct kl_abs_straight_through_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F /*old*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F /*old*/) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F kl = M::clamp(M::abs(d), M::c(-10.0), M::c(10.0));
@@ -514,9 +484,8 @@ struct kl_abs_straight_through_clamp {
 
 // abs of ref against logp, gradient: importance.
 struct kl_abs_importance {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = M::abs(diff);
     const F t = M::exp(logp - old);
@@ -528,9 +497,8 @@ struct kl_abs_importance {
 
 // abs of ref against logp, gradient: importance, clamped.
 struct kl_abs_importance_clamp {
-  template <class M>
-  RL4LLM_FORMULA KlToken<typename M::F> eval(typename M::F logp, typename M::F ref, typename M::F old) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = M::abs(d);
@@ -545,45 +513,40 @@ struct kl_abs_importance_clamp {
 
 // 1 / Σ m (DAPO; Yu et al. 2025, eq. 8).
 struct token_mean {
-  template <class M>
-  RL4LLM_FORMULA typename M::F eval(typename M::F /*length*/, typename M::F num_tokens, typename M::F /*num_sequences*/, typename M::F /*max_length*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F /*length*/, F num_tokens, F /*num_sequences*/, F /*max_length*/) {
     return M::c(1.0) / M::maximum(num_tokens, M::c(1.0));
   }
 };
 
 // 1 / (B·|o_i|) (81, 82; Shao et al. 2024, eq. 3).
 struct seq_mean_token_mean {
-  template <class M>
-  RL4LLM_FORMULA typename M::F eval(typename M::F length, typename M::F /*num_tokens*/, typename M::F num_sequences, typename M::F /*max_length*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F length, F /*num_tokens*/, F num_sequences, F /*max_length*/) {
     return M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(length, M::c(1.0)));
   }
 };
 
 // 1 / B.
 struct seq_mean_token_sum {
-  template <class M>
-  RL4LLM_FORMULA typename M::F eval(typename M::F /*length*/, typename M::F /*num_tokens*/, typename M::F num_sequences, typename M::F /*max_length*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F /*length*/, F /*num_tokens*/, F num_sequences, F /*max_length*/) {
     return M::c(1.0) / M::maximum(num_sequences, M::c(1.0));
   }
 };
 
 // 1 / (B·L_max) (Dr.GRPO; Liu et al. 2025).
 struct seq_mean_token_sum_norm {
-  template <class M>
-  RL4LLM_FORMULA typename M::F eval(typename M::F /*length*/, typename M::F /*num_tokens*/, typename M::F num_sequences, typename M::F max_length) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F /*length*/, F /*num_tokens*/, F num_sequences, F max_length) {
     return M::c(1.0) / (M::maximum(num_sequences, M::c(1.0)) * M::maximum(max_length, M::c(1.0)));
   }
 };
 
 // 1; "none" has the same weight and no sum.
 struct token_sum {
-  template <class M>
-  RL4LLM_FORMULA typename M::F eval(typename M::F /*length*/, typename M::F /*num_tokens*/, typename M::F /*num_sequences*/, typename M::F /*max_length*/) {
-    typedef typename M::F F;
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F /*length*/, F /*num_tokens*/, F /*num_sequences*/, F /*max_length*/) {
     return M::c(1.0);
   }
 };

@@ -86,6 +86,7 @@ class KlEstimate(torch.autograd.Function):
     def forward(
         ctx: Any, logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | None, options: KlEstimateOptions
     ) -> Tensor:
+        kl: Tensor
         kl, dkl = dispatch.ops(options.backend).kl_estimate_fwd(logp, ref, old, mask, options.variant)
         ctx.save_for_backward(dkl)
         ctx.options = options

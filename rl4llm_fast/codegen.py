@@ -257,7 +257,7 @@ _CPP_PREAMBLE = f"""// {_HEADER}
 // clang-format off
 //
 // Every formula is a struct with a static eval<M>, where M is the maths of one processor: M::F the number (or vector of
-// numbers) it computes with, M::c a constant of it, and M::exp, minimum, maximum, clamp, where, abs, sign, sigmoid.
+// numbers M::S) it computes with, M::c a constant of it, and M::exp, minimum, maximum, clamp, where, abs, sign, sigmoid.
 #pragma once
 
 #include "hd.h"
@@ -277,8 +277,8 @@ constexpr int max_knobs = {formulas.MAX_KNOBS};
 
 // The metrics of a call, in the order of the vector that they leave in.
 enum Metric {{
-  {", ".join(formulas.METRICS[:5])},
-  {", ".join(formulas.METRICS[5:])}, num_metrics
+  {", ".join(f"metric_{name}" for name in formulas.METRICS[:5])},
+  {", ".join(f"metric_{name}" for name in formulas.METRICS[5:])}, num_metrics
 }};
 
 // What a policy formula gives for a token: the loss, its derivative with respect to logp, and the metrics.
@@ -295,28 +295,26 @@ struct KlToken {{
 """
 
 
-def _cpp_function(function: Function, result: str, tail: str = "") -> str:
+def _cpp_function(function: Function, result: str, knobs: bool = False) -> str:
     statements, results = function.body(CPP)
-    parameters = ", ".join(f"F {name}" if function.uses(name) else f"F /*{name}*/" for name in function.inputs)
-    lines = ["typedef typename M::F F;"]
-    lines += [f"const F {name} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
+    parameters = [f"F {name}" if function.uses(name) else f"F /*{name}*/" for name in function.inputs]
+    if knobs:
+        parameters.append("const typename M::S*" + (" knobs" if function.knobs else " /*knobs*/"))
+    lines = [f"const F {name} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
     lines += [*statements, f"return {{{', '.join(results)}}};" if "<" in result else f"return {results[0]};"]
-    if tail:
-        parameters += ", const typename M::S*" + (" knobs" if function.knobs else " /*knobs*/")
-    parameters = parameters.replace("F ", "typename M::F ")
     body = "\n".join(f"    {line}" for line in lines)
     return (
-        f"// {function.doc}\nstruct {function.name} {{\n  template <class M>\n"
-        f"  RL4LLM_FORMULA {result} eval({parameters}) {{\n{body}\n  }}\n}};"
+        f"// {function.doc}\nstruct {function.name} {{\n  template <class M, class F = typename M::F>\n"
+        f"  RL4LLM_FORMULA {result} eval({', '.join(parameters)}) {{\n{body}\n  }}\n}};"
     )
 
 
 def cpp_source() -> str:
     """csrc/token_formulas_gen.h"""
     parts = [_CPP_PREAMBLE.rstrip("\n")]
-    parts += [_cpp_function(f, "PolicyToken<typename M::F>", tail="knobs") for f in policy_functions()]
-    parts += [_cpp_function(f, "KlToken<typename M::F>") for f in kl_functions()]
-    parts += [_cpp_function(f, "typename M::F") for f in weight_functions()]
+    parts += [_cpp_function(f, "PolicyToken<F>", knobs=True) for f in policy_functions()]
+    parts += [_cpp_function(f, "KlToken<F>") for f in kl_functions()]
+    parts += [_cpp_function(f, "F") for f in weight_functions()]
     parts.append("}  // namespace formulas\n}  // namespace rl4llm")
 
     def table(name: str, functions: Sequence[Function]) -> str:

@@ -220,9 +220,9 @@ def _backend(kind: str, formula: str, logp: Tensor, backend: str | None) -> str:
 def _pack(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
     """Hyperparameters as one fp64 vector: on the CPU, or on the op's device if the user gave a tensor there."""
     room = len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers)
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers.values()):
-        if not torch.compiler.is_compiling():
-            return torch.tensor([*numbers.values(), *(0.0,) * room], dtype=torch.float64)
+    plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers.values())
+    if plain and not torch.compiler.is_compiling():
+        return torch.tensor([*numbers.values(), *(0.0,) * room], dtype=torch.float64)
     packed = [checks.number(name, value, logp).double() for name, value in numbers.items()]
     device = next((p.device for p in packed if p.device.type != "cpu"), None)
     if device is not None:

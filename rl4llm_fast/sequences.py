@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,9 @@ def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> 
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != shape[0]:
             raise ValueError(
-                f"cu_seqlens: wanted offsets from 0 to the number of tokens {shape[0]}, got {offsets[0]} to {offsets[-1]}"
+                f"cu_seqlens: wanted offsets from 0 to the {shape[0]} tokens, got {offsets[0]} to {offsets[-1]}"
             )
-        for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for i, (start, end) in enumerate(itertools.pairwise(offsets)):
             if end < start:
                 raise ValueError(f"cu_seqlens: wanted offsets that never decrease, got {start}, {end} at position {i}")
     if shape[0] and cu_seqlens.shape[0] == 1:
