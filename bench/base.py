@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from .cases import CASES, Case
 
@@ -23,6 +24,8 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import bench.base; sys.pat
 
 def serve() -> None:
     """The child: a line [case, device] loads a case, an empty list takes one sample."""
+    import rl4llm_fast as rf
+
     from . import measure, ops, peers
 
     by_name = {case.name: case for case in CASES}
@@ -36,7 +39,7 @@ def serve() -> None:
                 inputs = ops.make_inputs(case, device)
                 input_sets = [inputs] if device == "cpu" else measure.beyond_cache(case, inputs)
                 sampler, _ = measure.sampler(case, peers.OURS, function, input_sets, device)
-                answer: dict[str, object] = {"loaded": True}
+                answer: dict[str, object] = {"loaded": rf.__file__}
             else:
                 assert sampler is not None
                 answer = {"ms": sampler()}
@@ -48,7 +51,7 @@ def serve() -> None:
 class Base:
     """A built worktree of ``ref`` and the process that measures it. A context manager: it cleans up after itself."""
 
-    def __init__(self, ref: str) -> None:
+    def __init__(self, ref: str, device: str) -> None:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", f"{ref}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
         )
@@ -56,6 +59,7 @@ class Base:
             raise ValueError(f"base: wanted a git ref, got {ref!r}: {commit.stderr.strip()}")
         self.ref = f"{ref} ({commit.stdout.strip()})"
         self._commit = commit.stdout.strip()
+        self._device = device
 
     def __enter__(self) -> Base:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-base-")
@@ -64,7 +68,9 @@ class Base:
         self._tree = tree
         try:
             print(f"building {self.ref} ...", file=sys.stderr)
-            subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, check=True)
+            build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            cuda = {"RL4LLM_FAST_CUDA": "0"} if self._device == "cpu" else {}  # the CPU suites do without nvcc
+            subprocess.run(build, cwd=tree, check=True, env={**os.environ, **cuda}, stdout=sys.stderr)
             self._child = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, str(ROOT), str(tree)],
                 stdin=subprocess.PIPE,
@@ -86,7 +92,7 @@ class Base:
         subprocess.run(["git", "worktree", "remove", "--force", str(self._tree)], cwd=ROOT)
         self._folder.cleanup()
 
-    def _ask(self, request: list[str]) -> dict[str, float]:
+    def _ask(self, request: list[str]) -> dict[str, Any]:
         child = self._child
         assert child.stdin is not None
         assert child.stdout is not None
@@ -94,14 +100,16 @@ class Base:
         child.stdin.flush()
         for line in child.stdout:
             if line.startswith(_MARK):
-                answer: dict[str, float] = json.loads(line[1:])
+                answer: dict[str, Any] = json.loads(line[1:])
                 if "failed" in answer:
                     raise RuntimeError(f"base {self.ref}: {answer['failed']}")
                 return answer
         raise RuntimeError(f"base {self.ref}: its process ended")
 
     def load(self, case: Case, device: str) -> None:
-        self._ask([case.name, device])
+        loaded = str(self._ask([case.name, device])["loaded"])
+        if not pathlib.Path(loaded).is_relative_to(self._tree.resolve()):  # else this tree would race itself
+            raise RuntimeError(f"base {self.ref}: imported {loaded}, wanted the one in {self._tree}")
 
     def sample(self) -> float:
-        return self._ask([])["ms"]
+        return float(self._ask([])["ms"])

@@ -140,7 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     names = [peers.OURS, *(name for name in arguments.peers if name != peers.OURS)]
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(Base(arguments.base)) if arguments.base else None
+        base = (
+            stack.enter_context(Base(arguments.base, "cuda" if arguments.suite == "gpu" else "cpu"))
+            if arguments.base
+            else None
+        )
         result = run(arguments.suite, arguments.op, names, base)
     print(report.table(result))
     for path in report.write(result, arguments.out, stem(result["meta"])):

@@ -6,6 +6,7 @@ the sha256 of every source that a kernel was compiled from, so that a kernel tha
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import pathlib
@@ -25,7 +26,6 @@ LEDGER = _ROOT / "bench" / "results" / "verified.json"
 
 _KERNEL = re.compile(r"^def \w+_kernel\(|__global__", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-_IMPORT = re.compile(r"^\s*from \.(\w*) import (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def kernel_sources(path: str, root: pathlib.Path = _ROOT) -> dict[str, str]:
 
 def _needed(file: pathlib.Path, text: str, root: pathlib.Path) -> list[pathlib.Path]:
     if file.suffix == ".py":
-        names = []
-        for module, imported in _IMPORT.findall(text):
-            names += [module] if module else [name.split()[0] for name in imported.strip("() ").split(",") if name]
+        names: list[str] = []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                names += [node.module] if node.module else [alias.name for alias in node.names]
         candidates = [file.parent / f"{name}.py" for name in names]
     else:
         candidates = [folder / name for name in _INCLUDE.findall(text) for folder in (file.parent, root / "csrc")]

@@ -1,4 +1,4 @@
-"""The benchmark suite: its statistics, probes and formulas, a tiny case from end to end, the report and the ledger run."""
+"""The benchmark suite: statistics, probes, formulas, a tiny case from end to end, the report, verification."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="wanted a git ref, got 'no-such-ref'"):
-        base.Base("no-such-ref")
+        base.Base("no-such-ref", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -378,7 +378,8 @@ def test_the_plan_names_tests_and_cases() -> None:
 def test_junit_results_are_counted(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "junit.xml"
     path.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="a"/><testcase classname="t" name="b"><failure/></testcase>'
+        '<testsuites><testsuite><testcase classname="t" name="a"/>'
+        '<testcase classname="t" name="b"><failure/></testcase>'
         '<testcase classname="t" name="c"><skipped/></testcase><testcase classname="t" name="d"><error/></testcase>'
         "</testsuite></testsuites>"
     )

@@ -33,7 +33,7 @@ def tree(tmp_path: pathlib.Path) -> pathlib.Path:
         "kernels/__init__.py": "",
         "kernels/maths.py": "def helper(x):\n    return x\n",
         "kernels/configs.py": "WARPS = 4\n",
-        "kernels/op.py": "from . import configs\nfrom .maths import helper\n\n\ndef op_fwd_kernel(x_ptr):\n    helper(x_ptr)\n",
+        "kernels/op.py": "from . import (\n    configs,\n)\nfrom .maths import helper\ndef op_fwd_kernel(x_ptr): ...\n",
         "csrc/hd.h": '#include "deep.h"\n',
         "csrc/deep.h": "// constants\n",
         "csrc/cuda/op.cu": '#include <cstdint>\n#include "hd.h"\n__global__ void op_fwd_kernel(float* x) {}\n',
