@@ -58,7 +58,7 @@ def _train(path: str | None, overrides: Sequence[str]) -> None:
     if result.history:
         last = result.history[-min(10, len(result.history)) :]
         print(f"mean reward of the last {len(last)} steps: {sum(row['reward_mean'] for row in last) / len(last):.3f}")
-    print(f"metrics.jsonl, rewards.png and checkpoint.pt lie in {result.output_dir}")
+    print(f"The model, metrics.jsonl, rewards.png and the checkpoint lie in {result.output_dir}")
 
 
 if __name__ == "__main__":

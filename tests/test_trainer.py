@@ -54,7 +54,7 @@ def config(tmp_path, **changes) -> GRPOConfig:
     settings = {
         "output_dir": str(tmp_path), "precision": "fp32", "device": "cpu", "steps": 6, "prompts_per_step": 4,
         "group_size": 8, "max_new_tokens": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "progress": False,
-        **changes,
+        "save_model": False, **changes,
     }  # fmt: skip
     return GRPOConfig(**settings)
 
@@ -97,6 +97,13 @@ def test_learns_with_kl_entropy_epochs_and_minibatches(tmp_path):
     assert sum(rewards(result)[-5:]) / 5 > sum(rewards(result)[:3]) / 3 + 0.3
     assert {"kl_ref", "entropy", "clip_fraction", "ratio_mean"} <= set(result.history[-1])
     assert result.history[-1]["kl_ref"] > 0
+
+
+def test_saves_a_model_that_loads_again(tmp_path):
+    result = run(config(tmp_path, steps=1, save_model=True))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for a, b in zip(weights(result.model), weights(loaded), strict=True):
+        assert torch.equal(a, b)
 
 
 # The same curve, however it is computed
@@ -337,6 +344,7 @@ def test_resumes_bit_exactly(tmp_path):
     assert timeless[0] == timeless[1]
     for a, b in zip(weights(whole.model), weights(rest.model), strict=True):
         assert torch.equal(a, b)
+    assert not (tmp_path / "cut" / "checkpoint.partial").exists()
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 

@@ -14,7 +14,7 @@ import torch
 from .config import GRPOConfig
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_FREE = {"steps", "output_dir", "resume", "checkpoint_every", "eval_every", "eval_prompts", "progress"}
+_FREE = {"steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress"}
 
 
 def save(path: Path, *, step: int, config: GRPOConfig, optimizer: dict[str, Any], generator: torch.Generator) -> None:

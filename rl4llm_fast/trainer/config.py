@@ -27,6 +27,7 @@ _CHOICES = {
 }
 _AT_LEAST_ONE = ("prompts_per_step", "group_size", "max_new_tokens", "epochs", "minibatches")
 _NOT_NEGATIVE = (
+    "seed",
     "steps",
     "top_k",
     "sampling_batch_size",
@@ -97,6 +98,7 @@ class GRPOConfig:
     output_dir: str = "runs/grpo"
     resume: bool = True  # go on from the checkpoint in output_dir, where there is one
     checkpoint_every: int = 20  # steps; 0: never
+    save_model: bool = True  # at the end, as a folder that from_pretrained takes
     eval_every: int = 0  # steps; 0: never
     eval_prompts: int = 64
     progress: bool = True

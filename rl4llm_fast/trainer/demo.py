@@ -43,6 +43,7 @@ def demo_config(folder: Path, device: torch.device, steps: int = 0) -> GRPOConfi
         device=str(device),
         output_dir=str(folder),
         checkpoint_every=10,
+        save_model=False,
         eval_prompts=64,
     )
 
@@ -173,7 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/demo", help="folder for metrics, plot and checkpoint")
     parser.add_argument("--steps", type=int, default=0, help="training steps (0: by device)")
     arguments = parser.parse_args(argv)
-    run_demo(Path(arguments.output), steps=arguments.steps)
+    try:
+        run_demo(Path(arguments.output), steps=arguments.steps)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from the last checkpoint.", flush=True)
+        return 130
     return 0
 
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from .optimizer import MasterAdamW, learning_rate
 from .policy import Policy
 from .sampling import Evaluation, Rollout, completion_of, evaluate, sample
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
+
+PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
 
 
 @dataclass
@@ -59,7 +61,8 @@ def train_grpo(
     """Train a causal language model with GRPO; see ``GRPOConfig`` for every setting.
 
     Args:
-        model: a built model of transformers, trained in place; None loads ``config.model``.
+        model: a built model of transformers, trained in place; None loads ``config.model``. Give a run that goes on
+            the model it began with: its weights come from the checkpoint, but it is the reference of ``kl_coef``.
         tokenizer: its tokenizer; None is fine for prompts of token ids, and rewards then get token ids.
         task: what to learn; or ``prompts`` and ``reward``, a function (example, completion) -> number; or neither,
             for ``config.task``.
@@ -103,7 +106,8 @@ class GRPOTrainer:
         if model is None:
             model, loaded = load_model(c.model, precision=c.precision, device=choose_device(c.device))
             tokenizer = tokenizer or loaded
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model: Any = model.eval()
+        self.tokenizer = tokenizer
         self.policy = Policy(model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
         self.end_ids = end_token_ids(model, tokenizer)
@@ -137,6 +141,10 @@ class GRPOTrainer:
                     self.save(step)
         if c.progress and history.rows:
             print(phase_table(history.rows))
+        if c.save_model:
+            self.model.save_pretrained(folder / "model")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "model")
         plot_rewards(history.rows, folder / "rewards.png", f"GRPO on {self.task.name}")
         return TrainResult(self.model, self.tokenizer, history.rows, folder)
 
@@ -208,7 +216,7 @@ class GRPOTrainer:
         """The optimizer steps on one batch: ``epochs`` passes of ``minibatches`` steps each."""
         c = self.config
         count = len(batch.rollout.answers)
-        old: list[Tensor] | None = None
+        old: PerAnswer = None
         if c.old_logprobs == "sampler":
             old = [torch.tensor(values) for values in batch.rollout.logprobs]
         elif c.epochs * c.minibatches > 1:
@@ -231,12 +239,7 @@ class GRPOTrainer:
                 "learning_rate": learning_rate(c, step)}  # fmt: skip
 
     def _accumulate(
-        self,
-        batch: Batch,
-        index: list[int],
-        old: list[Tensor] | None,
-        reference: list[Tensor] | None,
-        averages: Averages,
+        self, batch: Batch, index: list[int], old: PerAnswer, reference: PerAnswer, averages: Averages
     ) -> float:
         """Gradients of one minibatch, micro-batch by micro-batch, normalised by the tokens of all of it."""
         c, answers = self.config, batch.rollout.answers
@@ -291,6 +294,6 @@ class GRPOTrainer:
         return contextlib.nullcontext() if name == "auto" else rf.use_backend(name)
 
 
-def _packed(values: list[Tensor] | None, index: list[int], device: torch.device) -> Tensor | None:
+def _packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:
     """Per-answer tensors, the chosen ones, one behind the other."""
     return None if values is None else torch.cat([values[i] for i in index]).to(device)
