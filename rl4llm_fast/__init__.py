@@ -14,7 +14,7 @@ del _pathlib, _root
 
 from .advantages import group_advantages
 from .dispatch import backends, use_backend
-from .divergence import kl_divergence
+from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
 from .formulas import token_loss
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
@@ -29,6 +29,8 @@ __all__ = [
     "group_advantages",
     "kl_divergence",
     "kl_estimate",
+    "linear_kl_divergence",
+    "linear_kl_estimate",
     "linear_token_logprobs",
     "policy_loss",
     "token_entropy",

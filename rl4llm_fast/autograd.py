@@ -203,3 +203,64 @@ class KlDivergence(torch.autograd.Function):
             logits, ref_logits, mask, temperature, softcap, options.direction, beta, *saved, grad.contiguous()
         )
         return grad_logits, None, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class LinearKlDivergenceOptions:
+    """What linear_kl_divergence knows besides tensors."""
+
+    backend: str
+    direction: str
+    compute_dtype: torch.dtype
+    ref_compute_dtype: torch.dtype
+    chunk_tokens: int
+
+
+class LinearKlDivergence(torch.autograd.Function):
+    """Exact KL from hidden states; backward makes both sets of logits of a chunk again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        mask: Tensor | None,
+        temperature: Tensor,
+        softcap: Tensor | None,
+        beta: Tensor,
+        options: LinearKlDivergenceOptions,
+    ) -> Tensor:
+        inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature, softcap)
+        kl, *saved = dispatch.ops(options.backend).linear_kl_divergence_fwd(
+            *inputs, options.direction, beta, options.compute_dtype, options.ref_compute_dtype, options.chunk_tokens
+        )
+        ctx.save_for_backward(*inputs, beta, *saved)
+        ctx.options = options
+        result: Tensor = kl
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *inputs, beta, inner, row_max, log_sum, ref_row_max, ref_log_sum = ctx.saved_tensors
+        options: LinearKlDivergenceOptions = ctx.options
+        need = ctx.needs_input_grad[:3]
+        grads = dispatch.ops(options.backend).linear_kl_divergence_bwd(
+            *inputs,
+            options.direction,
+            beta,
+            inner,
+            row_max,
+            log_sum,
+            ref_row_max,
+            ref_log_sum,
+            grad.contiguous(),
+            options.compute_dtype,
+            options.ref_compute_dtype,
+            options.chunk_tokens,
+            *need,
+        )
+        return *(g if needed else None for g, needed in zip(grads, need, strict=True)), *(None,) * 8

@@ -75,18 +75,18 @@ def _chunks(rows: _Rows, size: int) -> list[tuple[slice, _Rows]]:
     return result
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """logits = x Wᵀ + b, written into the workspace."""
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def _cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(compute_dtype) for t in tensors)
 
 
-def _scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
+def scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
     if index is None:
         return values
     return values.new_zeros((rows, *values.shape[1:])).index_copy_(0, index, values)
@@ -111,7 +111,7 @@ def _forward(
     live = _live(token_ids, mask, ignore_index)
     _check_ids(token_ids, live, ignore_index, vocabulary)
     rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), live)
-    x, w, b = _cast(compute_dtype, rows.hidden, weight, bias)
+    x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     assert x is not None
     assert w is not None
     rows = rows._replace(hidden=x)
@@ -121,7 +121,7 @@ def _forward(
     entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
     workspace = x.new_empty((min(chunk_tokens, rows_total), vocabulary))
     for part, chunk in _chunks(rows, chunk_tokens):
-        logits = _project(chunk.hidden, w, b, workspace[: chunk.hidden.shape[0]])
+        logits = project(chunk.hidden, w, b, workspace[: chunk.hidden.shape[0]])
         outputs = kernels.token_logprobs_fwd(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
         )
@@ -131,10 +131,10 @@ def _forward(
     entropy = entropy if return_entropy else entropy[:0]
     kept = workspace if keep_logits and rows_total <= chunk_tokens else workspace.new_empty(0)
     return (
-        _scatter(logp, index, rows_total),
-        _scatter(entropy, index, rows_total) if return_entropy else entropy.clone(),
-        _scatter(row_max, index, rows_total),
-        _scatter(log_sum, index, rows_total),
+        scatter(logp, index, rows_total),
+        scatter(entropy, index, rows_total) if return_entropy else entropy.clone(),
+        scatter(row_max, index, rows_total),
+        scatter(log_sum, index, rows_total),
         kept,
     )
 
@@ -162,7 +162,7 @@ def _backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), _live(token_ids, mask, ignore_index))
-    x, w, b = _cast(compute_dtype, rows.hidden, weight, bias)
+    x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     assert x is not None
     assert w is not None
     rows = rows._replace(hidden=x)
@@ -171,7 +171,7 @@ def _backward(
     ]
     count, vocabulary = x.shape[0], weight.shape[0]
     grad_hidden = x.new_empty((count, x.shape[1]) if need_hidden else (0,))
-    grad_weight = _WeightGradient(weight, compute_dtype, chunks=-(-count // chunk_tokens)) if need_weight else None
+    grad_weight = WeightGradient(weight, compute_dtype, chunks=-(-count // chunk_tokens)) if need_weight else None
     grad_bias = weight.new_zeros(vocabulary if need_bias else 0, dtype=schemas.accumulation_dtype(compute_dtype))
     reuse = kept_logits is not None and kept_logits.shape[0] > 0
     workspace = kept_logits if reuse else x.new_empty((min(chunk_tokens, count), vocabulary))
@@ -179,7 +179,7 @@ def _backward(
     for part, chunk in _chunks(rows, chunk_tokens):
         logits = workspace[: chunk.hidden.shape[0]]
         if not reuse:
-            _project(chunk.hidden, w, b, logits)
+            project(chunk.hidden, w, b, logits)
         pieces = [None if t is None else t[part] for t in saved]
         kernels.token_logprobs_bwd_(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
@@ -191,13 +191,13 @@ def _backward(
         if need_bias:
             grad_bias += logits.sum(0, dtype=grad_bias.dtype)
     return (
-        _scatter(grad_hidden, index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
+        scatter(grad_hidden, index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
         grad_weight.result() if grad_weight is not None else weight.new_empty(0),
         grad_bias if bias is None else grad_bias.to(bias.dtype),
     )
 
 
-class _WeightGradient:
+class WeightGradient:
     """dW = Σ over chunks of dzᵀ·x, added up in fp32 (fp64 for fp64) whatever the products' dtype."""
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype, chunks: int) -> None:

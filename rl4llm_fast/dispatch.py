@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, schemas
+from . import chunked, chunked_kl, schemas
 from .errors import BackendError
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
@@ -37,6 +37,7 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "token_entropy": ("token_logprobs_fwd", "token_logprobs_bwd"),
     "linear_token_logprobs": ("linear_token_logprobs_fwd", "token_logprobs_fwd", "token_logprobs_bwd_"),
     "kl_divergence": ("kl_divergence_fwd", "kl_divergence_bwd"),
+    "linear_kl_divergence": ("linear_kl_divergence_fwd", "kl_divergence_fwd", "kl_divergence_bwd_"),
     "group_advantages": ("group_advantages",),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
@@ -85,6 +86,7 @@ def _define(namespace: str) -> None:
         if op.no_double_backward:
             _refuse_double_backward(namespace, name, library, functional="!" not in op.schema)
     chunked.register(library, namespace)
+    chunked_kl.register(library, namespace)
 
 
 def _load_extension() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, reference
-from .autograd import KlDivergence, KlDivergenceOptions
+from .autograd import KlDivergence, KlDivergenceOptions, LinearKlDivergence, LinearKlDivergenceOptions
 from .checks import Number
-from .logprobs import check_temperature, flat_rows
+from .chunked import chunk_rule
+from .kl import Estimator, Gradient, kl_estimate
+from .logprobs import check_linear, check_temperature, flat_rows, linear_token_logprobs
 
 Direction = Literal["reverse", "forward", "jsd"]
 
@@ -77,6 +79,123 @@ def kl_divergence(
         KlDivergenceOptions(chosen, direction),
     )
     return kl.reshape(logits.shape[:-1])
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    *,
+    direction: Direction = "reverse",
+    beta: Number = 0.5,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    mask: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Exact KL divergence straight from hidden states: :func:`kl_divergence` of x Wᵀ + b against x' W'ᵀ + b'.
+
+    Both sets of logits exist for one chunk of tokens at a time; the backward makes them anew and adds up dW and db in
+    fp32, as in :func:`linear_token_logprobs`.
+
+    Args:
+        hidden, weight, bias: (..., D), (V, D), (V,) or None: the policy, differentiable.
+        ref_hidden, ref_weight, ref_bias: (..., D'), (V, D'), (V,) or None: the reference, without gradient. D' may
+            differ from D, and the dtypes from the policy's.
+        direction, beta, temperature, softcap, mask, backend: as in :func:`kl_divergence`.
+        chunk_tokens: tokens per chunk; None: both workspaces together as large as ``linear_token_logprobs``' one.
+
+    Returns:
+        (...), in nats; fp32, or fp64 where either side is fp64.
+
+    Raises:
+        As :func:`kl_divergence`; ValueError for shapes that do not fit, naming the argument.
+    """
+    compute_dtype = check_linear(hidden, weight, bias)
+    ref_compute_dtype = check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    checks.has_shape("ref_hidden", ref_hidden[..., 0], hidden.shape[:-1], "hidden, up to D")
+    checks.same_device("ref_hidden", ref_hidden, hidden, "hidden")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"ref_weight: wanted the {weight.shape[0]} rows of weight, got {checks.shape(ref_weight)}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    beta_tensor = _check_direction(direction, beta, hidden)
+    mask = checks.live_mask("mask", mask, hidden.shape[:-1], hidden, "hidden without D")
+    tau = check_temperature(temperature, hidden)
+    cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
+    chosen = dispatch.choose("linear_kl_divergence", hidden, backend)
+    ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
+    ref_bias = None if ref_bias is None else ref_bias.detach()
+    if chosen == "eager":
+        logits = reference.project(hidden, weight, bias, mask)
+        ref_logits = reference.project(ref_hidden, ref_weight, ref_bias, mask)
+        return reference.kl_divergence(logits, ref_logits, mask, tau, cap, direction, beta_tensor)
+    wider = max(compute_dtype, ref_compute_dtype, key=lambda dtype: dtype.itemsize)
+    options = LinearKlDivergenceOptions(
+        backend=chosen,
+        direction=direction,
+        compute_dtype=compute_dtype,
+        ref_compute_dtype=ref_compute_dtype,
+        chunk_tokens=chunk_tokens or chunk_rule(2 * weight.shape[0], wider, hidden.device.type),
+    )
+    kl: Tensor = LinearKlDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+        ref_weight,
+        ref_bias,
+        *flat_rows(mask, tau),
+        cap,
+        beta_tensor,
+        options,
+    )
+    return kl.reshape(hidden.shape[:-1])
+
+
+def linear_kl_estimate(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    token_ids: Tensor,
+    estimator: Estimator = "k3",
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    gradient: Gradient = "value",
+    old_logp: Tensor | None = None,
+    clamp: bool = False,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled KL estimates straight from two pairs of hidden states and heads, without either set of logits.
+
+    :func:`kl_estimate` of two :func:`linear_token_logprobs`, the reference's without gradient; arguments, results and
+    errors are theirs (survey (83), (84), §6.4).
+    """
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "mask": mask,
+        "ignore_index": ignore_index,
+        "chunk_tokens": chunk_tokens,
+        "backend": backend,
+    }
+    logp = linear_token_logprobs(hidden, weight, token_ids, bias, **settings)
+    with torch.no_grad():
+        ref_logp = linear_token_logprobs(ref_hidden, ref_weight, token_ids, ref_bias, **settings)
+    return kl_estimate(
+        logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp, clamp=clamp, mask=mask, backend=backend
+    )
 
 
 def _check_direction(direction: str, beta: Number, like: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def linear_token_logprobs(
         As :func:`token_logprobs`; also ValueError for shapes of ``hidden``, ``weight`` and ``bias`` that do not fit,
         and TypeError for dtypes that differ outside autocast.
     """
-    compute_dtype = _check_linear(hidden, weight, bias)
+    compute_dtype = check_linear(hidden, weight, bias)
     _check_ids_shape(token_ids, hidden, "hidden")
     lead = hidden.shape[:-1]
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -236,7 +236,8 @@ def linear_token_logprobs(
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
     chosen = dispatch.choose("linear_token_logprobs", hidden, backend)
     if chosen == "eager":
-        logits = torch.nn.functional.linear(hidden, weight, bias)
+        live = reference.live_rows(token_ids, hidden, mask, ignore_index)
+        logits = reference.project(hidden, weight, bias, live)
         logp, entropy = reference.token_logprobs(logits, token_ids, mask, tau, cap, ignore_index, return_entropy)
         return logp if entropy is None else (logp, entropy)
 
@@ -264,27 +265,28 @@ def linear_token_logprobs(
     return (logp, entropy.reshape(lead)) if return_entropy else logp
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> torch.dtype:
     """Validate the factors of the logits; the dtype in which their product runs."""
-    checks.is_float("hidden", hidden)
-    checks.is_float("weight", weight)
+    checks.is_float(f"{prefix}hidden", hidden)
+    checks.is_float(f"{prefix}weight", weight)
     if hidden.dim() == 0:
-        raise ValueError("hidden: wanted (..., D), got a 0-d tensor")
+        raise ValueError(f"{prefix}hidden: wanted (..., D), got a 0-d tensor")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"weight: wanted (V, {hidden.shape[-1]}) to match hidden {checks.shape(hidden)}, got {checks.shape(weight)}"
+            f"{prefix}weight: wanted (V, {hidden.shape[-1]}) to match {prefix}hidden {checks.shape(hidden)}, got "
+            f"{checks.shape(weight)}"
         )
-    checks.same_device("weight", weight, hidden, "hidden")
+    checks.same_device(f"{prefix}weight", weight, hidden, f"{prefix}hidden")
     if bias is not None:
-        checks.is_float("bias", bias)
-        checks.has_shape("bias", bias, weight.shape[:1], "weight without D")
-        checks.same_device("bias", bias, hidden, "hidden")
+        checks.is_float(f"{prefix}bias", bias)
+        checks.has_shape(f"{prefix}bias", bias, weight.shape[:1], f"{prefix}weight without D")
+        checks.same_device(f"{prefix}bias", bias, hidden, f"{prefix}hidden")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: wanted the dtype {hidden.dtype} of hidden, got {tensor.dtype}")
+            raise TypeError(f"{prefix}{name}: wanted the dtype {hidden.dtype} of {prefix}hidden, got {tensor.dtype}")
     return hidden.dtype
 
 

@@ -52,6 +52,21 @@ def token_logprobs(
     return logp, torch.where(live, torch.where(bad_row.squeeze(-1), math.nan, entropy), nothing)
 
 
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
+    """Logits x Wᵀ + b; rows that are not live count as 0, so that a NaN in them does not reach dW as 0·NaN."""
+    if live is not None:
+        hidden = hidden.masked_fill(~live.unsqueeze(-1), 0.0)
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def live_rows(token_ids: Tensor, rows: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Which rows (...) count: the mask, and with one id a row also ignore_index; None: all."""
+    if token_ids.dim() == rows.dim():
+        return mask
+    kept = token_ids != ignore_index
+    return kept if mask is None else kept & mask
+
+
 def _shifted_log_softmax(
     logits: Tensor, live: Tensor, temperature: Tensor, softcap: Tensor | None
 ) -> tuple[Tensor, Tensor]:

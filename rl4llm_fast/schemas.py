@@ -44,6 +44,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wider_accumulation(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The accumulation dtype of an op on two dtypes."""
+    return torch.promote_types(accumulation_dtype(a), accumulation_dtype(b))
+
+
 def _token_logprobs_fwd(
     logits: Tensor,
     token_ids: Tensor,
@@ -107,8 +112,20 @@ def _linear_token_logprobs_bwd(
 
 
 def _kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    acc = torch.promote_types(accumulation_dtype(logits.dtype), accumulation_dtype(ref_logits.dtype))
+    acc = wider_accumulation(logits.dtype, ref_logits.dtype)
     return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))
+
+
+def _linear_kl_divergence_fwd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    acc = wider_accumulation(*args[-3:-1])
+    return tuple(hidden.new_empty((hidden.shape[0],), dtype=acc) for _ in range(6))
+
+
+def _linear_kl_divergence_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype, _, *rest = args[-6:]
+    return _linear_token_logprobs_bwd(hidden, weight, bias, compute_dtype, *rest)
 
 
 def _kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:
@@ -193,6 +210,22 @@ OPS: dict[str, Op] = {
     # grad (N,) -> dlogits (B, T, V), contiguous, in the logits' dtype; ref_logits get none.
     "kl_divergence_bwd": Op(f"(Tensor logits, {_KL_DIVERGENCE_BWD} -> Tensor", _kl_divergence_bwd, True),
     "kl_divergence_bwd_": Op(f"(Tensor(a!) logits, {_KL_DIVERGENCE_BWD} -> ()", _kl_divergence_bwd_, True),
+    # The same from hidden states (N, D), (N, D') and heads (V, D), (V, D'), as in linear_token_logprobs_fwd and _bwd.
+    "linear_kl_divergence_fwd": Op(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+        "Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, ScalarType compute_dtype, "
+        "ScalarType ref_compute_dtype, int chunk_tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _linear_kl_divergence_fwd,
+    ),
+    "linear_kl_divergence_bwd": Op(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+        "Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, Tensor inner, Tensor row_max, "
+        "Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad, ScalarType compute_dtype, "
+        "ScalarType ref_compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
+        "-> (Tensor, Tensor, Tensor)",
+        _linear_kl_divergence_bwd,
+        True,
+    ),
     # rewards (B,); group_ids (B,) int64 or None (then consecutive groups of group_size); scale "group"|"batch"|"none";
     # baseline "mean"|"leave_one_out" -> advantages (B,)
     "group_advantages": Op(

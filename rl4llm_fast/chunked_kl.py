@@ -1,0 +1,172 @@
+"""The exact KL from two pairs of hidden states and heads, a chunk of tokens at a time (see chunked.py)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import schemas
+from .chunked import WeightGradient, cast, project, scatter
+
+
+class _Head(NamedTuple):
+    """One of the two sides: hidden states (N, D) and what turns them into logits."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Head:
+        return _Head(*cast(dtype, *self))  # type: ignore[arg-type]
+
+    def logits(self, part: slice, workspace: Tensor) -> Tensor:
+        hidden = self.hidden[part]
+        return project(hidden, self.weight, self.bias, workspace[: hidden.shape[0]])
+
+    def select(self, mask: Tensor | None, index: Tensor | None) -> _Head:
+        """Drop rows (CPU), or zero those that are not live: 0·NaN must not reach dW."""
+        if index is not None:
+            return self._replace(hidden=self.hidden[index])
+        return self if mask is None else self._replace(hidden=self.hidden.masked_fill(~mask.unsqueeze(-1), 0))
+
+
+def _live_index(mask: Tensor | None) -> Tensor | None:
+    """The rows to work on, where finding them costs no synchronisation; None: all."""
+    if mask is None or mask.device.type != "cpu" or bool(mask.all()):
+        return None
+    return mask.nonzero().squeeze(-1)
+
+
+class _Problem:
+    """Both heads in their compute dtype with the rows that are left, and the per-row arguments of a chunk."""
+
+    def __init__(
+        self,
+        policy: _Head,
+        ref: _Head,
+        mask: Tensor | None,
+        temperature: Tensor,
+        compute_dtype: torch.dtype,
+        ref_compute_dtype: torch.dtype,
+        chunk_tokens: int,
+    ) -> None:
+        self.index = _live_index(mask)
+        self.policy = policy.select(mask, self.index).to(compute_dtype)
+        self.ref = ref.select(mask, self.index).to(ref_compute_dtype)
+        self.mask = None if self.index is not None or mask is None or mask.device.type == "cpu" else mask
+        self.temperature = temperature[self.index] if self.index is not None and temperature.dim() else temperature
+        self.count = self.policy.hidden.shape[0]
+        rows, vocabulary = min(chunk_tokens, self.count), policy.weight.shape[0]
+        self.workspaces = [h.hidden.new_empty((rows, vocabulary)) for h in (self.policy, self.ref)]
+        self.chunks = [slice(start, start + chunk_tokens) for start in range(0, self.count, chunk_tokens)]
+
+    def per_row(self, part: slice) -> tuple[Tensor | None, Tensor]:
+        tau = self.temperature[part] if self.temperature.dim() else self.temperature
+        return None if self.mask is None else self.mask[part], tau
+
+    def logits(self, part: slice) -> tuple[Tensor, Tensor]:
+        return self.policy.logits(part, self.workspaces[0]), self.ref.logits(part, self.workspaces[1])
+
+
+def _forward(
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    direction: str,
+    beta: Tensor,
+    compute_dtype: torch.dtype,
+    ref_compute_dtype: torch.dtype,
+    chunk_tokens: int,
+) -> tuple[Tensor, ...]:
+    heads = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
+    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, chunk_tokens)
+    acc = schemas.wider_accumulation(compute_dtype, ref_compute_dtype)
+    outputs = [hidden.new_empty(problem.count, dtype=acc) for _ in range(6)]
+    for part in problem.chunks:
+        logits, ref_logits = problem.logits(part)
+        live, tau = problem.per_row(part)
+        pieces = kernels.kl_divergence_fwd(
+            logits.unsqueeze(0), ref_logits.unsqueeze(0), live, tau, softcap, direction, beta
+        )
+        for whole, piece in zip(outputs, pieces, strict=True):
+            whole[part] = piece
+    return tuple(scatter(whole, problem.index, hidden.shape[0]) for whole in outputs)
+
+
+def _backward(
+    kernels: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    direction: str,
+    beta: Tensor,
+    inner: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ref_row_max: Tensor,
+    ref_log_sum: Tensor,
+    grad: Tensor,
+    compute_dtype: torch.dtype,
+    ref_compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
+    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, chunk_tokens)
+    saved = [
+        t if problem.index is None else t[problem.index]
+        for t in (inner, row_max, log_sum, ref_row_max, ref_log_sum, grad)
+    ]
+    policy = problem.policy
+    grad_hidden = policy.hidden.new_empty(policy.hidden.shape if need_hidden else (0,))
+    grad_weight = WeightGradient(weight, compute_dtype, len(problem.chunks)) if need_weight else None
+    grad_bias = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=schemas.accumulation_dtype(compute_dtype))
+    for part in problem.chunks:
+        logits, ref_logits = problem.logits(part)
+        live, tau = problem.per_row(part)
+        kernels.kl_divergence_bwd_(
+            logits.unsqueeze(0), ref_logits.unsqueeze(0), live, tau, softcap, direction, beta, *(t[part] for t in saved)
+        )  # the logits are now dlogits
+        if need_hidden:
+            torch.mm(logits, policy.weight, out=grad_hidden[part])
+        if grad_weight is not None:
+            grad_weight.add(logits, policy.hidden[part])
+        if need_bias:
+            grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+    return (
+        scatter(grad_hidden, problem.index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
+        grad_weight.result() if grad_weight is not None else weight.new_empty(0),
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def register(library: torch.library.Library, namespace: str) -> None:
+    """Implement linear_kl_divergence of one namespace by chunks over that namespace's own streaming kernels."""
+    kernels = getattr(torch.ops, namespace)
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _forward(kernels, *args)
+
+    def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(kernels, *args)
+
+    for key in ("CPU", "CUDA"):
+        library.impl("linear_kl_divergence_fwd", forward, key)
+        library.impl("linear_kl_divergence_bwd", backward, key)
