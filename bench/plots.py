@@ -19,6 +19,8 @@ _COLOURS = {
     "base": "#444444",
 }
 
+_SHORTEST = 0.1
+
 
 def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     """PNG files; none, with a line on stderr, where matplotlib is missing or no case has a figure."""
@@ -45,7 +47,7 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
     footer = f"{meta['device']}, {meta['date'][:10]}, torch {meta['torch']}, commit {meta['git']}"
     speed = {name: {r: v["speedup"] for r, v in by.items() if "speedup" in v} for name, by in rows}
     memory = {
-        name: {r: max(v["extra_bytes"] / 2**20, 0.1) for r, v in by.items() if v.get("extra_bytes") is not None}
+        name: {r: v["extra_bytes"] / 2**20 for r, v in by.items() if v.get("extra_bytes") is not None}
         for name, by in rows
     }
     for key, values, label in (
@@ -60,15 +62,22 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
     return paths
 
 
+def _number(value: float) -> str:
+    if value < _SHORTEST:
+        return f"< {_SHORTEST:g}"
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
 def _bars(plt: Any, values: dict[str, dict[str, float]], label: str, footer: str, path: pathlib.Path) -> None:
     names = list(dict.fromkeys(peer for row in values.values() for peer in row))
     figure, axes = plt.subplots(figsize=(9, 1.1 + len(values) * (0.22 + 0.17 * len(names))), dpi=110)
     height = 0.8 / len(names)
     for index, name in enumerate(names):
         at = [row + index * height for row, by in enumerate(values.values()) if name in by]
-        wide = [by[name] for by in values.values() if name in by]
+        true = [by[name] for by in values.values() if name in by]
+        wide = [max(value, _SHORTEST) for value in true]  # a logarithmic axis has no zero
         bars = axes.barh(at, wide, height=height * 0.9, color=_COLOURS.get(name, "#888888"), label=name)
-        axes.bar_label(bars, fmt=lambda x: f"{x:,.1f}" if x < 100 else f"{x:,.0f}", padding=3, fontsize=7)
+        axes.bar_label(bars, labels=[_number(value) for value in true], padding=3, fontsize=7)
     axes.set_xscale("log")
     if label.startswith("time"):
         axes.axvline(1.0, color=_COLOURS[OURS], linewidth=1.5)
