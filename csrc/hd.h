@@ -89,7 +89,7 @@ struct RowGrad {
 
 template <class A>
 RL4LLM_HD RowGrad<A> row_grad(A max, A log_sum, A entropy, A grad_logp_sum, A grad_entropy, double temperature,
-                               A softcap) {
+                              A softcap) {
   // In fp64, once a row. Without an upstream gradient the entropy may be undefined: 0·NaN must not reach the row.
   const double weight = grad_entropy == A(0) ? 0.0 : double(grad_entropy) * double(entropy);
   return {max,

@@ -33,8 +33,8 @@ py::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
-  info["torch_target_abi"] = std::to_string(TORCH_TARGET_VERSION >> 56 & 255) + "." +
-                             std::to_string(TORCH_TARGET_VERSION >> 48 & 255);
+  info["torch_target_abi"] =
+      std::to_string(TORCH_TARGET_VERSION >> 56 & 255) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 255);
   info["cpu_instruction_sets"] = split(RL4LLM_CPU_ISAS, ',');
   info["cpu_instruction_set_in_use"] = rl4llm::isa_name(rl4llm::chosen_isa());
 #ifdef RL4LLM_CUDA_VERSION

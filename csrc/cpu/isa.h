@@ -24,23 +24,34 @@ void force_isa(const char* name);
 }  // namespace rl4llm
 
 #if defined(__x86_64__)
-#define RL4LLM_PER_ISA(Struct, name)                 \
-  namespace rl4llm {                                 \
-  namespace baseline { extern const Struct name; }   \
-  namespace avx2 { extern const Struct name; }       \
-  namespace avx512 { extern const Struct name; }     \
-  static inline const Struct& name() {               \
-    switch (chosen_isa()) {                          \
-      case Isa::avx512: return avx512::name;         \
-      case Isa::avx2: return avx2::name;             \
-      default: return baseline::name;                \
-    }                                                \
-  }                                                  \
+#define RL4LLM_PER_ISA(Struct, name)   \
+  namespace rl4llm {                   \
+  namespace baseline {                 \
+  extern const Struct name;            \
+  }                                    \
+  namespace avx2 {                     \
+  extern const Struct name;            \
+  }                                    \
+  namespace avx512 {                   \
+  extern const Struct name;            \
+  }                                    \
+  static inline const Struct& name() { \
+    switch (chosen_isa()) {            \
+      case Isa::avx512:                \
+        return avx512::name;           \
+      case Isa::avx2:                  \
+        return avx2::name;             \
+      default:                         \
+        return baseline::name;         \
+    }                                  \
+  }                                    \
   }
 #else
-#define RL4LLM_PER_ISA(Struct, name)                           \
-  namespace rl4llm {                                           \
-  namespace baseline { extern const Struct name; }             \
+#define RL4LLM_PER_ISA(Struct, name)                            \
+  namespace rl4llm {                                            \
+  namespace baseline {                                          \
+  extern const Struct name;                                     \
+  }                                                             \
   static inline const Struct& name() { return baseline::name; } \
   }
 #endif

@@ -46,13 +46,21 @@ inline std::string shape_of(const Tensor& tensor) {
 template <class T>
 constexpr ScalarType scalar_type_of();
 template <>
-constexpr ScalarType scalar_type_of<float>() { return ScalarType::Float; }
+constexpr ScalarType scalar_type_of<float>() {
+  return ScalarType::Float;
+}
 template <>
-constexpr ScalarType scalar_type_of<double>() { return ScalarType::Double; }
+constexpr ScalarType scalar_type_of<double>() {
+  return ScalarType::Double;
+}
 template <>
-constexpr ScalarType scalar_type_of<int64_t>() { return ScalarType::Long; }
+constexpr ScalarType scalar_type_of<int64_t>() {
+  return ScalarType::Long;
+}
 template <>
-constexpr ScalarType scalar_type_of<bool>() { return ScalarType::Bool; }
+constexpr ScalarType scalar_type_of<bool>() {
+  return ScalarType::Bool;
+}
 
 // fp64 sums for fp64, fp32 for everything else (schemas.py: accumulation_dtype).
 inline ScalarType accumulation_type(ScalarType type) {
@@ -87,11 +95,16 @@ inline float bits_to_float(uint32_t bits) {
 // Element i of float data of any dtype.
 inline double read_element(const void* data_ptr, ScalarType type, int64_t i) {
   switch (type) {
-    case ScalarType::Double: return static_cast<const double*>(data_ptr)[i];
-    case ScalarType::Float: return static_cast<const float*>(data_ptr)[i];
-    case ScalarType::BFloat16: return bits_to_float(uint32_t(static_cast<const uint16_t*>(data_ptr)[i]) << 16);
-    case ScalarType::Half: return static_cast<float>(static_cast<const torch::headeronly::Half*>(data_ptr)[i]);
-    default: fail("wanted float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    case ScalarType::Double:
+      return static_cast<const double*>(data_ptr)[i];
+    case ScalarType::Float:
+      return static_cast<const float*>(data_ptr)[i];
+    case ScalarType::BFloat16:
+      return bits_to_float(uint32_t(static_cast<const uint16_t*>(data_ptr)[i]) << 16);
+    case ScalarType::Half:
+      return static_cast<float>(static_cast<const torch::headeronly::Half*>(data_ptr)[i]);
+    default:
+      fail("wanted float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
   }
 }
 
@@ -129,7 +142,8 @@ struct Rows {
   ScalarType type;
 
   Rows(const Tensor& logits, const char* name)
-      : base_ptr(static_cast<char*>(logits.data_ptr())), element_size(int64_t(logits.element_size())),
+      : base_ptr(static_cast<char*>(logits.data_ptr())),
+        element_size(int64_t(logits.element_size())),
         type(logits.scalar_type()) {
     if (logits.dim() != 3) fail(name, ": wanted (B, T, V), got ", shape_of(logits));
     B = logits.size(0), T = logits.size(1), V = logits.size(2), N = B * T;
@@ -139,9 +153,7 @@ struct Rows {
     }
   }
   // Row n, from column v.
-  char* at(int64_t n, int64_t v) const {
-    return base_ptr + (n / T * stride_b + n % T * stride_t + v) * element_size;
-  }
+  char* at(int64_t n, int64_t v) const { return base_ptr + (n / T * stride_b + n % T * stride_t + v) * element_size; }
 };
 
 inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {

@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_fwd(Tensor logits, Ten
   tokens.check(rows);
 
   const ScalarType acc = accumulation_type(rows.type);
-  const Tensor logp = tokens.one_id ? empty_like_of(logits, {rows.N}, acc)
-                                    : empty_like_of(logits, {rows.N, tokens.K}, acc);
+  const Tensor logp =
+      tokens.one_id ? empty_like_of(logits, {rows.N}, acc) : empty_like_of(logits, {rows.N, tokens.K}, acc);
   const Tensor entropy = empty_like_of(logits, {return_entropy ? rows.N : 0}, acc);
   const Tensor row_max = empty_like_of(logits, {rows.N}, acc), log_sum = empty_like_of(logits, {rows.N}, acc);
   const auto run = [&](auto a) {
@@ -191,10 +191,14 @@ void collect_choices(const TokenIds& tokens, int64_t n, const A* grad_logp_ptr, 
 }
 
 template <class A>
-bool finite(A x) { return x - x == A(0); }
+bool finite(A x) {
+  return x - x == A(0);
+}
 
 template <class A>
-A canonical(A x) { return x == x ? x : not_a_number(A()); }  // rounding to bf16 could carry a NaN's payload away
+A canonical(A x) {
+  return x == x ? x : not_a_number(A());
+}  // rounding to bf16 could carry a NaN's payload away
 
 template <class A>
 struct Upstream {
@@ -253,7 +257,8 @@ void run_bwd(const Tensor& logits, const Tensor& dlogits, const Tensor& token_id
   const double c = read_softcap(softcap);
   check_temperature(tau);
   tokens.check(rows);
-  if (grad_entropy && !(entropy && entropy->numel() == rows.N)) fail("entropy: wanted the forward's, with grad_entropy");
+  if (grad_entropy && !(entropy && entropy->numel() == rows.N))
+    fail("entropy: wanted the forward's, with grad_entropy");
   const auto run = [&](auto a) {
     using A = decltype(a);
     const Upstream<A> up{data_of<A>(row_max, "row_max", rows.N), data_of<A>(log_sum, "log_sum", rows.N),

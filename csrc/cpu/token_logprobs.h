@@ -1,4 +1,5 @@
-// What token_logprobs.cpp (checks, rows, threads) calls in token_logprobs.isa.cpp (the arithmetic on one part of a row).
+// What token_logprobs.cpp (checks, rows, threads) calls in token_logprobs.isa.cpp (the arithmetic on one part of a
+// row).
 #pragma once
 
 #include <stdint.h>

@@ -28,10 +28,10 @@ namespace RL4LLM_ISA {
 template <class F>
 constexpr double kLeast = -200.0;
 
-#define RL4LLM_VECTOR_OPERATORS(F)                                \
-  RL4LLM_INLINE F operator+(F a, F b) { return {a.v + b.v}; }     \
-  RL4LLM_INLINE F operator-(F a, F b) { return {a.v - b.v}; }     \
-  RL4LLM_INLINE F operator*(F a, F b) { return {a.v * b.v}; }     \
+#define RL4LLM_VECTOR_OPERATORS(F)                            \
+  RL4LLM_INLINE F operator+(F a, F b) { return {a.v + b.v}; } \
+  RL4LLM_INLINE F operator-(F a, F b) { return {a.v - b.v}; } \
+  RL4LLM_INLINE F operator*(F a, F b) { return {a.v * b.v}; } \
   RL4LLM_INLINE F operator/(F a, F b) { return {a.v / b.v}; }
 
 }  // namespace RL4LLM_ISA
@@ -87,8 +87,8 @@ RL4LLM_INLINE void softcap(Vec z, float c, float origin, Vec& shifted, Vec& tanh
   const Vec far = with_sign_of((Vec::of(1.0f) - t) / (Vec::of(1.0f) + t), a);
   const Vec near = Vec::of(0.9f), far_shifted = fma(far, Vec::of(c), Vec::of(-origin));
   tanh = select_less(size, near, fma(a, curve, a), far);
-  shifted = select_less(size, near, fma(z, curve, from),
-                        select_less(size, Vec::of(__builtin_inff()), far_shifted, from));
+  shifted =
+      select_less(size, near, fma(z, curve, from), select_less(size, Vec::of(__builtin_inff()), far_shifted, from));
 }
 
 struct Vec64 {

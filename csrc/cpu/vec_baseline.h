@@ -85,9 +85,9 @@ RL4LLM_INLINE uint16_t to_fp16(float x) {
   __builtin_memcpy(&bits, &x, 4);
   const uint32_t sign = bits >> 16 & 0x8000;
   const uint32_t size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);    // NaN
-  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);   // rounds to infinity
-  if (size < 0x38800000) {                                  // subnormal: let an addition do the rounding
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);   // NaN
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
+  if (size < 0x38800000) {                                 // subnormal: let an addition do the rounding
     float value;
     __builtin_memcpy(&value, &size, 4);
     value += 0.5f;
