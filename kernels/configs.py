@@ -26,7 +26,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ),
     ("token_logprobs_fwd", 4): Launch(4096, 8, 128, "not yet measured: as in 2 bytes, 4 16-byte loads a thread"),
     ("token_logprobs_bwd", 2): Launch(
-        4096, 8, 64, "not yet measured: 2 16-byte loads a thread, 4 programs an SM and no loop to wait in"
+        4096, 8, 96, "not yet measured: 2 16-byte loads a thread; 64 registers (4 programs an SM) without a softcap"
     ),
     ("token_logprobs_bwd", 4): Launch(2048, 8, 64, "not yet measured: as in 2 bytes, 2 16-byte loads a thread"),
 }

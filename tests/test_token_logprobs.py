@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import rl4llm_fast as rf
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 INF = math.inf
-BACKENDS = [b for b in rf.backends()["token_logprobs"] if b in ("eager", "cpu")]  # GPU backends: tests/test_gpu.py
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# GPU backends: tests/test_gpu.py. tests/test_triton_interpret.py runs this file once more in Triton's interpreter.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else [b for b in rf.backends()["token_logprobs"] if b in ("eager", "cpu")]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED else [torch.float64])
 
 
 def run(logits, ids, *, grads=None, backend, **options):

@@ -1,0 +1,82 @@
+"""The CUDA C++ kernels without a GPU: compiled for every architecture that ships; no spills; 16-byte loads."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHS = ["80", "90a", "100"]
+REGISTERS = 64  # four blocks of 256 threads an SM; every kernel here waits for memory, not for arithmetic
+STREAMING = ["token_logprobs_fwd_kernel", "token_logprobs_bwd_kernel"]
+
+
+def toolkit() -> pathlib.Path | None:
+    """The folder of a CUDA toolkit with nvcc in it."""
+    named = [pathlib.Path(os.environ[n]) for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
+    named += [*sorted(pathlib.Path("/usr/local").glob("cuda-*"), reverse=True), pathlib.Path("/usr/local/cuda")]
+    return next((home for home in named if (home / "bin" / "nvcc").is_file()), None)
+
+
+def cuobjdump(home: pathlib.Path) -> str | None:
+    """The toolkit's, or the one in Triton's package."""
+    if (home / "bin" / "cuobjdump").is_file():
+        return str(home / "bin" / "cuobjdump")
+    triton = pytest.importorskip("triton", reason="no cuobjdump: neither in the CUDA toolkit nor in triton")
+    inside = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(inside) if inside.is_file() else shutil.which("cuobjdump")
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """{(source name, arch): cubin}, all compiled side by side."""
+    home = toolkit()
+    if home is None:
+        pytest.skip("no CUDA toolkit here (no nvcc in CUDA_HOME or /usr/local/cuda*)")
+    folder = tmp_path_factory.mktemp("cubins")
+    jobs = {}
+    for source in SOURCES:
+        for arch in ARCHS:
+            out = folder / f"{source.stem}.sm_{arch}.cubin"
+            command = [str(home / "bin" / "nvcc"), "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-cubin"]
+            command += ["-Werror=all-warnings", f"-arch=sm_{arch}", str(source), "-o", str(out)]
+            jobs[source.stem, arch] = (out, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for (name, arch), (_, process) in jobs.items():
+        errors = process.communicate()[1]
+        assert process.returncode == 0, f"{name}.cu for sm_{arch}:\n{errors}"
+    return cuobjdump(home), {key: out for key, (out, _) in jobs.items()}
+
+
+@pytest.mark.slow
+def test_no_spills_and_registers_within_budget(cubins):
+    tool, files = cubins
+    assert files
+    for (name, arch), cubin in files.items():
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+        assert kernels, f"{name}.cu holds no kernel for sm_{arch}"
+        for kernel, registers, stack in kernels:
+            assert int(stack) == 0, f"{kernel} sm_{arch} spills {stack} bytes"
+            assert int(registers) <= REGISTERS, f"{kernel} sm_{arch}: {registers} registers, budget {REGISTERS}"
+
+
+@pytest.mark.slow
+def test_streaming_kernels_move_16_bytes_at_a_time(cubins):
+    tool, files = cubins
+    cubin = files["token_logprobs", "90a"]
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : ", sass)[1:]
+    for kernel in STREAMING:
+        bodies = [body for body in functions if kernel in body.split("\n", 1)[0]]
+        assert len(bodies) >= 6, f"{kernel}: three dtypes, with and without a softcap"
+        for body in bodies:
+            head = body.split("\n", 1)[0]
+            assert re.search(r"LDG\.E\.\S*128", body), f"no 16-byte load in {head}"
+            if "bwd" in kernel:
+                assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"
