@@ -6,13 +6,16 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import token_logprobs
+from . import token_logprobs, token_loss
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
     "token_logprobs_fwd": token_logprobs.token_logprobs_fwd,
     "token_logprobs_bwd": token_logprobs.token_logprobs_bwd,
     "token_logprobs_bwd_": token_logprobs.token_logprobs_bwd_,
+    "policy_loss_fwd": token_loss.policy_loss_fwd,
+    "kl_estimate_fwd": token_loss.kl_estimate_fwd,
+    "token_loss_bwd": token_loss.token_loss_bwd,
 }
 
 # "CUDA" is ROCm's key too. In the interpreter the same launchers take CPU tensors.

@@ -61,6 +61,15 @@ def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> 
         if len(shape) == 1:
             return Sequences(shape, (1, shape[0]), None, None, False)
         raise ValueError(f"{name}: wanted (B, T), or packed (N,) with cu_seqlens; got {shape}")
+    offsets = packed_offsets(tokens, cu_seqlens, name)
+    position = torch.arange(shape[0], device=tokens.device)
+    index = torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
+    return Sequences(shape, (1, shape[0]), offsets, index, True)
+
+
+def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
+    """``cu_seqlens`` (B+1,) of packed ``tokens`` (N,), checked, as int64 in [0, N]. Raises as :func:`sequences`."""
+    shape = checks.shape(tokens)
     if len(shape) != 1:
         raise ValueError(f"{name}: wanted packed tokens (N,) beside cu_seqlens, got {shape}")
     checks.is_integer("cu_seqlens", cu_seqlens)
@@ -79,9 +88,4 @@ def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> 
     if shape[0] and cu_seqlens.shape[0] == 1:
         raise ValueError(f"cu_seqlens: wanted at least one sequence for {shape[0]} tokens, got (1,)")
     # Clamped, so that whatever the offsets hold on a GPU, nothing is read out of bounds.
-    offsets64 = cu_seqlens.long().clamp(0, shape[0])
-    position = torch.arange(shape[0], device=tokens.device)
-    index = torch.searchsorted(offsets64[1:].contiguous(), position, right=True).clamp(
-        max=max(offsets64.shape[0] - 2, 0)
-    )
-    return Sequences(shape, (1, shape[0]), offsets64, index, True)
+    return cu_seqlens.long().clamp(0, shape[0])

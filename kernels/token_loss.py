@@ -1,0 +1,410 @@
+"""policy_loss and kl_estimate (docs/math.md sections 3 and 5) from per-token log-probabilities: three launches in all.
+
+The formulas are generated (token_formulas_gen.py); here stand the loads, the sums and the weights. A row is cut into
+segments, each segment's sums are written, and one program joins them in order: no atomics, so the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
+
+from .token_formulas_gen import KL, POLICY, WEIGHTS
+from .token_logprobs import check_grid, on_device
+
+# Where each hyperparameter stands in params; knob k of the formula is at NUM_PARAMS + k.
+NUM_TOKENS = tl.constexpr(PARAMS.index("num_tokens"))
+NUM_SEQUENCES = tl.constexpr(PARAMS.index("num_sequences"))
+MAX_LENGTH = tl.constexpr(PARAMS.index("max_length"))
+DP_SIZE = tl.constexpr(PARAMS.index("dp_size"))
+KL_COEF = tl.constexpr(PARAMS.index("kl_coef"))
+ENTROPY_COEF = tl.constexpr(PARAMS.index("entropy_coef"))
+NUM_PARAMS = tl.constexpr(len(PARAMS))
+
+# What is summed up over the live tokens of a segment; the last two are the least and the largest ratio.
+SUMS = ("count", "loss", "clipped_low", "clipped_high", "ratio", "k1", "k3", "kl", "entropy")
+NUM_SUMS = tl.constexpr(len(SUMS))
+NUM_PARTIALS = len(SUMS) + 2
+
+SEGMENT = 1024  # tokens of a row that one program takes: two 16-byte loads a thread of each input
+WARPS = 4
+FINISH_TILE = 1024  # partial sums that the last program holds at once
+
+
+@triton.jit
+def param(params_ptr, params, INDEX: tl.constexpr):
+    """A hyperparameter: read on the device where the user gave tensors there, else one of the launch's numbers."""
+    if params_ptr is not None:
+        value = tl.load(params_ptr + INDEX).to(tl.float32)
+    else:
+        value = params[INDEX]
+    return value
+
+
+@triton.jit
+def store_sum(partial_ptr, INDEX: tl.constexpr, programs, live, value):
+    tl.store(partial_ptr + INDEX * programs + tl.program_id(0), tl.sum(tl.where(live, value, 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=["T", "segments", "programs"])
+def policy_loss_fwd_kernel(
+    logp_ptr,  # (B, T)
+    old_ptr,  # (B, T) or None: logp
+    adv_ptr,  # (B, T) or (B, 1)
+    ref_ptr,  # (B, T) or None
+    entropy_ptr,  # (B, T) or None
+    mask_ptr,  # (B, T) or None
+    policy_weights_ptr,  # (B, T) or None
+    token_weights_ptr,  # (B, T) or None
+    log_s_ptr,  # (B, T) or (B, 1) or None
+    params_ptr,  # (NUM_PARAMS + knobs,) or None
+    params,  # the same as numbers, or None
+    loss_ptr,  # (B, T) or None
+    dlogp_ptr,  # (B, T)
+    dentropy_ptr,  # (B, T) or None
+    partial_ptr,  # (NUM_SUMS + 2, B·segments)
+    T,
+    segments,
+    programs,
+    FORMULA: tl.constexpr,
+    KL_FORMULA: tl.constexpr,
+    ONE_ADV: tl.constexpr,
+    ONE_LOG_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The policy loss, its derivative and the sums behind the metrics, one segment of a row.
+
+    Computes: w_t·(ω_t·ℓ_t + β·kl_t − c₂·H_t) without the weight of the sequence, and its derivatives in logp and H
+    Grid: (B·segments,), program -> (row, segment); T alone decides the cut
+    Traffic: 4 bytes a token for each input given and each derivative written, 1 for the mask
+    Numerics: fp32; dead tokens are not loaded, their results exactly 0; a segment's sums in one tree
+    Gradient: dloss/dlogp comes with the value from the generated formula; dloss/dH = −c₂·w_t
+    """
+    row = tl.program_id(0) // segments
+    t = tl.program_id(0) % segments * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = row.to(tl.int64) * T + t
+    inside = t < T
+    live = inside
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
+    logp = tl.load(logp_ptr + n, mask=live, other=0.0)
+    old = logp
+    if old_ptr is not None:
+        old = tl.load(old_ptr + n, mask=live, other=0.0)
+    if ONE_ADV:
+        adv = tl.where(live, tl.load(adv_ptr + row), 0.0)
+    else:
+        adv = tl.load(adv_ptr + n, mask=live, other=0.0)
+    log_s = logp
+    if log_s_ptr is not None:
+        if ONE_LOG_S:
+            log_s = tl.where(live, tl.load(log_s_ptr + row), 0.0)
+        else:
+            log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
+    knobs = (
+        param(params_ptr, params, NUM_PARAMS),
+        param(params_ptr, params, NUM_PARAMS + 1),
+        param(params_ptr, params, NUM_PARAMS + 2),
+        param(params_ptr, params, NUM_PARAMS + 3),
+    )
+    loss, dlogp, ratio, clipped_low, clipped_high, k1, k3 = FORMULA(logp, old, adv, log_s, knobs)
+    if policy_weights_ptr is not None:
+        omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0)
+        loss *= omega
+        dlogp *= omega
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + n, mask=live, other=0.0)
+        kl, dkl = KL_FORMULA(logp, ref, old)
+        kl_coef = param(params_ptr, params, KL_COEF)
+        # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
+        loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
+        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl, 0.0)
+        store_sum(partial_ptr, 7, programs, live, kl)
+    else:
+        store_sum(partial_ptr, 7, programs, live, 0.0)
+    weight = tl.where(live, 1.0, 0.0)
+    if token_weights_ptr is not None:
+        weight = tl.load(token_weights_ptr + n, mask=live, other=0.0)
+    if entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + n, mask=live, other=0.0)
+        entropy_coef = param(params_ptr, params, ENTROPY_COEF)
+        loss -= tl.where(entropy_coef != 0.0, entropy_coef * entropy, 0.0)
+        store_sum(partial_ptr, 8, programs, live, entropy)
+        if dentropy_ptr is not None:
+            tl.store(dentropy_ptr + n, tl.where(live, -entropy_coef * weight, 0.0), mask=inside)
+    else:
+        store_sum(partial_ptr, 8, programs, live, 0.0)
+    loss = tl.where(live, loss * weight, 0.0)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + n, loss * param(params_ptr, params, DP_SIZE), mask=inside)
+    tl.store(dlogp_ptr + n, tl.where(live, dlogp * weight, 0.0), mask=inside)
+    store_sum(partial_ptr, 0, programs, live, 1.0)
+    store_sum(partial_ptr, 1, programs, live, loss)
+    store_sum(partial_ptr, 2, programs, live, clipped_low)
+    store_sum(partial_ptr, 3, programs, live, clipped_high)
+    store_sum(partial_ptr, 4, programs, live, ratio)
+    store_sum(partial_ptr, 5, programs, live, k1)
+    store_sum(partial_ptr, 6, programs, live, k3)
+    # The extremes of a reduction drop NaN, its sum does not; a ratio is at most e^20, so 0·sum is 0 or NaN.
+    poison = 0.0 * tl.sum(tl.where(live, ratio, 0.0), axis=0)
+    extremes_ptr = partial_ptr + NUM_SUMS * programs + tl.program_id(0)
+    tl.store(extremes_ptr, tl.min(tl.where(live, ratio, float("inf")), axis=0) + poison)
+    tl.store(extremes_ptr + programs, tl.max(tl.where(live, ratio, float("-inf")), axis=0) + poison)
+
+
+@triton.jit
+def joined(partial_ptr, INDEX: tl.constexpr, B, segments, TILE_B: tl.constexpr, TILE_S: tl.constexpr):
+    """The sum of one quantity over all segments of all rows."""
+    total = tl.zeros([TILE_B], tl.float32)
+    for row0 in range(0, B, TILE_B):
+        total += row_sums(partial_ptr, INDEX, row0, B, segments, TILE_B, TILE_S)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def row_sums(partial_ptr, INDEX: tl.constexpr, row0, B, segments, TILE_B: tl.constexpr, TILE_S: tl.constexpr):
+    """(TILE_B,): the sum of one quantity over the segments of each of the rows from row0 on."""
+    row = row0 + tl.arange(0, TILE_B)[:, None]
+    total = tl.zeros([TILE_B], tl.float32)
+    for s0 in range(0, segments, TILE_S):
+        s = s0 + tl.arange(0, TILE_S)[None, :]
+        part_ptr = partial_ptr + INDEX * B * segments + row * segments + s
+        total += tl.sum(tl.load(part_ptr, mask=(row < B) & (s < segments), other=0.0), axis=1)
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "segments"])
+def policy_loss_finish_kernel(
+    partial_ptr,  # (NUM_SUMS + 2, B·segments)
+    params_ptr,  # (NUM_PARAMS + knobs,) or None
+    params,  # the same as numbers, or None
+    loss_ptr,  # () or None
+    scale_ptr,  # (B,)
+    metrics_ptr,  # (len(METRICS),)
+    B,
+    segments,
+    WEIGHT: tl.constexpr,
+    TILE_B: tl.constexpr,
+    TILE_S: tl.constexpr,
+):
+    """The second launch: the weight of each sequence, the loss and the metrics, from the segments' sums.
+
+    Computes: loss = Σ_i scale_i·Σ_t loss_it, scale_i = dp_size·(the aggregation's weight); means over live tokens
+    Grid: (1,), one program: it is a few hundred numbers, and no other order of adding them exists
+    Traffic: 4·(NUM_SUMS + 4) bytes a segment read, 4 a row written
+    Numerics: fp32, in tiles whose shape depends on T only; no live token: ratios 1, all else 0
+    Gradient: token_loss_bwd_kernel multiplies by scale
+    """
+    count = joined(partial_ptr, 0, B, segments, TILE_B, TILE_S)
+    num_tokens = param(params_ptr, params, NUM_TOKENS)
+    num_tokens = tl.where(num_tokens >= 0.0, num_tokens, count)
+    total = tl.zeros([TILE_B], tl.float32)
+    for row0 in range(0, B, TILE_B):
+        row = row0 + tl.arange(0, TILE_B)
+        length = row_sums(partial_ptr, 0, row0, B, segments, TILE_B, TILE_S)
+        weight = WEIGHT(
+            length, num_tokens, param(params_ptr, params, NUM_SEQUENCES), param(params_ptr, params, MAX_LENGTH)
+        )
+        scale = tl.zeros([TILE_B], tl.float32) + weight * param(params_ptr, params, DP_SIZE)
+        tl.store(scale_ptr + row, scale, mask=row < B)
+        total += scale * row_sums(partial_ptr, 1, row0, B, segments, TILE_B, TILE_S)
+    if loss_ptr is not None:
+        tl.store(loss_ptr, tl.sum(total, axis=0))
+
+    least = tl.full([TILE_B * TILE_S], float("inf"), tl.float32)
+    largest = tl.full([TILE_B * TILE_S], float("-inf"), tl.float32)
+    programs = B * segments
+    for i0 in range(0, programs, TILE_B * TILE_S):
+        i = i0 + tl.arange(0, TILE_B * TILE_S)
+        part_ptr = partial_ptr + NUM_SUMS * programs + i
+        least = tl.minimum(least, tl.load(part_ptr, mask=i < programs, other=float("inf")))
+        largest = tl.maximum(largest, tl.load(part_ptr + programs, mask=i < programs, other=float("-inf")))
+    per_token = 1.0 / tl.maximum(count, 1.0)
+    some = count > 0.0
+    low = joined(partial_ptr, 2, B, segments, TILE_B, TILE_S) * per_token
+    high = joined(partial_ptr, 3, B, segments, TILE_B, TILE_S) * per_token
+    ratio = joined(partial_ptr, 4, B, segments, TILE_B, TILE_S) * per_token
+    poison = 0.0 * ratio  # NaN where a ratio was NaN, which the extremes may have dropped
+    tl.store(metrics_ptr, low + high)
+    tl.store(metrics_ptr + 1, low)
+    tl.store(metrics_ptr + 2, high)
+    tl.store(metrics_ptr + 3, tl.where(some, ratio, 1.0))
+    tl.store(metrics_ptr + 4, tl.where(some, tl.min(least, axis=0) + poison, 1.0))
+    tl.store(metrics_ptr + 5, tl.where(some, tl.max(largest, axis=0) + poison, 1.0))
+    tl.store(metrics_ptr + 6, joined(partial_ptr, 5, B, segments, TILE_B, TILE_S) * per_token)
+    tl.store(metrics_ptr + 7, joined(partial_ptr, 6, B, segments, TILE_B, TILE_S) * per_token)
+    tl.store(metrics_ptr + 8, joined(partial_ptr, 7, B, segments, TILE_B, TILE_S) * per_token)
+    tl.store(metrics_ptr + 9, joined(partial_ptr, 8, B, segments, TILE_B, TILE_S) * per_token)
+
+
+@triton.jit(do_not_specialize=["T", "segments"])
+def token_loss_bwd_kernel(
+    grad_ptr,  # () or (B, T)
+    scale_ptr,  # (B,) or None: 1
+    dlogp_ptr,  # (B, T)
+    dentropy_ptr,  # (B, T) or None
+    grad_logp_ptr,  # (B, T)
+    grad_entropy_ptr,  # (B, T) or None
+    T,
+    segments,
+    ONE_GRAD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The upstream gradient times the derivatives that the forward pass left.
+
+    Computes: g·scale_i·dloss/dlogp, and the same for the entropy
+    Grid: (B·segments,), program -> (row, segment)
+    Traffic: 8 bytes a token, 16 with the entropy, 4 more with a gradient per token
+    Numerics: fp32; a derivative of 0 stays exactly 0, whatever g is
+    Gradient: none: a second derivative raises
+    """
+    row = tl.program_id(0) // segments
+    t = tl.program_id(0) % segments * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = row.to(tl.int64) * T + t
+    inside = t < T
+    if ONE_GRAD:
+        grad = tl.load(grad_ptr)
+    else:
+        grad = tl.load(grad_ptr + n, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        grad *= tl.load(scale_ptr + row)
+    dlogp = tl.load(dlogp_ptr + n, mask=inside, other=0.0)
+    tl.store(grad_logp_ptr + n, tl.where(dlogp == 0.0, 0.0, grad * dlogp), mask=inside)
+    if dentropy_ptr is not None:
+        dentropy = tl.load(dentropy_ptr + n, mask=inside, other=0.0)
+        tl.store(grad_entropy_ptr + n, tl.where(dentropy == 0.0, 0.0, grad * dentropy), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def kl_estimate_fwd_kernel(
+    logp_ptr,  # (N,)
+    ref_ptr,  # (N,)
+    old_ptr,  # (N,) or None: logp
+    mask_ptr,  # (N,) or None
+    kl_ptr,  # (N,)
+    dkl_ptr,  # (N,)
+    N,
+    KL_FORMULA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A sampled estimate of the KL divergence per token, with its derivative.
+
+    Computes: k1, k2, k3 or |d| of d = ref − logp, and d/dlogp in the chosen way
+    Grid: (ceil(N/BLOCK_N),), program -> tokens
+    Traffic: 16 bytes a token, 4 more with old, 1 with the mask
+    Numerics: fp32; dead tokens are not loaded, their results exactly 0
+    Gradient: comes with the value from the generated formula
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    live = inside
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
+    logp = tl.load(logp_ptr + n, mask=live, other=0.0)
+    ref = tl.load(ref_ptr + n, mask=live, other=0.0)
+    old = logp
+    if old_ptr is not None:
+        old = tl.load(old_ptr + n, mask=live, other=0.0)
+    kl, dkl = KL_FORMULA(logp, ref, old)
+    tl.store(kl_ptr + n, tl.where(live, kl, 0.0), mask=inside)
+    tl.store(dkl_ptr + n, tl.where(live, dkl, 0.0), mask=inside)
+
+
+def cut(T: int) -> tuple[int, int]:
+    """(tokens in a segment, segments of a row): by T alone."""
+    block = min(SEGMENT, max(32, triton.next_power_of_2(T)))
+    return block, triton.cdiv(T, block)
+
+
+def check_fp32(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+            raise TypeError(f"{op}: {name} must be contiguous fp32 on this backend, got {tensor.dtype}")
+
+
+def policy_loss_fwd(
+    logp: Tensor,
+    old: Tensor | None,
+    advantages: Tensor,
+    ref: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    policy_weights: Tensor | None,
+    token_weights: Tensor | None,
+    log_s: Tensor | None,
+    params: Tensor,
+    formula: str,
+    kl: str,
+    aggregation: str,
+    entropy_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """schemas.OPS["policy_loss_fwd"]: (loss, dlogp, dentropy, scale, metrics)."""
+    check_fp32("policy_loss_fwd", logp=logp, old=old, advantages=advantages, ref=ref, entropy=entropy, log_s=log_s,
+               policy_weights=policy_weights, token_weights=token_weights)  # fmt: skip
+    B, T = logp.shape
+    per_token = aggregation == "none"
+    loss = logp.new_empty((B, T) if per_token else ())
+    dlogp = torch.empty_like(logp)
+    dentropy = logp.new_empty((B, T) if entropy_grad else (0,))
+    scale, metrics = logp.new_empty((B,)), logp.new_empty((len(METRICS),))
+    block, segments = cut(T)
+    programs = B * segments
+    (grid,) = check_grid("policy_loss_fwd", programs)
+    partial = logp.new_empty((NUM_PARTIALS, programs))
+    # On the CPU they are read here, without a synchronisation; on the device, when the kernels run.
+    host = params.device.type == "cpu"
+    params_ptr, numbers = (None, tuple(params.tolist())) if host else (params, None)
+    tile_s = min(FINISH_TILE, triton.next_power_of_2(max(segments, 1)))
+    with on_device(logp):
+        if programs:
+            policy_loss_fwd_kernel[(grid,)](
+                logp, old, advantages, ref if kl else None, entropy, mask, policy_weights, token_weights, log_s,
+                params_ptr, numbers, loss if per_token else None, dlogp, dentropy if entropy_grad else None, partial, T,
+                segments, programs, FORMULA=POLICY[formula], KL_FORMULA=KL[kl or "k3_value"],
+                ONE_ADV=advantages.shape != (B, T), ONE_LOG_S=log_s is not None and log_s.shape != (B, T),
+                BLOCK_T=block, num_warps=WARPS,
+            )  # fmt: skip
+        policy_loss_finish_kernel[(1,)](
+            partial, params_ptr, numbers, None if per_token else loss, scale, metrics, B, segments,
+            WEIGHT=WEIGHTS["token_sum" if per_token else aggregation], TILE_B=FINISH_TILE // tile_s, TILE_S=tile_s,
+            num_warps=8,
+        )  # fmt: skip
+    return loss, dlogp, dentropy, scale, metrics
+
+
+def kl_estimate_fwd(
+    logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | None, variant: str
+) -> tuple[Tensor, Tensor]:
+    """schemas.OPS["kl_estimate_fwd"]: (kl, dkl)."""
+    check_fp32("kl_estimate_fwd", logp=logp, ref=ref, old=old)
+    kl, dkl = torch.empty_like(logp), torch.empty_like(logp)
+    grid = check_grid("kl_estimate_fwd", triton.cdiv(logp.numel(), SEGMENT))
+    if logp.numel():
+        with on_device(logp):
+            kl_estimate_fwd_kernel[grid](
+                logp, ref, old, mask, kl, dkl, logp.numel(), KL_FORMULA=KL[variant], BLOCK_N=SEGMENT, num_warps=WARPS
+            )
+    return kl, dkl
+
+
+def token_loss_bwd(grad: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
+    """schemas.OPS["token_loss_bwd"]: (grad_logp, grad_entropy)."""
+    check_fp32("token_loss_bwd", grad=grad, scale=scale, dlogp=dlogp, dentropy=dentropy)
+    grad_logp, grad_entropy = torch.empty_like(dlogp), torch.empty_like(dentropy)
+    if dlogp.numel():
+        B = 1 if scale is None else dlogp.shape[0]
+        block, segments = cut(dlogp.numel() // B)
+        grid = check_grid("token_loss_bwd", B * segments)
+        with_entropy = dentropy.numel() > 0
+        with on_device(dlogp):
+            token_loss_bwd_kernel[grid](
+                grad, scale, dlogp, dentropy if with_entropy else None, grad_logp,
+                grad_entropy if with_entropy else None, dlogp.numel() // B, segments, ONE_GRAD=grad.dim() == 0,
+                BLOCK_T=block, num_warps=WARPS,
+            )  # fmt: skip
+    return grad_logp, grad_entropy
+
+
+assert MAX_KNOBS == 4, "policy_loss_fwd_kernel unpacks four knobs"
