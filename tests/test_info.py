@@ -1,4 +1,4 @@
-"""rf.info() and the ledger of GPU kernels: every state, on files made for the test."""
+"""rf.info(), the ledger of GPU kernels in every state on files made for the test, and the run that writes it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import rl4llm_fast as rf
+from bench import verify
 from rl4llm_fast import dispatch
 from rl4llm_fast.info import (
     Report,
@@ -146,3 +148,77 @@ def test_info_works_without_extension_and_triton() -> None:
     assert done.returncode == 0, done.stderr
     assert "RL4LLM_FAST_NO_EXT=1 is set" in done.stdout
     assert "not triton: triton is not installed" in done.stdout
+
+
+# --- verification
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_verify_leaves_the_ledger_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = tmp_path / "verified.json"
+    monkeypatch.setattr(verify.info, "LEDGER", ledger)
+    assert verify.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().out
+    assert not ledger.exists()
+
+
+def test_the_plan_names_tests_and_cases() -> None:
+    text = verify.plan(["kernels/token_logprobs.py", "csrc/cuda/token_loss.cu"])
+    assert (
+        'kernels/token_logprobs.py  (backend triton)\n  tests: pytest -m gpu -k "(token_logprobs) and triton"' in text
+    )
+    assert "case:  token_logprobs_entropy/forward/bf16/8192x151936" in text
+    assert '-k "(token_loss or policy_loss or kl_estimate) and cuda"' in text
+    assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
+
+
+def test_junit_results_are_counted(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase classname="t" name="a"/>'
+        '<testcase classname="t" name="b"><failure/></testcase>'
+        '<testcase classname="t" name="c"><skipped/></testcase><testcase classname="t" name="d"><error/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    tests = verify.parse_junit(path)
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
+    assert tests["names"] == ["t::a"]
+    assert tests["failures"] == ["t::b", "t::d"]
+
+
+def test_verify_saves_after_each_kernel_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    for name in ("a", "b"):
+        path = tmp_path / "kernels" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"def {name}_fwd_kernel(x_ptr):\n    pass\n")
+    ledger = tmp_path / "verified.json"
+    kernels = ["kernels/a.py", "kernels/b.py"]
+    tested: list[str] = []
+    broken = True
+
+    def run_tests(kernel: str) -> dict[str, object]:
+        tested.append(kernel)
+        if broken and kernel == "kernels/b.py":
+            raise KeyboardInterrupt
+        return {"passed": 3, "failed": 0, "skipped": 0, "names": [], "failures": []}
+
+    keys = ("gpu", "date", "git", "rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setattr(verify, "run_tests", run_tests)
+    monkeypatch.setattr(verify.run, "environment", lambda device: {**dict.fromkeys(keys, "2026-01-01"), "device": "X"})
+    monkeypatch.setattr(verify.timing, "ceilings", lambda device: {"copy": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        verify.verify(kernels, ledger, again=False)
+    assert json.loads(ledger.read_text())["kernels"]["kernels/a.py"]["complete"]
+    broken = False
+    assert verify.verify(kernels, ledger, again=False)
+    assert tested == ["kernels/a.py", "kernels/b.py", "kernels/b.py"]  # a was not run again
+    (tmp_path / "kernels" / "a.py").write_text("def a_fwd_kernel(y_ptr):\n    pass\n")
+    assert verify.verify(kernels, ledger, again=False)
+    assert tested[3:] == ["kernels/a.py"]
+    verify.verify(kernels, ledger, again=True)
+    assert tested[4:] == kernels
