@@ -187,7 +187,7 @@ class NinjaFile:
         target = relative + (f".{variant}" if variant else "") + ".o"
         what = relative + (f" ({variant})" if variant else "")
         self.lines += [
-            f"build {target}: {rule} {escape(source)}" + (f" | {after}" if after else ""),
+            f"build {target}: {rule} {escape(os.path.relpath(source, self.folder))}" + (f" | {after}" if after else ""),
             f"  flags = {flags}",
             f"  what = {what}",
         ]
@@ -221,10 +221,10 @@ def write_ninja_file(folder: Path, output: str) -> None:
 
     # Never -ffast-math: it breaks -inf, and at link time it turns on flush-to-zero for the whole process.
     # -ffp-contract=off: where a multiply-add is meant, the code says so; else the formulas round as eager does.
-    common = f"-O3 -DTORCH_TARGET_VERSION={TORCH_TARGET} -I{csrc} -isystem {torch}/include"
+    # Paths inside the checkout are relative, so that a copy of it with its build folder need not compile again.
+    include = f"-I{os.path.relpath(csrc, folder)}"
+    common = f"-O3 -DTORCH_TARGET_VERSION={TORCH_TARGET} {include} -isystem {torch}/include"
     host = f"{common} -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unused-parameter"
-    if cuda:
-        host += f" -isystem {cuda.home}/include"
     ninja = NinjaFile(folder)
     ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {host} $flags -c $in -o $out", "compile $what")
     for source in sorted((csrc / "cpu").glob("*.cpp")):
@@ -237,16 +237,16 @@ def write_ninja_file(folder: Path, output: str) -> None:
     if cuda:
         ninja.rule(
             "nvcc",
-            f"{cuda.nvcc} -ccbin {cxx} -MD -MF $out.d -std=c++20 -O3 -I{csrc} {cuda.gencode()} --threads 2 "
+            f"{cuda.nvcc} -ccbin {cxx} -MD -MF $out.d -std=c++20 -O3 {include} {cuda.gencode()} --threads 2 "
             "-Xcompiler -fPIC,-fvisibility=hidden $flags -c $in -o $out",
             "compile $what",
         )
         for source in sorted((csrc / "cuda").glob("*.cu")):
             ninja.compile("nvcc", source)
         for source in sorted((csrc / "cuda").glob("*.cpp")):
-            ninja.compile("cxx", source)
+            ninja.compile("cxx", source, flags=f"-isystem {cuda.home}/include")
     python = sysconfig.get_paths()["include"]
-    ninja.compile("cxx", csrc / "module.cpp", flags=f"-I{folder} -isystem {python} -isystem {pybind11}")
+    ninja.compile("cxx", csrc / "module.cpp", flags=f"-I. -isystem {python} -isystem {pybind11}")
     # Compiled again after any other object, so that the date it holds is the build's.
     ninja.compile("cxx", csrc / "build_time.cpp", after=" ".join(ninja.objects))
 
