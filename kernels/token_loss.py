@@ -28,7 +28,7 @@ SUMS = ("count", "loss", "clipped_low", "clipped_high", "ratio", "k1", "k3", "kl
 NUM_SUMS = tl.constexpr(len(SUMS))
 NUM_PARTIALS = len(SUMS) + 2
 
-SEGMENT = 1024  # tokens of a row that one program takes: two 16-byte loads a thread of each input
+SEGMENT = 1024  # tokens of a row that one program takes: 8 loads a thread of each input in flight; not yet measured
 WARPS = 4
 FINISH_TILE = 1024  # partial sums that the last program holds at once
 
