@@ -38,7 +38,7 @@ def demo_config(folder: Path, device: torch.device, steps: int = 0) -> GRPOConfi
         prompts_per_step=32 if gpu else 4,
         group_size=16 if gpu else 8,
         max_new_tokens=12,
-        steps=steps or (60 if gpu else 50),
+        steps=steps or 60,
         learning_rate=1e-5,
         device=str(device),
         output_dir=str(folder),
@@ -80,9 +80,9 @@ def run_demo(folder: Path, *, steps: int = 0, rounds: int = 7) -> dict[str, floa
 
     after = trainer.evaluate()
     _title("Held-out questions, greedy answers")
-    print(f"  right before training   {before['accuracy']:.2f}    e.g. {_short(before['answer'])}")
-    print(f"  right after             {after.accuracy:.2f}    e.g. {_short(after.completions[0])}")
-    print(f"  change                 {after.accuracy - before['accuracy']:+.2f}")
+    print(f"  before training   {before['accuracy']:.2f}    e.g. {_short(before['answer'])}")
+    print(f"  after training    {after.accuracy:.2f}    e.g. {_short(after.completions[0])}")
+    print(f"  change           {after.accuracy - before['accuracy']:+.2f}")
 
     count = config.prompts_per_step * config.group_size
     _title(f"One training step on the same {count} answers: fused against plain PyTorch")
