@@ -389,7 +389,9 @@ def kl_estimate_fwd(
     return kl, dkl
 
 
-def token_loss_bwd(grad: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss_bwd(
+    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor, Tensor]:
     """schemas.OPS["token_loss_bwd"]: (grad_logp, grad_entropy)."""
     check_fp32("token_loss_bwd", grad=grad, scale=scale, dlogp=dlogp, dentropy=dentropy)
     grad_logp, grad_entropy = torch.empty_like(dlogp), torch.empty_like(dentropy)

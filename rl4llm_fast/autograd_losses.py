@@ -56,17 +56,17 @@ class PolicyLoss(torch.autograd.Function):
             options.aggregation,
             options.entropy_grad,
         )
-        ctx.save_for_backward(dlogp, dentropy, scale)
+        ctx.save_for_backward(logp, dlogp, dentropy, scale)
         ctx.options = options
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_metrics: Tensor) -> Any:
-        dlogp, dentropy, scale = ctx.saved_tensors
+        logp, dlogp, dentropy, scale = ctx.saved_tensors
         options: PolicyLossOptions = ctx.options
         grad_logp, grad_entropy = dispatch.ops(options.backend).token_loss_bwd(
-            grad_loss.contiguous(), scale, dlogp, dentropy
+            grad_loss.contiguous(), logp, scale, dlogp, dentropy
         )
         return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
 
@@ -88,13 +88,13 @@ class KlEstimate(torch.autograd.Function):
     ) -> Tensor:
         kl: Tensor
         kl, dkl = dispatch.ops(options.backend).kl_estimate_fwd(logp, ref, old, mask, options.variant)
-        ctx.save_for_backward(dkl)
+        ctx.save_for_backward(logp, dkl)
         ctx.options = options
         return kl
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
-        (dkl,) = ctx.saved_tensors
+        logp, dkl = ctx.saved_tensors
         nothing = dkl.new_empty((0,))
-        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(grad_kl.contiguous(), None, dkl, nothing)
+        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(grad_kl.contiguous(), logp, None, dkl, nothing)
         return grad_logp, None, None, None, None

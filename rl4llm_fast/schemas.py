@@ -140,6 +140,36 @@ def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
     return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
 
 
+def _gae_fwd(rewards: Tensor, values: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    kl, advantages = args[3], args[-1]
+    tokens = rewards if kl is None else kl
+    returns = tokens.new_empty(tokens.shape, dtype=accumulation_dtype(tokens.dtype))
+    return returns.new_empty(tokens.shape if advantages else (0,)), returns
+
+
+def _gae_bwd(grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad_returns if grad_advantages is None else grad_advantages
+    if grad is None:
+        raise ValueError("grad_advantages, grad_returns: wanted at least one")
+    cu_seqlens = args[1]
+    count = grad.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), grad.new_empty((count,))
+
+
+def _vtrace(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    advantages = logp.new_empty(logp.shape, dtype=accumulation_dtype(logp.dtype))
+    return advantages, torch.empty_like(advantages)
+
+
+def _n_step_returns(rewards: Tensor, *args: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
+
+
+def _process_advantages(step_rewards: Tensor, *args: Any) -> Tensor:
+    length = args[-2]
+    return step_rewards.new_empty((step_rewards.shape[0], length), dtype=accumulation_dtype(step_rewards.dtype))
+
+
 def _policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     aggregation, entropy_grad = args[-2:]
     return (
@@ -155,7 +185,9 @@ def _kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logp), torch.empty_like(logp)
 
 
-def _token_loss_bwd(grad: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor) -> tuple[Tensor, Tensor]:
+def _token_loss_bwd(
+    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dlogp), torch.empty_like(dentropy)
 
 
@@ -233,6 +265,39 @@ OPS: dict[str, Op] = {
         " -> Tensor",
         _group_advantages,
     ),
+    # Returns. tokens: (B, T) with any strides, or packed (N,) with cu_seqlens (B+1,) int64 in [0, N]; all of one float
+    # dtype. mask like the tokens, bool; bootstrap (B,); gamma, lam, beta 0-d. mask_mode "skip"|"zero". Every token gets
+    # its result, 0 where it is not live; contiguous, in the accumulation dtype.
+    # values None: 0. With kl, rewards are scores like kl, or (B,) for the last live token of each sequence, less β·kl.
+    # -> advantages, (0,) unless wanted; returns
+    "gae_fwd": Op(
+        "(Tensor rewards, Tensor? values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap, Tensor? kl, "
+        "Tensor gamma, Tensor lam, Tensor beta, str mask_mode, bool advantages) -> (Tensor, Tensor)",
+        _gae_fwd,
+    ),
+    # grads contiguous, in the accumulation dtype -> drewards, dvalues, dbootstrap (B,)
+    "gae_bwd": Op(
+        "(Tensor? grad_advantages, Tensor? grad_returns, Tensor? mask, Tensor? cu_seqlens, Tensor gamma, Tensor lam, "
+        "str mask_mode) -> (Tensor, Tensor, Tensor)",
+        _gae_bwd,
+        True,
+    ),
+    # -> advantages, value targets
+    "vtrace": Op(
+        "(Tensor logp, Tensor rollout_logp, Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, "
+        "Tensor? bootstrap, Tensor gamma, Tensor lam, Tensor rho_max, Tensor c_max, str mask_mode) -> (Tensor, Tensor)",
+        _vtrace,
+    ),
+    "n_step_returns": Op(
+        "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap, int n, Tensor gamma, "
+        "str mask_mode) -> Tensor",
+        _n_step_returns,
+    ),
+    # step_rewards (B, K); step_ends (B, K) int64, -1 where there is no step; groups as above -> advantages (B, length)
+    "process_advantages": Op(
+        "(Tensor step_rewards, Tensor step_ends, Tensor? group_ids, int group_size, int length, Tensor eps) -> Tensor",
+        _process_advantages,
+    ),
     # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
     # bool; all contiguous, in the accumulation dtype. params (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or
     # on the op's device. formula: a name of formulas.FORMULAS; kl: one of formulas.kl_variants(), "" without ref.
@@ -249,7 +314,10 @@ OPS: dict[str, Op] = {
         "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", _kl_estimate_fwd
     ),
     # grad 0-d, or like dlogp; scale (B,) for dlogp (B, T), or None -> grad·scale·dlogp, grad·scale·dentropy
+    # logp is not read: it is there so that differentiating again, of which dlogp knows nothing, raises.
     "token_loss_bwd": Op(
-        "(Tensor grad, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)", _token_loss_bwd, True
+        "(Tensor grad, Tensor logp, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)",
+        _token_loss_bwd,
+        True,
     ),
 }

@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> kl_estimate_fwd(Tensor logp, Tensor ref, std::optiona
 }
 
 // grad·scale·d for dlogp, and for dentropy where it is not empty.
-std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
+std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
   const Tensor grad_logp = torch::stable::empty_like(dlogp), grad_entropy = torch::stable::empty_like(dentropy);
   const int64_t B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : dlogp.numel() / B;
   for_dtype(dlogp, "dlogp", [&](auto s) {

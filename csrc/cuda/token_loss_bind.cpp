@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logp, Tensor ref, std::optional<Te
   return {kl, dkl};
 }
 
-std::tuple<Tensor, Tensor> bwd(Tensor grad, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
+std::tuple<Tensor, Tensor> bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
   constexpr const char* kOp = "token_loss_bwd";
   const int64_t N = dlogp.numel(), B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : N / B;
   check_programs(kOp, token_loss_programs(B, T));
