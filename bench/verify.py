@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {"token_loss": ("policy_loss", "kl_estimate"), "groups": ("group_advantages",)}
+# The file of a kernel's gpu-marked tests where it is not tests/test_gpu_{name of the kernel file}.py.
+_TESTS = {"token_logprobs": "tests/test_gpu.py"}
 _PYTEST_NO_TESTS = 5
 
 
@@ -36,16 +39,18 @@ def backend_of(kernel: str) -> str:
     return "cuda" if kernel.startswith("csrc/") else "triton"
 
 
+def _stem(kernel: str) -> str:
+    return pathlib.PurePosixPath(kernel).stem
+
+
 def ops_of(kernel: str) -> tuple[str, ...]:
-    stem = pathlib.PurePosixPath(kernel).stem
-    return _OPS.get(stem, (stem,))
+    return _OPS.get(_stem(kernel), (_stem(kernel),))
 
 
-def test_command(kernel: str, junit: str) -> list[str]:
-    """The gpu-marked tests whose id names the kernel's op (or its file) and its backend."""
-    names = dict.fromkeys((pathlib.PurePosixPath(kernel).stem, *ops_of(kernel)))
-    chosen = f"({' or '.join(names)}) and {backend_of(kernel)}"
-    return [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, f"--junitxml={junit}"]
+def tests_of(kernel: str) -> list[str]:
+    """Arguments of pytest: the tests that name the backend, or none of the two ("cuda" stands in test names too)."""
+    chosen = "triton or not cuda" if backend_of(kernel) == "triton" else "not triton"
+    return [_TESTS.get(_stem(kernel), f"tests/test_gpu_{_stem(kernel)}.py"), "-m", "gpu", "-k", chosen]
 
 
 def cases_of(kernel: str) -> list[cases.Case]:
@@ -56,9 +61,10 @@ def plan(kernels: Sequence[str]) -> str:
     """What would run, in order."""
     lines = []
     for kernel in kernels:
-        command = test_command(kernel, "JUNIT")
+        file, *options = tests_of(kernel)
+        there = "" if (ROOT / file).is_file() else "   (there is no such file: nothing covers this kernel)"
         lines.append(f"{kernel}  (backend {backend_of(kernel)})")
-        lines.append(f'  tests: pytest -m gpu -k "{command[command.index("-k") + 1]}"')
+        lines.append(f"  tests: pytest {shlex.join([file, *options])}{there}")
         lines += [f"  case:  {case.name}" for case in cases_of(kernel)] or ["  case:  none in the suite gpu yet"]
     return "\n".join(lines or ["no GPU kernels in this tree"])
 
@@ -81,15 +87,17 @@ def parse_junit(path: pathlib.Path) -> dict[str, Any]:
 
 def run_tests(kernel: str) -> dict[str, Any]:
     """Run the kernel's tests in a process of their own: a crash of the GPU context ends those tests only."""
+    nothing: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
+    if not (ROOT / tests_of(kernel)[0]).is_file():
+        return nothing
     with tempfile.TemporaryDirectory() as folder:
         junit = pathlib.Path(folder, "junit.xml")
-        code = subprocess.run(test_command(kernel, str(junit)), cwd=ROOT).returncode
+        command = [sys.executable, "-m", "pytest", "-q", *tests_of(kernel), f"--junitxml={junit}"]
+        code = subprocess.run(command, cwd=ROOT).returncode
         if code == _PYTEST_NO_TESTS:
-            return {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
+            return nothing
         if not junit.is_file():
-            return {
-                "passed": 0, "failed": 1, "skipped": 0, "names": [], "failures": [f"pytest ended with status {code}"]
-            }  # fmt: skip
+            return {**nothing, "failed": 1, "failures": [f"pytest ended with status {code}"]}
         tests = parse_junit(junit)
         if code not in (0, 1):
             tests["failed"] += 1

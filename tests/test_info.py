@@ -165,13 +165,31 @@ def test_without_a_gpu_verify_leaves_the_ledger_alone(
 
 
 def test_the_plan_names_tests_and_cases() -> None:
-    text = verify.plan(["kernels/token_logprobs.py", "csrc/cuda/token_loss.cu"])
-    assert (
-        'kernels/token_logprobs.py  (backend triton)\n  tests: pytest -m gpu -k "(token_logprobs) and triton"' in text
-    )
+    text = verify.plan(["kernels/token_logprobs.py", "csrc/cuda/token_loss.cu", "kernels/new.py"])
+    assert text.startswith("kernels/token_logprobs.py  (backend triton)\n")
+    assert "  tests: pytest tests/test_gpu.py -m gpu -k 'triton or not cuda'\n" in text
     assert "case:  token_logprobs_entropy/forward/bf16/8192x151936" in text
-    assert '-k "(token_loss or policy_loss or kl_estimate) and cuda"' in text
+    assert "tests/test_gpu_token_loss.py -m gpu -k 'not triton'" in text
     assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
+    assert "tests/test_gpu_new.py -m gpu -k 'triton or not cuda'   (there is no such file" in text
+    assert "case:  none in the suite gpu yet" in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mine", "other"),
+    [("kernels/token_logprobs.py", "triton", "cuda"), ("csrc/cuda/token_logprobs.cu", "cuda", "triton")],
+)
+def test_the_tests_of_a_kernel_are_found_and_name_its_backend(kernel: str, mine: str, other: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *verify.tests_of(kernel)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    collected = [line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert sum(mine in parameters for parameters in collected) > 50
+    assert not any(other in parameters for parameters in collected)
+
+
+def test_a_kernel_without_a_test_file_has_no_passed_test() -> None:
+    assert verify.run_tests("kernels/no_such_kernel.py")["passed"] == 0
 
 
 def test_junit_results_are_counted(tmp_path: pathlib.Path) -> None:
