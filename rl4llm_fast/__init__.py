@@ -12,7 +12,7 @@ if (_root / "kernels" / "__init__.py").is_file() and (_root / "csrc").is_dir():
     __path__.append(str(_root))
 del _pathlib, _root
 
-from .advantages import group_advantages
+from .advantages import group_advantages, process_advantages, whiten
 from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
@@ -20,22 +20,31 @@ from .formulas import token_loss
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from .losses import policy_loss
+from .returns import discounted_returns, gae, lambda_returns, n_step_returns, shape_rewards, vtrace
 
 __all__ = [
     "AdaptiveKLController",
     "BackendError",
     "__version__",
     "backends",
+    "discounted_returns",
+    "gae",
     "group_advantages",
     "kl_divergence",
     "kl_estimate",
+    "lambda_returns",
     "linear_kl_divergence",
     "linear_kl_estimate",
     "linear_token_logprobs",
+    "n_step_returns",
     "policy_loss",
+    "process_advantages",
+    "shape_rewards",
     "token_entropy",
     "token_logprobs",
     "token_loss",
     "trust_region_exceeded",
     "use_backend",
+    "vtrace",
+    "whiten",
 ]

@@ -39,6 +39,13 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "kl_divergence": ("kl_divergence_fwd", "kl_divergence_bwd"),
     "linear_kl_divergence": ("linear_kl_divergence_fwd", "kl_divergence_fwd", "kl_divergence_bwd_"),
     "group_advantages": ("group_advantages",),
+    "gae": ("gae_fwd", "gae_bwd"),
+    "discounted_returns": ("gae_fwd", "gae_bwd"),
+    "lambda_returns": ("gae_fwd", "gae_bwd"),
+    "n_step_returns": ("n_step_returns",),
+    "vtrace": ("vtrace",),
+    "process_advantages": ("process_advantages",),
+    "whiten": ("whiten_stats", "whiten_apply"),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
 }

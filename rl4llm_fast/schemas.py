@@ -170,6 +170,14 @@ def _process_advantages(step_rewards: Tensor, *args: Any) -> Tensor:
     return step_rewards.new_empty((step_rewards.shape[0], length), dtype=accumulation_dtype(step_rewards.dtype))
 
 
+def _whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.new_empty((3,), dtype=torch.float64)
+
+
+def _whiten_apply(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
+
+
 def _policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     aggregation, entropy_grad = args[-2:]
     return (
@@ -298,6 +306,10 @@ OPS: dict[str, Op] = {
         "(Tensor step_rewards, Tensor step_ends, Tensor? group_ids, int group_size, int length, Tensor eps) -> Tensor",
         _process_advantages,
     ),
+    # x, mask alike, contiguous -> (3,) fp64: the number of live tokens, their mean, Σ (x − mean)²
+    "whiten_stats": Op("(Tensor x, Tensor? mask) -> Tensor", _whiten_stats),
+    # stats as above, perhaps of several ranks
+    "whiten_apply": Op("(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", _whiten_apply),
     # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
     # bool; all contiguous, in the accumulation dtype. params (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or
     # on the op's device. formula: a name of formulas.FORMULAS; kl: one of formulas.kl_variants(), "" without ref.

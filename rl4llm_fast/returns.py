@@ -1,0 +1,350 @@
+"""Returns and advantages along a sequence: one reverse scan x_t = a_t + b_t·x_{t+1}, in its several clothes.
+
+Every function takes padded tokens (B, T), or packed ones (N,) with ``cu_seqlens``, and knows two meanings of a mask
+(``mask_mode``), for masks with holes anywhere and rows without a live token:
+
+- ``"skip"``: a token that is not live is not there; V and A are carried across it (a tool's output in a multi-turn
+  answer). The same as deleting it.
+- ``"zero"``: r and V of such tokens are 0, and the plain recurrence runs over them, up to the last live one.
+
+The bootstrap value follows the last live token in both, and results at tokens that are not live are 0. Whatever stands
+at such tokens, NaN included, changes nothing; a NaN at a live token stays in its own sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, reference_returns
+from .autograd_returns import Gae, GaeOptions
+from .checks import Number
+from .schemas import accumulation_dtype
+from .sequences import packed_offsets
+
+MaskMode = Literal["skip", "zero"]
+
+
+class _Tokens(NamedTuple):
+    """Validated arguments that every function here shares."""
+
+    tensors: list[Tensor]  # of one float dtype
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    bootstrap: Tensor | None
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: Number = 1.0,
+    lam: Number = 0.95,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask_mode: MaskMode = "skip",
+    kl: Tensor | None = None,
+    beta: Number = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Generalised advantage estimation, and the returns that a value function is fitted to, in one pass.
+
+    .. math::
+        \delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad
+        R_t = A_t + V_t
+
+    (survey (19), (25), (28), (12); Schulman et al. 2016, eq. 16.) λ = 1 is the Monte-Carlo return less V, λ = 0 the TD
+    error.
+
+    Args:
+        rewards: (B, T), or packed (N,) with ``cu_seqlens``; fp32, bf16, fp16, and fp64 on the eager and CPU backends;
+            any strides. Differentiable.
+        values: like ``rewards``, V_t. Differentiable.
+        gamma: γ, a number or a 0-d tensor.
+        lam: λ, likewise.
+        mask: like ``rewards``, bool or 0/1 integers, True for a live token.
+        cu_seqlens: (B+1,) integers: where each packed sequence starts, and N. An empty sequence is fine.
+        bootstrap_value: (B,), V after the last live token of each sequence (truncated answers); None: 0.
+            Differentiable.
+        mask_mode: "skip" or "zero", see this module's text.
+        kl: like ``values``. With it the rewards are shaped in the same pass, as :func:`shape_rewards` does: ``rewards``
+            may then be scores (B,). No gradient then flows to rewards or kl.
+        beta: β of the shaped reward; needs ``kl``.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
+
+    Returns:
+        (advantages, returns), both like ``values`` in fp32 (fp64 for fp64 input).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device; cu_seqlens that do not start at 0, ever decrease, or do not
+            end at N.
+        BackendError: a backend asked for by name cannot run here.
+    """
+    if kl is None:
+        if isinstance(beta, Tensor) or beta != 0:
+            raise ValueError("beta: needs kl, which is None")
+        given = _tokens({"values": values, "rewards": rewards}, mask, cu_seqlens, bootstrap_value, mask_mode)
+        value, reward, penalty = given.tensors[0], given.tensors[1], None
+    else:
+        reward, (value, penalty), given = _shaped(
+            rewards, {"values": values, "kl": kl}, mask, cu_seqlens, bootstrap_value, mask_mode
+        )
+    return _gae("gae", reward, value, penalty, given, (gamma, lam, beta), mask_mode, backend)
+
+
+def discounted_returns(
+    rewards: Tensor,
+    *,
+    gamma: Number,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask_mode: MaskMode = "skip",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Monte-Carlo returns G_t = r_t + γ·G_{t+1} (survey (15); Williams 1992), G after the last live token being the
+    bootstrap value.
+
+    Arguments, errors: as :func:`gae`. With ``mask_mode="zero"`` a masked token still costs a factor γ.
+
+    Returns:
+        G, like ``rewards``, fp32 (fp64 for fp64 input); differentiable in ``rewards`` and ``bootstrap_value``.
+    """
+    given = _tokens({"rewards": rewards}, mask, cu_seqlens, bootstrap_value, mask_mode)
+    reward = given.tensors[0]
+    return _gae("discounted_returns", reward, None, None, given, (gamma, 1.0, 0.0), mask_mode, backend)[1]
+
+
+def lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: Number,
+    lam: Number,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask_mode: MaskMode = "skip",
+    backend: str | None = None,
+) -> Tensor:
+    r"""λ-returns G_t = r_t + γ·((1−λ)·V_{t+1} + λ·G_{t+1}) (survey (22); Sutton & Barto 2018, eq. 12.18).
+
+    Arguments, errors: as :func:`gae`, whose returns they are.
+
+    Returns:
+        G, like ``rewards``, fp32 (fp64 for fp64 input); differentiable in rewards, values and bootstrap_value.
+    """
+    given = _tokens({"rewards": rewards, "values": values}, mask, cu_seqlens, bootstrap_value, mask_mode)
+    reward, value = given.tensors
+    return _gae("lambda_returns", reward, value, None, given, (gamma, lam, 0.0), mask_mode, backend)[1]
+
+
+def n_step_returns(
+    rewards: Tensor,
+    values: Tensor,
+    n: int,
+    *,
+    gamma: Number,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask_mode: MaskMode = "skip",
+    backend: str | None = None,
+) -> Tensor:
+    r"""n-step returns (survey (21), (24); Sutton & Barto 2018, eq. 7.1).
+
+    .. math::
+        G^{(n)}_t = \sum_{k<n} \gamma^k r_{t+k} + \gamma^n V_{t+n}
+
+    Where fewer than n live tokens follow, all of them, and then the bootstrap value. Â^(n) = G^(n) − V.
+
+    Args:
+        n: steps, at least 1. With ``mask_mode="skip"`` live tokens are counted.
+        others: as :func:`gae`. No gradient flows.
+
+    Returns:
+        G^(n), like ``rewards``, fp32 (fp64 for fp64 input).
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: wanted an integer, got {type(n).__name__}")
+    if n < 1:
+        raise ValueError(f"n: wanted at least 1, got {n}")
+    given = _tokens({"rewards": rewards, "values": values}, mask, cu_seqlens, bootstrap_value, mask_mode, detach=True)
+    chosen = dispatch.choose("n_step_returns", given.tensors[0], backend)
+    kernel: Any = reference_returns.n_step_returns if chosen == "eager" else dispatch.ops(chosen).n_step_returns
+    discount = checks.number("gamma", gamma, given.tensors[0])
+    result: Tensor = kernel(*given.tensors, given.mask, given.cu_seqlens, given.bootstrap, n, discount, mask_mode)
+    return result
+
+
+def vtrace(
+    logp: Tensor,
+    rollout_logp: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: Number,
+    lam: Number,
+    rho_max: Number = 1.0,
+    c_max: Number = 1.0,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask_mode: MaskMode = "skip",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""V-trace: advantages and value targets for samples of a policy that lags (Espeholt et al. 2018, eq. 1, §4.2).
+
+    .. math::
+        \rho_t = \min(\bar\rho, \pi/\mu), \quad c_t = \lambda \min(\bar c, \pi/\mu), \quad
+        v_t - V_t = \rho_t(r_t + \gamma V_{t+1} - V_t) + \gamma c_t (v_{t+1} - V_{t+1}), \quad
+        A_t = \rho_t (r_t + \gamma v_{t+1} - V_t)
+
+    Args:
+        logp, rollout_logp: like ``rewards``: log π and log μ of the sampled tokens. With ``mask_mode="zero"`` π/μ
+            counts as 1 at tokens that are not live.
+        rho_max, c_max: ρ̄ and c̄; ρ̄ ≥ c̄.
+        others: as :func:`gae`; v after the last live token is the bootstrap value. No gradient flows.
+
+    Returns:
+        (advantages, value targets v), like ``rewards``, fp32 (fp64 for fp64 input).
+    """
+    if isinstance(rho_max, (int, float)) and isinstance(c_max, (int, float)) and rho_max < c_max:
+        raise ValueError(f"rho_max: wanted at least c_max = {c_max}, got {rho_max}")
+    tensors = {"rewards": rewards, "values": values, "logp": logp, "rollout_logp": rollout_logp}
+    given = _tokens(tensors, mask, cu_seqlens, bootstrap_value, mask_mode, detach=True)
+    r, v, now, rollout = given.tensors
+    chosen = dispatch.choose("vtrace", r, backend)
+    kernel: Any = reference_returns.vtrace if chosen == "eager" else dispatch.ops(chosen).vtrace
+    named = {"gamma": gamma, "lam": lam, "rho_max": rho_max, "c_max": c_max}
+    numbers = (checks.number(name, value, r) for name, value in named.items())
+    advantages, targets = kernel(now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *numbers, mask_mode)
+    return advantages, targets
+
+
+def shape_rewards(
+    scores: Tensor,
+    kl: Tensor,
+    *,
+    beta: Number,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Per-token rewards with a KL penalty, r_t = −β·kl_t, the score coming on top of it (survey (7), (81)).
+
+    :func:`gae` does the same in its own pass when it is given ``kl``.
+
+    Args:
+        scores: (B,), for the last live token of each sequence; or like ``kl``, the score of every prefix.
+        kl: (B, T), or packed (N,) with ``cu_seqlens``; for instance ``kl_estimate(old, ref, "k1")``.
+        beta: β, a number or a 0-d tensor.
+        mask: like ``kl``, True for a live token; others get 0.
+        cu_seqlens: (B+1,), as in :func:`gae`.
+
+    Returns:
+        Rewards like ``kl``, fp32 (fp64 for fp64 input). No gradient flows. A sequence without a live token gets no
+        score.
+    """
+    score, (penalty,), given = _shaped(scores, {"kl": kl}, mask, cu_seqlens, None, "skip")
+    return reference_returns.shape_rewards(
+        score, penalty, checks.number("beta", beta, penalty), given.mask, given.cu_seqlens
+    )
+
+
+def _tokens(
+    tensors: dict[str, Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    mask_mode: str,
+    detach: bool = False,
+) -> _Tokens:
+    """Validation; per-token tensors of one dtype (the widest that came), a bool mask, int64 offsets in [0, N]."""
+    (first, tokens), *others = tensors.items()
+    checks.is_float(first, tokens)
+    for name, tensor in others:
+        checks.is_float(name, tensor)
+        checks.has_shape(name, tensor, tokens.shape, first)
+        checks.same_device(name, tensor, tokens, first)
+    if cu_seqlens is not None:
+        checks.is_tensor("cu_seqlens", cu_seqlens)
+        offsets = packed_offsets(tokens, cu_seqlens, first)
+        count = offsets.shape[0] - 1
+    elif tokens.dim() == 2:
+        offsets, count = None, tokens.shape[0]
+    else:
+        got = checks.shape(tokens)
+        raise ValueError(f"{first}: wanted (B, T), or packed (N,) with cu_seqlens; got {got} without cu_seqlens")
+    live = checks.live_mask("mask", mask, tokens.shape, tokens, first)
+    checks.choice("mask_mode", mask_mode, ("skip", "zero"))
+    if bootstrap is not None:
+        checks.is_float("bootstrap_value", bootstrap)
+        checks.has_shape("bootstrap_value", bootstrap, (count,), "the sequences")
+        checks.same_device("bootstrap_value", bootstrap, tokens, first)
+    dtype = _widest([*tensors.values()])
+    cast = [t.detach().to(dtype) if detach else t.to(dtype) for t in tensors.values()]
+    if bootstrap is not None:
+        bootstrap = (bootstrap.detach() if detach else bootstrap).to(accumulation_dtype(dtype)).contiguous()
+    return _Tokens(cast, live, offsets, bootstrap)
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _shaped(
+    scores: Tensor,
+    tensors: dict[str, Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+    mask_mode: str,
+) -> tuple[Tensor, list[Tensor], _Tokens]:
+    """Scores (B,) in the accumulation dtype, or one a token in the dtype of the rest; the rest, "kl" being the last."""
+    checks.is_float("scores", scores)
+    checks.is_tensor("kl", tensors["kl"])
+    tensors = {**tensors, "kl": tensors["kl"].detach()}
+    first, tokens = next(iter(tensors.items()))
+    if scores.shape == tokens.shape:
+        given = _tokens({**tensors, "scores": scores.detach()}, mask, cu_seqlens, bootstrap, mask_mode)
+        return given.tensors[-1], given.tensors[:-1], given
+    given = _tokens(tensors, mask, cu_seqlens, bootstrap, mask_mode)
+    count = tokens.shape[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+    if checks.shape(scores) != (count,):
+        wanted = f"{(count,)} for one score a sequence, or {checks.shape(tokens)} like {first}"
+        raise ValueError(f"scores: wanted {wanted}; got {checks.shape(scores)}")
+    checks.same_device("scores", scores, tokens, first)
+    return scores.detach().to(accumulation_dtype(given.tensors[0].dtype)).contiguous(), given.tensors, given
+
+
+def _gae(
+    op: str,
+    rewards: Tensor,
+    values: Tensor | None,
+    kl: Tensor | None,
+    given: _Tokens,
+    gamma_lam_beta: tuple[Number, Number, Number],
+    mask_mode: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), the first for ``gae`` only."""
+    tokens = rewards if kl is None else kl
+    chosen = dispatch.choose(op, tokens, backend)
+    gamma, lam, beta = (
+        checks.number(name, value, tokens) for name, value in zip(("gamma", "lam", "beta"), gamma_lam_beta, strict=True)
+    )
+    mask, offsets, last = given.mask, given.cu_seqlens, given.bootstrap
+    if chosen == "eager":
+        return reference_returns.gae(rewards, values, mask, offsets, last, kl, gamma, lam, beta, mask_mode)
+    options = GaeOptions(chosen, mask_mode, op == "gae")
+    advantages, returns = Gae.apply(  # type: ignore[no-untyped-call]
+        rewards, values, last, mask, offsets, kl, gamma, lam, beta, options
+    )
+    return advantages, returns
