@@ -17,6 +17,7 @@ from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
 from .formulas import token_loss
+from .info import info
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from .losses import policy_loss
@@ -30,6 +31,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "info",
     "kl_divergence",
     "kl_estimate",
     "lambda_returns",
