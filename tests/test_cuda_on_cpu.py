@@ -54,7 +54,8 @@ def emulated(tmp_path_factory) -> pathlib.Path:
     source.write_text(translate((CUDA / "token_logprobs.cu").read_text()) + entry_points)
     library = folder / "emulated.so"
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-pthread"]
-    command += ["-include", str(HERE / "emulator.h"), f"-I{folder}", f"-I{ROOT / 'csrc'}", "-isystem", str(headers), str(source), "-o", str(library)]
+    command += ["-include", str(HERE / "emulator.h"), f"-I{folder}", f"-I{ROOT / 'csrc'}", "-isystem", str(headers)]
+    command += [str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return library

@@ -23,10 +23,14 @@ cudaStream_t current_stream(const Tensor& tensor) {
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::fp32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    case ScalarType::Double: return Dtype::fp64;
+    case ScalarType::Float:
+      return Dtype::fp32;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::fp16;
+    case ScalarType::Double:
+      return Dtype::fp64;
     default:
       fail(name, ": wanted float32, bfloat16 or float16, got ", torch::headeronly::toString(tensor.scalar_type()));
   }
@@ -125,8 +129,7 @@ Tensor bwd(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, Tensor t
            std::optional<Tensor> softcap, int64_t ignore_index, Tensor row_max, Tensor log_sum,
            std::optional<Tensor> entropy, std::optional<Tensor> grad_logp, std::optional<Tensor> grad_entropy) {
   const DeviceGuard guard(logits.get_device_index());
-  Tensor dlogits =
-      empty_like_of(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
+  Tensor dlogits = empty_like_of(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
   bwd_into(dlogits, logits, token_ids, mask, temperature, softcap, ignore_index, row_max, log_sum, entropy, grad_logp,
            grad_entropy);
   return dlogits;
@@ -134,8 +137,7 @@ Tensor bwd(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, Tensor t
 
 void bwd_in_place(Tensor logits, Tensor token_ids, std::optional<Tensor> mask, Tensor temperature,
                   std::optional<Tensor> softcap, int64_t ignore_index, Tensor row_max, Tensor log_sum,
-                  std::optional<Tensor> entropy, std::optional<Tensor> grad_logp,
-                  std::optional<Tensor> grad_entropy) {
+                  std::optional<Tensor> entropy, std::optional<Tensor> grad_logp, std::optional<Tensor> grad_entropy) {
   bwd_into(logits, logits, token_ids, mask, temperature, softcap, ignore_index, row_max, log_sum, entropy, grad_logp,
            grad_entropy);
 }

@@ -1,4 +1,5 @@
-// Device helpers that the kernels share: 16-byte loads and stores, conversions, hyperparameters, fixed-order reductions.
+// Device helpers that the kernels share: 16-byte loads and stores, conversions, hyperparameters, fixed-order
+// reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,11 +35,17 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 template <class T>
 __device__ __forceinline__ bool on_16_bytes(const T* ptr) {
@@ -91,10 +98,18 @@ __device__ __forceinline__ float read_number(const Number& number, int64_t row) 
   if (number.ptr) {
     const int64_t i = number.per_row ? row : 0;
     switch (number.dtype) {
-      case Dtype::fp32: value = static_cast<const float*>(number.ptr)[i]; break;
-      case Dtype::bf16: value = to_float(static_cast<const __nv_bfloat16*>(number.ptr)[i]); break;
-      case Dtype::fp16: value = to_float(static_cast<const __half*>(number.ptr)[i]); break;
-      case Dtype::fp64: value = float(static_cast<const double*>(number.ptr)[i]); break;
+      case Dtype::fp32:
+        value = static_cast<const float*>(number.ptr)[i];
+        break;
+      case Dtype::bf16:
+        value = to_float(static_cast<const __nv_bfloat16*>(number.ptr)[i]);
+        break;
+      case Dtype::fp16:
+        value = to_float(static_cast<const __half*>(number.ptr)[i]);
+        break;
+      case Dtype::fp64:
+        value = float(static_cast<const double*>(number.ptr)[i]);
+        break;
     }
   }
   return value > 0 ? value : not_a_number(0.0f);

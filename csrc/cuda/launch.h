@@ -1,5 +1,5 @@
-// What the CUDA ops' bindings (*.cpp, torch's stable ABI) and their kernels (*.cu, no torch headers) know of each other:
-// plain structs of raw pointers, and functions that launch on a stream and return without waiting.
+// What the CUDA ops' bindings (*.cpp, torch's stable ABI) and their kernels (*.cu, no torch headers) know of each
+// other: plain structs of raw pointers, and functions that launch on a stream and return without waiting.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMaxPart = 32768;  // columns; not yet measured: 64 KiB in bf16, so that its closing reduction is hidden
+constexpr int64_t kMaxPart =
+    32768;  // columns; not yet measured: 64 KiB in bf16, so that its closing reduction is hidden
 constexpr int64_t kPartStep = 1024;  // parts are multiples of this, so that each starts on 16 bytes where the row does
 constexpr int kFwdLoads = 4;         // 16-byte loads a thread keeps in flight; not yet measured
 constexpr int kBwdLoads = 2;
@@ -219,10 +220,10 @@ __device__ GradOfRow grad_of_row(const TokenLogprobsRows& rows, const TokenLogpr
   }
   const bool has_h = grads.grad_entropy_ptr != nullptr;
   const float tau = read_number(rows.temperature, row);
-  return {row_grad(grads.row_max_ptr[row], grads.log_sum_ptr[row], has_h ? grads.entropy_ptr[row] : 0.0f,
-                   grad_logp_sum, has_h ? grads.grad_entropy_ptr[row] : 0.0f, tau,
-                   rows.has_softcap ? read_number(rows.softcap, 0) : 0.0f),
-          1.0f / tau};
+  return {
+      row_grad(grads.row_max_ptr[row], grads.log_sum_ptr[row], has_h ? grads.entropy_ptr[row] : 0.0f, grad_logp_sum,
+               has_h ? grads.grad_entropy_ptr[row] : 0.0f, tau, rows.has_softcap ? read_number(rows.softcap, 0) : 0.0f),
+      1.0f / tau};
 }
 
 // Computes: dL/dz_v = (Σ_k g_k·1[v=y_k] − p_v·(G + h·(log p_v + H)))/τ·(1 − (z'_v/c)²), G = Σ_k g_k
@@ -341,17 +342,22 @@ void launch_bwd(const TokenLogprobsRows& rows, const TokenLogprobsGrads& grads, 
 }
 
 // Calls launch<T, SOFTCAP>() for the rows' dtype.
-#define RL4LLM_BY_DTYPE(launch, ...)                                                                                  \
-  do {                                                                                                                \
-    const bool softcap = rows.has_softcap;                                                                            \
-    switch (rows.dtype) {                                                                                             \
-      case Dtype::fp32: softcap ? launch<float, true>(__VA_ARGS__) : launch<float, false>(__VA_ARGS__); break;        \
-      case Dtype::bf16:                                                                                               \
-        softcap ? launch<__nv_bfloat16, true>(__VA_ARGS__) : launch<__nv_bfloat16, false>(__VA_ARGS__);               \
-        break;                                                                                                        \
-      case Dtype::fp16: softcap ? launch<__half, true>(__VA_ARGS__) : launch<__half, false>(__VA_ARGS__); break;      \
-      case Dtype::fp64: return cudaErrorInvalidValue;                                                                 \
-    }                                                                                                                 \
+#define RL4LLM_BY_DTYPE(launch, ...)                                                                    \
+  do {                                                                                                  \
+    const bool softcap = rows.has_softcap;                                                              \
+    switch (rows.dtype) {                                                                               \
+      case Dtype::fp32:                                                                                 \
+        softcap ? launch<float, true>(__VA_ARGS__) : launch<float, false>(__VA_ARGS__);                 \
+        break;                                                                                          \
+      case Dtype::bf16:                                                                                 \
+        softcap ? launch<__nv_bfloat16, true>(__VA_ARGS__) : launch<__nv_bfloat16, false>(__VA_ARGS__); \
+        break;                                                                                          \
+      case Dtype::fp16:                                                                                 \
+        softcap ? launch<__half, true>(__VA_ARGS__) : launch<__half, false>(__VA_ARGS__);               \
+        break;                                                                                          \
+      case Dtype::fp64:                                                                                 \
+        return cudaErrorInvalidValue;                                                                   \
+    }                                                                                                   \
   } while (false)
 
 }  // namespace

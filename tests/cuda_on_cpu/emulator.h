@@ -1,6 +1,6 @@
-// Just enough CUDA to run this library's kernels on a CPU, for tests: one std::thread for each thread of a block, blocks
-// one after the other, barriers where CUDA has them. Slow, and it says nothing about speed; it executes every index,
-// vector load, tail and reduction of the very source that nvcc compiles.
+// Just enough CUDA to run this library's kernels on a CPU, for tests: one std::thread for each thread of a block,
+// blocks one after the other, barriers where CUDA has them. Slow, and it says nothing about speed; it executes every
+// index, vector load, tail and reduction of the very source that nvcc compiles.
 #pragma once
 
 #include <cuda_bf16.h>
