@@ -13,8 +13,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ["80", "90a", "100"]
-REGISTERS = 64  # four blocks of 256 threads an SM; every kernel here waits for memory, not for arithmetic
 STREAMING = ["token_logprobs_fwd_kernel", "token_logprobs_bwd_kernel"]
+REGISTERS = 64  # budget of the streaming kernels: four blocks of 256 threads an SM, since they wait for memory
+OTHER_REGISTERS = 128  # kernels that touch a few numbers a row
 
 
 def toolkit() -> pathlib.Path | None:
@@ -63,7 +64,8 @@ def test_no_spills_and_registers_within_budget(cubins):
         assert kernels, f"{name}.cu holds no kernel for sm_{arch}"
         for kernel, registers, stack in kernels:
             assert int(stack) == 0, f"{kernel} sm_{arch} spills {stack} bytes"
-            assert int(registers) <= REGISTERS, f"{kernel} sm_{arch}: {registers} registers, budget {REGISTERS}"
+            budget = REGISTERS if any(streaming in kernel for streaming in STREAMING) else OTHER_REGISTERS
+            assert int(registers) <= budget, f"{kernel} sm_{arch}: {registers} registers, budget {budget}"
 
 
 @pytest.mark.slow
