@@ -150,8 +150,10 @@ def _probe(op: str, backend: str, device: str) -> str | None:
         namespace, key = schemas.NAMESPACE, backend.upper()
     for kernel in OP_KERNELS[op]:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{kernel}", key):
-            built = " (this installation was built without CUDA)" if backend == "cuda" else ""
-            return f"{op} has no {backend} kernel for {device} tensors{built}"
+            without = extension.build_info()["no_cuda_reason"] if backend == "cuda" and extension else None
+            return f"{op} has no {backend} kernel for {device} tensors" + (
+                f" (built without: {without})" if without else ""
+            )
     return None
 
 
