@@ -33,10 +33,20 @@ struct RowSum {
   A xsum;  // Σ_v 2^x_v·x_v
 };
 
-// The same sums, relative to a new maximum >= part.max.
-template <class A>
-RL4LLM_HD RowSum<A> rebase(RowSum<A> part, A new_max, A k) {
-  const A shift = (part.max - new_max) * k;
+// log2 of exp((z' − origin)/τ), from k = log2(e)/τ. fp64 divides before it subtracts, as the oracle does: the error
+// rule leaves fp64 no room for a difference in how z'/τ rounds.
+struct DivideFirst {
+  double temperature;
+};
+RL4LLM_HD float exponent(float z, float origin, float k) { return (z - origin) * k; }
+RL4LLM_HD double exponent(double z, double origin, DivideFirst by) {
+  return (z / by.temperature - origin / by.temperature) * kLog2E;
+}
+
+// The same sums, relative to a new maximum >= part.max; K is float, or DivideFirst for fp64 sums.
+template <class A, class K>
+RL4LLM_HD RowSum<A> rebase(RowSum<A> part, A new_max, K k) {
+  const A shift = exponent(part.max, new_max, k);
   const A scale = power_of_2(shift);
   // shift may be −inf or huge; where the scale is 0 the part no longer counts, and 0·inf must not arise.
   const A xsum = scale == A(0) ? A(0) : scale * (part.xsum + shift * part.sum);
@@ -44,8 +54,8 @@ RL4LLM_HD RowSum<A> rebase(RowSum<A> part, A new_max, A k) {
 }
 
 // Two parts of a row as one. The order of the calls decides the rounding: always combine from the left.
-template <class A>
-RL4LLM_HD RowSum<A> merge(RowSum<A> a, RowSum<A> b, A k) {
+template <class A, class K>
+RL4LLM_HD RowSum<A> merge(RowSum<A> a, RowSum<A> b, K k) {
   const A nothing = -infinity(A());
   if (b.max == nothing) return {a.max, a.sum + b.sum, a.xsum};
   if (a.max == nothing) return {b.max, a.sum + b.sum, b.xsum};
@@ -85,6 +95,7 @@ struct RowGrad {
   A slope;      // −h·ln2/τ
   A intercept;  // −(G + h·H)/τ, G the sum of the live upstream gradients of the row's log-probabilities
   A softcap;    // c, or 0 for none
+  A temperature;
 };
 
 template <class A>
@@ -97,7 +108,8 @@ RL4LLM_HD RowGrad<A> row_grad(A max, A log_sum, A entropy, A grad_logp_sum, A gr
           A(double(log_sum) * kLog2E),
           A(-double(grad_entropy) * kLn2 / temperature),
           A(-(double(grad_logp_sum) + weight) / temperature),
-          softcap};
+          softcap,
+          A(temperature)};
 }
 
 }  // namespace rl4llm

@@ -103,7 +103,7 @@ void token_logprobs_fwd_rows(const Rows& rows, const TokenIds& tokens, const Per
     for (int64_t job = begin; job < end; ++job) {
       const int64_t n = job / cut.parts, v = job % cut.parts * kPart;
       if (!tokens.live(n)) continue;
-      kernel.fwd(part_of<A>(rows, n, v, softcap), A(kLog2E / temperature[n]), entropy_ptr, &sums[size_t(job)]);
+      kernel.fwd(part_of<A>(rows, n, v, softcap), temperature[n], entropy_ptr != nullptr, &sums[size_t(job)]);
     }
   });
 
@@ -116,9 +116,9 @@ void token_logprobs_fwd_rows(const Rows& rows, const TokenIds& tokens, const Per
         row_max_ptr[n] = log_sum_ptr[n] = 0;
         continue;
       }
-      const double tau = temperature[n], k = kLog2E / tau;
+      const double tau = temperature[n];
       RowSum<double> row = sums[size_t(n * cut.parts)];
-      for (int64_t i = 1; i < cut.parts; ++i) row = merge(row, sums[size_t(n * cut.parts + i)], k);
+      for (int64_t i = 1; i < cut.parts; ++i) row = merge(row, sums[size_t(n * cut.parts + i)], DivideFirst{tau});
       const double row_log_sum = log_sum(row);
       row_max_ptr[n] = A(row.max);
       log_sum_ptr[n] = A(row_log_sum);
@@ -129,8 +129,8 @@ void token_logprobs_fwd_rows(const Rows& rows, const TokenIds& tokens, const Per
           logp = 0;
           continue;
         }
-        const A shifted = kernel.shifted_logit(rows.at(n, tokens.id(n, j)), A(softcap), A(row.max));
-        logp = A(chosen_logp(double(shifted), tau, row_log_sum));
+        const int64_t id = tokens.id(n, j);
+        logp = A(kernel.scaled_logit(rows.at(n, id), A(softcap), A(row.max), tau) - row_log_sum);
       }
     }
   });

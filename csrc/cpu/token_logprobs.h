@@ -22,11 +22,11 @@ struct LogitsPart {
 
 template <class A>
 struct TokenLogprobsFunctions {
-  void (*fwd)(LogitsPart<A> part, A k, bool entropy, RowSum<double>* sum);
+  void (*fwd)(LogitsPart<A> part, double temperature, bool entropy, RowSum<double>* sum);
   // dlogits_ptr (length,) may be the logits themselves. careful: the row holds NaN or its coefficients are not finite.
   void (*bwd)(LogitsPart<A> part, const RowGrad<A>& row, bool careful, void* dlogits_ptr);
-  // z' − origin of one logit; and the gradient of a chosen one, chosen = Σ g/τ over its choices.
-  A (*shifted_logit)(const void* logit_ptr, A softcap, A origin);
+  // (z' − origin)/τ of one logit; and the gradient of a chosen one, chosen = Σ g/τ over its choices.
+  double (*scaled_logit)(const void* logit_ptr, A softcap, A origin, double temperature);
   A (*chosen_dlogit)(const void* logit_ptr, const RowGrad<A>& row, A chosen);
   void (*store)(void* dlogit_ptr, A value);
 };

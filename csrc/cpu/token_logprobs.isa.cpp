@@ -30,6 +30,21 @@ RL4LLM_INLINE F shifted_logit(F z, A c, A origin) {
   return shifted;
 }
 
+// x = (z' − origin)·log2(e)/τ + offset; fp64 as hd.h's exponent says.
+template <class A>
+struct Scale {
+  A k, temperature, softcap;
+};
+template <bool kSoftcap>
+RL4LLM_INLINE Vec exponent(Vec z, Scale<float> by, float origin, float offset) {
+  return fma(shifted_logit<kSoftcap>(z, by.softcap, origin), Vec::of(by.k), Vec::of(offset));
+}
+template <bool kSoftcap>
+RL4LLM_INLINE Vec64 exponent(Vec64 z, Scale<double> by, double origin, double offset) {
+  const double capped = shifted_logit<kSoftcap>(z, by.softcap, 0.0).v;
+  return {rl4llm::exponent(capped, origin, DivideFirst{by.temperature}) + offset};
+}
+
 // The last logits of a part, fewer than a step, padded with −inf.
 template <class T>
 RL4LLM_INLINE void load_tail(const T* z_ptr, int count, int step, T* tail_ptr) {
@@ -38,10 +53,11 @@ RL4LLM_INLINE void load_tail(const T* z_ptr, int count, int step, T* tail_ptr) {
 }
 
 template <bool kEntropy, bool kSoftcap, class T, class A>
-void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<double>* out) {
+void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<double>* out) {
   typedef typename Element<T>::vec F;
   constexpr int step = kVecs * F::width;  // logits an iteration
-  const F row_k = F::of(k), least = F::of(kLeast<F>);
+  const F least = F::of(kLeast<F>);
+  const Scale<A> scale = {A(kLog2E / temperature), A(temperature), part.softcap};
   RowSum<double> row = {-infinity(double()), 0, 0};
 
   const auto add_block = [&](const T* z_ptr, int length) __attribute__((always_inline)) {
@@ -66,7 +82,7 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<double>* out) {
       if (row.max == -infinity(double())) {
         row.max = block_max;
       } else {
-        row = rebase(row, double(block_max), double(k));
+        row = rebase(row, double(block_max), DivideFirst{temperature});
       }
     }
     const A origin = A(row.max);
@@ -76,7 +92,7 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<double>* out) {
       F z[kVecs];
       for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
       for (int i = 0; i < kVecs; ++i) {
-        const F x = max(least, shifted_logit<kSoftcap>(z[i], part.softcap, origin) * row_k);
+        const F x = max(least, exponent<kSoftcap>(z[i], scale, origin, A(0)));
         const F e = exp2(x);
         sum[i] = sum[i] + e;
         if (kEntropy) xsum[i] = fma(e, x, xsum[i]);
@@ -100,16 +116,14 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, A k, RowSum<double>* out) {
 // dL/dz of logits z; chosen: Σ g/τ over the choices of these logits.
 template <bool kEntropy, bool kSoftcap, bool kChosen, class F, class A>
 RL4LLM_INLINE F dlogit(F z, const RowGrad<A>& row, F chosen) {
-  F shifted = z - F::of(row.max), chain = z;
-  if (kSoftcap) {
-    F t;
-    softcap(z, row.softcap, row.max, shifted, t);
-    chain = fma(t, F::of(0) - t, F::of(1));
-  }
-  const F x = max(F::of(kLeast<F>), fma(shifted, F::of(row.k), F::of(-row.log2_sum)));
+  const Scale<A> scale = {row.k, row.temperature, row.softcap};
+  const F x = max(F::of(kLeast<F>), exponent<kSoftcap>(z, scale, row.max, -row.log2_sum));
   F du = kEntropy ? exp2(x) * fma(x, F::of(row.slope), F::of(row.intercept)) : exp2(x) * F::of(row.intercept);
   if (kChosen) du = du + chosen;
-  return kSoftcap ? du * chain : du;
+  if constexpr (!kSoftcap) return du;
+  F shifted, t;
+  softcap(z, row.softcap, row.max, shifted, t);
+  return du * fma(t, F::of(0) - t, F::of(1));
 }
 
 template <bool kEntropy, bool kSoftcap, bool kCareful, class T, class A>
@@ -141,13 +155,13 @@ void token_logprobs_bwd_kernel(LogitsPart<A> part, const RowGrad<A>& row_grad, v
 }
 
 template <class T, class A>
-void fwd(LogitsPart<A> part, A k, bool entropy, RowSum<double>* sum) {
+void fwd(LogitsPart<A> part, double temperature, bool entropy, RowSum<double>* sum) {
   if (part.softcap != A(0)) {
-    if (entropy) return token_logprobs_fwd_kernel<true, true, T>(part, k, sum);
-    return token_logprobs_fwd_kernel<false, true, T>(part, k, sum);
+    if (entropy) return token_logprobs_fwd_kernel<true, true, T>(part, temperature, sum);
+    return token_logprobs_fwd_kernel<false, true, T>(part, temperature, sum);
   }
-  if (entropy) return token_logprobs_fwd_kernel<true, false, T>(part, k, sum);
-  return token_logprobs_fwd_kernel<false, false, T>(part, k, sum);
+  if (entropy) return token_logprobs_fwd_kernel<true, false, T>(part, temperature, sum);
+  return token_logprobs_fwd_kernel<false, false, T>(part, temperature, sum);
 }
 
 template <class T, class A>
@@ -174,9 +188,13 @@ RL4LLM_INLINE typename Element<T>::vec load1(const void* logit_ptr) {
 }
 
 template <class T, class A>
-A shifted_logit_of(const void* logit_ptr, A softcap, A origin) {
+double scaled_logit(const void* logit_ptr, A softcap, A origin, double temperature) {
   const auto z = load1<T>(logit_ptr);
-  return first_of(softcap != A(0) ? shifted_logit<true>(z, softcap, origin) : shifted_logit<false>(z, softcap, origin));
+  // fp32: z' − origin first, in which softcap loses nothing; fp64: as Vec64's exponent.
+  const A subtract = sizeof(A) == 8 ? A(0) : origin;
+  const double shifted = first_of(softcap != A(0) ? shifted_logit<true>(z, softcap, subtract)
+                                                  : shifted_logit<false>(z, softcap, subtract));
+  return shifted / temperature - (sizeof(A) == 8 ? origin / temperature : 0.0);
 }
 
 template <class T, class A>
@@ -198,7 +216,7 @@ void store(void* dlogit_ptr, A value) {
 
 template <class T, class A>
 constexpr TokenLogprobsFunctions<A> functions() {
-  return {&fwd<T, A>, &bwd<T, A>, &shifted_logit_of<T, A>, &chosen_dlogit<T, A>, &store<T, A>};
+  return {&fwd<T, A>, &bwd<T, A>, &scaled_logit<T, A>, &chosen_dlogit<T, A>, &store<T, A>};
 }
 
 }  // namespace
