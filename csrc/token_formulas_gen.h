@@ -2,7 +2,7 @@
 // clang-format off
 //
 // Every formula is a struct with a static eval<M>, where M is the maths of one processor: M::F the number, or vector of
-// numbers M::S, that it computes with, M::c a constant of it, and functions named as in the formulas (M::exp, M::where).
+// numbers M::S, that it computes with, M::c a constant of it, and functions named as in the formulas: M::exp, M::where.
 #pragma once
 
 #include "hd.h"

@@ -59,7 +59,9 @@ class EagerMaths:
 
     @staticmethod
     def clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-        return torch.clamp(*EagerMaths._tensors(x, low, high))
+        value, low, high = EagerMaths._tensors(x, low, high)
+        # torch.clamp passes NaN on, but gives it the gradient 0: a NaN is to show in the derivative too.
+        return torch.where(value.isnan(), value, torch.clamp(value, low, high))
 
     @staticmethod
     def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:

@@ -125,8 +125,8 @@ void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& 
   S* scale_ptr = static_cast<S*>(out.scale.data_ptr());
   double loss = 0;
   for (int64_t row = 0; row < cut.B; ++row) {
-    const double scale = params[formulas::param_dp_size] *
-                         sequence_weight(a.aggregation, row_count[size_t(row)], num_tokens, params);
+    const double scale =
+        params[formulas::param_dp_size] * sequence_weight(a.aggregation, row_count[size_t(row)], num_tokens, params);
     scale_ptr[row] = S(scale);
     loss += scale * row_loss[size_t(row)];
   }
@@ -207,9 +207,12 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
 template <class F>
 void for_dtype(const Tensor& tensor, const char* name, const F& f) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    default: fail(name, ": wanted float32 or float64, got ", torch::headeronly::toString(tensor.scalar_type()));
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    default:
+      fail(name, ": wanted float32 or float64, got ", torch::headeronly::toString(tensor.scalar_type()));
   }
 }
 
@@ -224,11 +227,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
   const PolicyLossResult out = {
       aggregation == "none" ? empty_like_of(logp, {B, T}, type) : empty_like_of(logp, {}, type),
       empty_like_of(logp, {B, T}, type),
-      entropy_grad ? empty_like_of(logp, {B, T}, type) : empty_like_of(logp, {0}, type),
-      empty_like_of(logp, {B}, type), empty_like_of(logp, {int64_t(formulas::num_metrics)}, type)};
-  const PolicyLossArgs args = {logp,           old,           advantages, ref,    entropy, mask,
-                               policy_weights, token_weights, log_s,      params, formula, kl,
-                               aggregation};
+      entropy_grad ? empty_like_of(logp, {B, T}, type) : empty_like_of(logp, {0}, type), empty_like_of(logp, {B}, type),
+      empty_like_of(logp, {int64_t(formulas::num_metrics)}, type)};
+  const PolicyLossArgs args = {logp,          old,   advantages, ref,     entropy, mask,       policy_weights,
+                               token_weights, log_s, params,     formula, kl,      aggregation};
   for_dtype(logp, "logp", [&](auto s) { run_policy_loss<decltype(s)>(args, out); });
   return {out.loss, out.dlogp, out.dentropy, out.scale, out.metrics};
 }
@@ -252,7 +254,8 @@ std::tuple<Tensor, Tensor> kl_estimate_fwd(Tensor logp, Tensor ref, std::optiona
 }
 
 // grad·scale·d for dlogp, and for dentropy where it is not empty.
-std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
+std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp,
+                                          Tensor dentropy) {
   const Tensor grad_logp = torch::stable::empty_like(dlogp), grad_entropy = torch::stable::empty_like(dentropy);
   const int64_t B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : dlogp.numel() / B;
   for_dtype(dlogp, "dlogp", [&](auto s) {

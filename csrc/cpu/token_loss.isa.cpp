@@ -138,8 +138,9 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
     const F logp = input(s.logp_ptr);
     const F old = s.old_ptr ? input(s.old_ptr) : logp;
     const F adv = s.one_adv ? (live ? M::c(*s.adv_ptr) : zero) : input(s.adv_ptr);
-    const F log_s = s.log_s_ptr == nullptr ? zero : s.one_log_s ? (live ? M::c(*s.log_s_ptr) : zero)
-                                                                : input(s.log_s_ptr);
+    const F log_s = s.log_s_ptr == nullptr ? zero
+                    : s.one_log_s          ? (live ? M::c(*s.log_s_ptr) : zero)
+                                           : input(s.log_s_ptr);
     const formulas::PolicyToken<F> token = Formula::template eval<M>(logp, old, adv, log_s, s.knobs);
     F loss = token.loss, dlogp = token.dlogp;
     if (s.policy_weights_ptr) {

@@ -1,7 +1,7 @@
 // policy_loss and kl_estimate from per-token log-probabilities: three launches forward and backward.
 //
-// A row is cut into segments of kSegment tokens, a block each; a block writes its sums, and a second launch of one block
-// joins them. No atomics: the order of adding depends on T alone.
+// A row is cut into segments of kSegment tokens, a block each; a block writes its sums, and a second launch of one
+// block joins them. No atomics: the order of adding depends on T alone.
 #include "cuda/device.cuh"
 #include "cuda/token_loss.h"
 
@@ -16,8 +16,19 @@ constexpr int kFinishThreads = 1024;
 constexpr int64_t kWarpRow = 32;
 
 enum Sum {
-  sum_count, sum_loss, sum_clipped_low, sum_clipped_high, sum_ratio, sum_k1, sum_k3, sum_kl, sum_entropy, num_sums,
-  least_ratio = num_sums, largest_ratio, num_partials
+  sum_count,
+  sum_loss,
+  sum_clipped_low,
+  sum_clipped_high,
+  sum_ratio,
+  sum_k1,
+  sum_k3,
+  sum_kl,
+  sum_entropy,
+  num_sums,
+  least_ratio = num_sums,
+  largest_ratio,
+  num_partials
 };
 
 // The maths of the formulas: one fp32 number a thread. NaN goes through every function.
@@ -68,8 +79,9 @@ __device__ void block_join(float (&values)[num_partials], float* out_ptr, int64_
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
   for (int k = 0; k < num_partials; ++k) {
-    const float joined =
-        k == least_ratio ? warp_min(values[k]) : k == largest_ratio ? warp_max(values[k]) : warp_sum(values[k]);
+    const float joined = k == least_ratio     ? warp_min(values[k])
+                         : k == largest_ratio ? warp_max(values[k])
+                                              : warp_sum(values[k]);
     if (lane == 0) shared[warp][k] = joined;
   }
   __syncthreads();
@@ -93,8 +105,8 @@ __device__ void block_join(float (&values)[num_partials], float* out_ptr, int64_
 // Numerics: fp32; dead tokens are not loaded, their results exactly 0; sums in one fixed order
 // Gradient: dloss/dlogp comes with the value from the generated formula; dloss/dH = −c₂·w_t
 template <class Formula>
-__global__ void __launch_bounds__(kThreads) policy_loss_fwd_kernel(PolicyLossTensors a, TokenLossParams params, int kl,
-                                                                   int64_t segments) {
+__global__ void __launch_bounds__(kThreads)
+    policy_loss_fwd_kernel(PolicyLossTensors a, TokenLossParams params, int kl, int64_t segments) {
   const int64_t row = blockIdx.x / segments, t0 = blockIdx.x % segments * kSegment;
   float knobs[formulas::max_knobs];
 #pragma unroll
@@ -164,8 +176,8 @@ __device__ float row_sum(const float* partial_ptr, int k, int64_t row, int64_t s
 // Numerics: fp32, in one fixed order; no live token: ratios 1, all else 0
 // Gradient: token_loss_bwd_kernel multiplies by scale
 template <bool warp_row>
-__global__ void __launch_bounds__(kFinishThreads) policy_loss_finish_kernel(PolicyLossTensors a, TokenLossParams params,
-                                                                            int weight, int64_t segments) {
+__global__ void __launch_bounds__(kFinishThreads, 1)
+    policy_loss_finish_kernel(PolicyLossTensors a, TokenLossParams params, int weight, int64_t segments) {
   __shared__ float total[num_partials];
   const int64_t programs = a.B * segments;
   float sums[num_partials] = {};
@@ -274,10 +286,10 @@ cudaError_t policy_loss_fwd(const PolicyLossTensors& tensors, const TokenLossPar
   const unsigned programs = unsigned(tensors.B * segments);
   if (programs > 0) {
     int i = 0;
-#define RL4LLM_LAUNCH(name)                                                                        \
-  if (formula == i++) {                                                                            \
-    policy_loss_fwd_kernel<formulas::name>                                                         \
-        <<<programs, threads_of(tensors.T), 0, stream>>>(tensors, params, kl, segments);           \
+#define RL4LLM_LAUNCH(name)                                                              \
+  if (formula == i++) {                                                                  \
+    policy_loss_fwd_kernel<formulas::name>                                               \
+        <<<programs, threads_of(tensors.T), 0, stream>>>(tensors, params, kl, segments); \
   }
     RL4LLM_POLICY_FORMULAS(RL4LLM_LAUNCH)
   }
