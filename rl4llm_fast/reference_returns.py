@@ -148,7 +148,7 @@ def process_advantages(
     spread = none.index_add(0, group, centred.square().sum(1)) / (size - 1).clamp(min=1)
     low = (none + math.inf).scatter_reduce(0, group, r.masked_fill(~there, math.inf).amin(1), "amin")
     high = (none - math.inf).scatter_reduce(0, group, r.masked_fill(~there, -math.inf).amax(1), "amax")
-    constant = (low == high)[group, None] | ~there
+    constant = ((low == high) | (size == 1))[group, None] | ~there
     normalised = (centred / (spread.sqrt() + eps)[group, None]).masked_fill(constant, 0.0)
     suffix = normalised.flip(1).cumsum(1).flip(1)
     # A token belongs to the first step that ends at it or later; after the last one there is nothing.
