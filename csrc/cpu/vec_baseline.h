@@ -27,9 +27,9 @@ RL4LLM_INLINE Vec round_to_integer(Vec x) {
 }
 // Adds n to the exponent; below 2^-125 that would leave the normal numbers: 0 there. NaN stays NaN.
 RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec x) {
-  const Ints exponent = __builtin_convertvector(x.v < -125.0f ? Floats{} : n.v, Ints) << 23;
-  const Vec scaled = {(Floats)((Ints)p.v + exponent)};
-  return {x.v < -125.0f ? Floats{} : x.v != x.v ? x.v : scaled.v};
+  const Ints exponent = __builtin_convertvector(n.v, Ints) << 23;
+  const Ints scaled = (Ints)p.v + exponent;
+  return {(Floats)(scaled & ~(x.v < -125.0f))};
 }
 
 RL4LLM_INLINE float first_of(Vec a) { return a.v[0]; }
@@ -66,6 +66,17 @@ RL4LLM_INLINE Ints round_to_bf16(Vec a) {  // to nearest even, in the upper halv
 RL4LLM_INLINE void store2(bf16* ptr, Vec a, Vec b) {
   const Ints pairs = ((round_to_bf16(a) >> 16) & 0xffff) | (round_to_bf16(b) & int32_t(0xffff0000u));
   __builtin_memcpy(ptr, &pairs, 16);
+}
+
+// The same in their own order, to meet data of another type.
+RL4LLM_INLINE void load2_in_order(const bf16* ptr, Vec& a, Vec& b) {
+  a.v = (Floats)(Ints{ptr[0].bits, ptr[1].bits, ptr[2].bits, ptr[3].bits} << 16);
+  b.v = (Floats)(Ints{ptr[4].bits, ptr[5].bits, ptr[6].bits, ptr[7].bits} << 16);
+}
+RL4LLM_INLINE void store2_in_order(bf16* ptr, Vec a, Vec b) {
+  const Ints first = round_to_bf16(a), second = round_to_bf16(b);
+  for (int i = 0; i < 4; ++i) ptr[i].bits = uint16_t(uint32_t(first[i]) >> 16);
+  for (int i = 0; i < 4; ++i) ptr[4 + i].bits = uint16_t(uint32_t(second[i]) >> 16);
 }
 
 // fp16 without hardware. Its numbers times 2^-112 are fp32 numbers with the same bits, 13 places further up; that
