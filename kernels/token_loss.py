@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
 
+from .rows import check_grid, on_device
 from .token_formulas_gen import KL, POLICY, WEIGHTS
-from .token_logprobs import check_grid, on_device
 
 # Where each hyperparameter stands in params; knob k of the formula is at NUM_PARAMS + k.
 NUM_TOKENS = tl.constexpr(PARAMS.index("num_tokens"))
@@ -28,8 +28,8 @@ SUMS = ("count", "loss", "clipped_low", "clipped_high", "ratio", "k1", "k3", "kl
 NUM_SUMS = tl.constexpr(len(SUMS))
 NUM_PARTIALS = len(SUMS) + 2
 
-SEGMENT = 1024  # tokens of a row that one program takes: 8 loads a thread of each input in flight; not yet measured
-WARPS = 4
+SEGMENT = 1024  # tokens of a row that one program takes: 4 loads a thread of each input in flight; not yet measured
+WARPS = 8
 FINISH_TILE = 1024  # partial sums that the last program holds at once
 
 

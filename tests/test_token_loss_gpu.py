@@ -24,7 +24,7 @@ def test_triton_in_the_interpreter():
     """TRITON_INTERPRET=1 must be set before Triton is imported: a process of its own runs the ops' tests."""
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "triton and not trl",
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "triton and not trl and not packed",
          "tests/test_losses.py", "tests/test_kl_estimate.py"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -34,12 +34,12 @@ def test_triton_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) > 200, done.stdout[-2000:]
+    assert int(passed.group(1)) > 150, done.stdout[-2000:]
 
 
 # Triton, ahead of time.
 
-REGISTERS = 64  # four programs of 128 threads leave room for eight an SM; these kernels wait for memory
+REGISTERS = 80  # three programs of 256 threads an SM: these kernels wait for memory
 FP32 = "*fp32"
 
 
@@ -56,7 +56,7 @@ def kernel_cases():
     policy = everything | row | {"mask_ptr": "*i1", "params": numbers, "programs": "i32"}
     choices = {"ONE_ADV": True, "ONE_LOG_S": True, "BLOCK_T": k.SEGMENT, "KL_FORMULA": k.KL["k3_importance_clamp"]}
     for name, formula in k.POLICY.items():
-        yield f"policy_{name}", k.policy_loss_fwd_kernel, policy, choices | {"FORMULA": formula}, k.WARPS, 2 * REGISTERS
+        yield f"policy_{name}", k.policy_loss_fwd_kernel, policy, choices | {"FORMULA": formula}, k.WARPS, REGISTERS
     finish = {"partial_ptr": FP32, "loss_ptr": FP32, "scale_ptr": FP32, "metrics_ptr": FP32, "B": "i32",
               "segments": "i32", "params": numbers}  # fmt: skip
     tiles = {"WEIGHT": k.WEIGHTS["seq_mean_token_mean"], "TILE_B": 256, "TILE_S": 4}
@@ -159,7 +159,7 @@ def emulated(tmp_path_factory):
     (folder / "cuda" / "device.cuh").write_text(re.sub(r'asm\("ex2\.approx.*?\);', "y = std::exp2(x);", device))
     launch = re.compile(r"(\w+(?:<[^<>;]*>)?)[\s\\]*<<<([^;]*?),([^;]*?),[^;]*?>>>\(([^;]*)\);")
     source = (ROOT / "csrc" / "cuda" / "token_loss.cu").read_text()
-    translated, launches = launch.subn(r"emulator::launch(\2, \3, [\&] { \1(\4); });", source)
+    translated, launches = launch.subn(r"emulator::launch(\2, \3, [&] { \1(\4); });", source)
     assert launches == 5
     (folder / "token_loss.cpp").write_text(translated + ENTRY)
     library = folder / "emulated.so"
@@ -188,8 +188,8 @@ def fresh(*shape):
     [(3, 70, "token_mean"), (2, 1100, "seq_mean_token_mean"), (2, 9, "none"), (1, 34_000, "seq_mean_token_sum")],
 )
 def test_cuda_on_a_cpu(emulated, name, B, T, aggregation):
-    if T > 10_000 and name != "ppo_clip":
-        pytest.skip("one formula is enough for a row of more segments than one thread joins")
+    if T > 1000 and name not in ("ppo_clip", "gspo")[: 1 if T > 10_000 else 2]:
+        pytest.skip("the sums of long rows do not depend on the formula")
     formula = formulas.FORMULAS[name]
     logp = (-3 * torch.rand(B, T)).requires_grad_()
     old, ref = logp.detach() + 0.3 * torch.randn(B, T), logp.detach() + 0.3 * torch.randn(B, T)

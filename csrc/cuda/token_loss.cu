@@ -108,6 +108,7 @@ template <class Formula>
 __global__ void __launch_bounds__(kThreads)
     policy_loss_fwd_kernel(PolicyLossTensors a, TokenLossParams params, int kl, int64_t segments) {
   const int64_t row = blockIdx.x / segments, t0 = blockIdx.x % segments * kSegment;
+  const int64_t end = t0 + kSegment < a.T ? t0 + kSegment : a.T;
   float knobs[formulas::max_knobs];
 #pragma unroll
   for (int k = 0; k < formulas::max_knobs; ++k) knobs[k] = read_param(params, formulas::num_params + k);
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
   float sums[num_partials] = {};
   sums[least_ratio] = infinity(0.0f), sums[largest_ratio] = -infinity(0.0f);
 
-  for (int64_t t = t0 + threadIdx.x; t < min(t0 + kSegment, a.T); t += blockDim.x) {
+  for (int64_t t = t0 + threadIdx.x; t < end; t += blockDim.x) {
     const int64_t n = row * a.T + t;
     const bool live = a.mask_ptr == nullptr || a.mask_ptr[n];
     float loss = 0, dlogp = 0, dentropy = 0;
@@ -238,8 +239,9 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
 // Gradient: none: a second derivative raises
 __global__ void __launch_bounds__(kThreads) token_loss_bwd_kernel(TokenLossGrads a, int64_t segments) {
   const int64_t row = blockIdx.x / segments, t0 = blockIdx.x % segments * kSegment;
+  const int64_t end = t0 + kSegment < a.T ? t0 + kSegment : a.T;
   const float scale = a.scale_ptr ? a.scale_ptr[row] : 1.0f;
-  for (int64_t t = t0 + threadIdx.x; t < min(t0 + kSegment, a.T); t += blockDim.x) {
+  for (int64_t t = t0 + threadIdx.x; t < end; t += blockDim.x) {
     const int64_t n = row * a.T + t;
     const float grad = a.grad_ptr[a.one_grad ? 0 : n] * scale;
     const float dlogp = a.dlogp_ptr[n];
@@ -256,8 +258,8 @@ __global__ void __launch_bounds__(kThreads) token_loss_bwd_kernel(TokenLossGrads
 // Numerics: fp32; dead tokens are not loaded, their results exactly 0
 // Gradient: comes with the value from the generated formula
 __global__ void __launch_bounds__(kThreads) kl_estimate_fwd_kernel(KlEstimateTensors a, int kl) {
-  const int64_t n0 = int64_t(blockIdx.x) * kSegment;
-  for (int64_t n = n0 + threadIdx.x; n < min(n0 + kSegment, a.N); n += blockDim.x) {
+  const int64_t n0 = int64_t(blockIdx.x) * kSegment, end = n0 + kSegment < a.N ? n0 + kSegment : a.N;
+  for (int64_t n = n0 + threadIdx.x; n < end; n += blockDim.x) {
     formulas::KlToken<float> token = {0.0f, 0.0f};
     if (a.mask_ptr == nullptr || a.mask_ptr[n]) {
       token = kl_token(kl, a.logp_ptr[n], a.ref_ptr[n], a.old_ptr ? a.old_ptr[n] : a.logp_ptr[n]);

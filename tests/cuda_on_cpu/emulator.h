@@ -35,6 +35,7 @@ struct Index {
   unsigned x;
 };
 inline thread_local Index thread_index, block_index;
+inline Index block_size, grid_size;
 
 struct Warp {
   std::barrier<> barrier{kLanes};
@@ -67,6 +68,7 @@ inline bool any(bool predicate) {
 }
 
 inline void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
+  block_size.x = threads, grid_size.x = grid;
   block_barrier = std::make_unique<std::barrier<>>(threads);
   warps.clear();
   for (unsigned i = 0; i < threads / kLanes; ++i) warps.push_back(std::make_unique<Warp>());
@@ -93,6 +95,8 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) 
 
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
 #define __syncthreads() emulator::block_barrier->arrive_and_wait()
 #define __shfl_xor_sync(mask, value, offset) emulator::shuffle_xor(value, offset)
 #define __any_sync(mask, predicate) emulator::any(predicate)
