@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pathlib
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import rl4llm_fast as rf
 from rl4llm_fast import cli
 from rl4llm_fast.trainer import GRPOConfig, Task, load_config, load_task, sample, train_grpo
+from rl4llm_fast.trainer.compare import plain_token_logprobs
 from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.layout import plain_layout, shared_layout
 from rl4llm_fast.trainer.optimizer import MasterAdamW, learning_rate
@@ -209,6 +211,13 @@ def test_layout_tree_by_hand():
     ]  # fmt: skip
 
 
+def test_the_formula_that_the_demo_compares_with():
+    logits, ids = torch.randn(5, V) * 3, torch.arange(5)
+    for options in ({"temperature": 1.0}, {"temperature": 0.5, "softcap": 4.0, "return_entropy": True}):
+        ours, plain = rf.token_logprobs(logits, ids, **options), plain_token_logprobs(logits, ids, **options)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_models_that_cannot_share_fall_back(tmp_path):
     model = tiny_model()
     inner = model.model.forward
@@ -403,6 +412,11 @@ def test_config_from_toml_and_overrides(tmp_path):
     cfg = load_config(path, ["steps=7", "task_options.max_terms=3", "output_dir=some/where", "adam_betas=[0.9, 0.95]"])
     assert (cfg.steps, cfg.learning_rate, cfg.loss_options) == (7, 1.0, {"eps_high": 0.28})
     assert (cfg.task_options, cfg.output_dir, cfg.adam_betas) == ({"max_terms": 3}, "some/where", (0.9, 0.95))
+
+
+def test_the_example_is_a_valid_config():
+    example = pathlib.Path(__file__).resolve().parent.parent / "examples" / "grpo_chain_sum.toml"
+    assert load_config(example).task == "chain_sum"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from . import checkpoint
 from .compare import Cost, compare, write_batch
 from .config import GRPOConfig
 from .extras import require
-from .grpo import GRPOTrainer
+from .grpo import Batch, GRPOTrainer
+from .sampling import Rollout
 from .smollm2 import model_folder
 
 _DONE, _BEFORE, _BATCH = "demo.json", "before.json", "compare.json"
@@ -84,7 +85,7 @@ def run_demo(folder: Path, *, steps: int = 0, rounds: int = 7) -> dict[str, floa
     print(f"  after training    {after.accuracy:.2f}    e.g. {_short(after.completions[0])}")
     print(f"  change           {after.accuracy - before['accuracy']:+.2f}")
 
-    count = config.prompts_per_step * config.group_size
+    count = 2 * config.prompts_per_step * config.group_size
     _title(f"One training step on the same {count} answers: fused against plain PyTorch")
     trainer.optimizer.close()
     del trainer, result
@@ -130,10 +131,7 @@ def _before(trainer: GRPOTrainer, folder: Path, *, reuse: bool) -> dict[str, Any
     if not reuse:
         print("  answering them before any training ...", flush=True)
         evaluation = trainer.evaluate()
-        batch = trainer.collect(1)
-        trainer.generator.manual_seed(trainer.config.seed)
-        # Every answer takes part in the comparison, whatever it scored: all the work of a step.
-        batch.advantages = torch.linspace(-1, 1, len(batch.rewards))
+        batch = _comparison_batch(trainer)
         write_batch(folder / _BATCH, trainer.config, batch)
         found = {"accuracy": evaluation.accuracy, "answer": evaluation.completions[0]}
         path.write_text(json.dumps(found), encoding="utf-8")
@@ -141,9 +139,24 @@ def _before(trainer: GRPOTrainer, folder: Path, *, reuse: bool) -> dict[str, Any
     return kept
 
 
+def _comparison_batch(trainer: GRPOTrainer) -> Batch:
+    """The answers of two steps; every one takes part, whatever it scored: all the work that a step can have."""
+    one, two = trainer.collect(1).rollout, trainer.collect(2).rollout
+    trainer.generator.manual_seed(trainer.config.seed)  # training draws as if this had not been
+    rollout = Rollout(
+        one.prompts + two.prompts,
+        one.group_size,
+        one.answers + two.answers,
+        one.logprobs + two.logprobs,
+        one.ended + two.ended,
+    )
+    count = len(rollout.answers)
+    return Batch(rollout, [0.0] * count, torch.linspace(-1, 1, count))
+
+
 def _print_costs(costs: dict[str, Cost]) -> None:
     fused, eager = costs["fused"], costs["eager"]
-    print(f"\n  {'':<42}{'fused':>10}{'eager':>10}{'ratio':>9}")
+    print(f"\n  {'':<42}{'fused':>10}{'PyTorch':>10}{'ratio':>9}")
     rows = [
         ("step (forward, loss, backward, update), s", fused.step_seconds, eager.step_seconds, "{:.2f}"),
         ("  of it log-probabilities and loss, ms", fused.loss_seconds * 1e3, eager.loss_seconds * 1e3, "{:.1f}"),

@@ -27,6 +27,7 @@ class Policy:
         self.autocast = autocast
         self.layout = layout
         self.parameters = sum(p.numel() for p in model.parameters())
+        self.logprobs_op: Callable[..., Any] = rf.token_logprobs  # compare.py puts the obvious formula here
         self.softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
         self.decoder: Any = None
         self.head: Any = None
@@ -96,7 +97,7 @@ class Policy:
         mark("forward")
         if logits.requires_grad:
             logits.register_hook(lambda grad: mark("loss"))
-        result: Any = rf.token_logprobs(  # type: ignore[call-overload]
+        result = self.logprobs_op(
             logits,
             layout.token_ids,
             temperature=temperature,
