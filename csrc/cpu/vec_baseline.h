@@ -31,6 +31,12 @@ RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec x) {
   const Ints scaled = (Ints)p.v + exponent;
   return {(Floats)(scaled & ~(x.v < -125.0f))};
 }
+// x = m·2^e for a normal x > 0, with m in [2/3, 4/3).
+RL4LLM_INLINE void split_exponent(Vec x, Vec& m, Vec& e) {
+  const Ints bits = (Ints)x.v, n = (bits - 0x3f2aaaab) >> 23;
+  m.v = (Floats)(bits - (n << 23));
+  e.v = __builtin_convertvector(n, Floats);
+}
 
 RL4LLM_INLINE float first_of(Vec a) { return a.v[0]; }
 RL4LLM_INLINE float sum_of(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
