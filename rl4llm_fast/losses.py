@@ -274,7 +274,9 @@ def _rollout_weights(
     checks.choice("rollout_correction", correction, ("truncate", "mask"))
     if rollout is None:
         raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
-    upper, lower = (checks.number(n, v, now).to(now) for n, v in (("rollout_cap", cap), ("rollout_floor", floor)))
+    # Numbers stay 0-d tensors on the CPU, which mix with any device: moving them would wait for a GPU.
+    bounds = (("rollout_cap", cap), ("rollout_floor", floor))
+    upper, lower = (checks.number(name, value, now).to(now.dtype) for name, value in bounds)
     log_omega = (now.detach() if old is None else old) - rollout
     if live is not None:
         log_omega = torch.where(live, log_omega, torch.zeros((), dtype=now.dtype, device=now.device))
@@ -303,10 +305,10 @@ def _packed_weights(
     if max_length is None:
         longest = layout.cu_seqlens.diff().amax().to(now) if layout.count else torch.ones_like(now.sum())
     else:
-        longest = checks.number("max_length", max_length, now).to(now)
+        longest = checks.number("max_length", max_length, now).to(now.dtype)
     sequences_seen: Number = float(layout.count) if num_sequences is None else num_sequences
-    total = checks.number("num_sequences", sequences_seen, now).to(now)
+    total = checks.number("num_sequences", sequences_seen, now).to(now.dtype)
     # num_tokens has no part in these aggregations.
     arguments: Sequence[Tensor] = (layout.spread(lengths), total, total, longest)
     weight: Tensor = weights.AGGREGATIONS[aggregation](EagerMaths, *arguments)
-    return weight.expand(layout.rows).contiguous()
+    return torch.ones_like(alive) * weight
