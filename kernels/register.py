@@ -6,7 +6,7 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import token_logprobs, token_loss
+from . import kl_estimate, token_logprobs, token_loss
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
@@ -14,7 +14,7 @@ LAUNCHERS = {
     "token_logprobs_bwd": token_logprobs.token_logprobs_bwd,
     "token_logprobs_bwd_": token_logprobs.token_logprobs_bwd_,
     "policy_loss_fwd": token_loss.policy_loss_fwd,
-    "kl_estimate_fwd": token_loss.kl_estimate_fwd,
+    "kl_estimate_fwd": kl_estimate.kl_estimate_fwd,
     "token_loss_bwd": token_loss.token_loss_bwd,
 }
 

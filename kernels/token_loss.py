@@ -1,4 +1,4 @@
-"""policy_loss and kl_estimate (docs/math.md sections 3 and 5) from per-token log-probabilities: three launches in all.
+"""policy_loss (docs/math.md section 5) from per-token log-probabilities: three launches, forward and backward.
 
 The formulas are generated (token_formulas_gen.py); here stand the loads, the sums and the weights. A row is cut into
 segments, each segment's sums are written, and one program joins them in order: no atomics, so the same bits every time.
@@ -277,41 +277,6 @@ def token_loss_bwd_kernel(
         tl.store(grad_entropy_ptr + n, tl.where(dentropy == 0.0, 0.0, grad * dentropy), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
-def kl_estimate_fwd_kernel(
-    logp_ptr,  # (N,)
-    ref_ptr,  # (N,)
-    old_ptr,  # (N,) or None: logp
-    mask_ptr,  # (N,) or None
-    kl_ptr,  # (N,)
-    dkl_ptr,  # (N,)
-    N,
-    KL_FORMULA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A sampled estimate of the KL divergence per token, with its derivative.
-
-    Computes: k1, k2, k3 or |d| of d = ref − logp, and d/dlogp in the chosen way
-    Grid: (ceil(N/BLOCK_N),), program -> tokens
-    Traffic: 16 bytes a token, 4 more with old, 1 with the mask
-    Numerics: fp32; dead tokens are not loaded, their results exactly 0
-    Gradient: comes with the value from the generated formula
-    """
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < N
-    live = inside
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
-    logp = tl.load(logp_ptr + n, mask=live, other=0.0)
-    ref = tl.load(ref_ptr + n, mask=live, other=0.0)
-    old = logp
-    if old_ptr is not None:
-        old = tl.load(old_ptr + n, mask=live, other=0.0)
-    kl, dkl = KL_FORMULA(logp, ref, old)
-    tl.store(kl_ptr + n, tl.where(live, kl, 0.0), mask=inside)
-    tl.store(dkl_ptr + n, tl.where(live, dkl, 0.0), mask=inside)
-
-
 def cut(T: int) -> tuple[int, int]:
     """(tokens in a segment, segments of a row): by T alone."""
     block = min(SEGMENT, max(32, triton.next_power_of_2(T)))
@@ -372,21 +337,6 @@ def policy_loss_fwd(
             num_warps=8,
         )  # fmt: skip
     return loss, dlogp, dentropy, scale, metrics
-
-
-def kl_estimate_fwd(
-    logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | None, variant: str
-) -> tuple[Tensor, Tensor]:
-    """schemas.OPS["kl_estimate_fwd"]: (kl, dkl)."""
-    check_fp32("kl_estimate_fwd", logp=logp, ref=ref, old=old)
-    kl, dkl = torch.empty_like(logp), torch.empty_like(logp)
-    grid = check_grid("kl_estimate_fwd", triton.cdiv(logp.numel(), SEGMENT))
-    if logp.numel():
-        with on_device(logp):
-            kl_estimate_fwd_kernel[grid](
-                logp, ref, old, mask, kl, dkl, logp.numel(), KL_FORMULA=KL[variant], BLOCK_N=SEGMENT, num_warps=WARPS
-            )
-    return kl, dkl
 
 
 def token_loss_bwd(

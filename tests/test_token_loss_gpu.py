@@ -47,6 +47,7 @@ def kernel_cases():
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing")
+    from rl4llm_fast.kernels import kl_estimate
     from rl4llm_fast.kernels import token_loss as k
 
     numbers = ("fp32",) * (len(formulas.PARAMS) + formulas.MAX_KNOBS)
@@ -69,7 +70,7 @@ def kernel_cases():
     kl = dict.fromkeys(("logp_ptr", "ref_ptr", "old_ptr", "kl_ptr", "dkl_ptr"), FP32) | {"mask_ptr": "*i1", "N": "i32"}
     for variant in ("k3_value", "k3_importance_clamp"):
         constants = {"KL_FORMULA": k.KL[variant], "BLOCK_N": k.SEGMENT}
-        yield f"kl_{variant}", k.kl_estimate_fwd_kernel, kl, constants, k.WARPS, REGISTERS
+        yield f"kl_{variant}", kl_estimate.kl_estimate_fwd_kernel, kl, constants, k.WARPS, REGISTERS
 
 
 def compile_kernel(kernel, types, constants, warps, target):

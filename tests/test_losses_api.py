@@ -1,0 +1,217 @@
+"""policy_loss as an op and as a function: registration, compilation, messages; and rivals' own losses."""
+
+from __future__ import annotations
+
+import collections
+import math
+import types
+
+import pytest
+import torch
+
+import rl4llm_fast as rf
+
+INF = math.inf
+BACKENDS = rf.backends()["policy_loss"]
+
+
+def sample(B, T):
+    logp = -3 * torch.rand(B, T)
+    return {
+        "logp": logp,
+        "old_logp": logp + 0.3 * torch.randn(B, T),
+        "advantages": torch.randn(B, T),
+        "ref_logp": logp + 0.3 * torch.randn(B, T),
+        "entropy": torch.rand(B, T),
+        "mask": torch.rand(B, T) > 0.3,
+    }
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built here")
+class TestRegistration:
+    def test_opcheck(self):
+        ops, s = torch.ops.rl4llm_fast, sample(3, 20)
+        params = torch.tensor([-1.0, 3, 20, 1, 0.1, 0.01, 0.2, 0.2, INF, 0], dtype=torch.float64)
+        tensors = [s[n] for n in ("logp", "old_logp", "advantages", "ref_logp", "entropy", "mask")]
+        arguments = (*tensors, None, torch.rand(3, 20), None, params, "ppo_clip", "k3_value", "token_mean", True)
+        torch.library.opcheck(ops.policy_loss_fwd.default, arguments)
+        torch.library.opcheck(ops.policy_loss_fwd.default, (*arguments[:-2], "none", False))
+        _, dlogp, dentropy, scale, _ = ops.policy_loss_fwd(*arguments)
+        torch.library.opcheck(ops.token_loss_bwd.default, (torch.ones(()), s["logp"], scale, dlogp, dentropy))
+
+    def test_double_backward_raises(self):
+        logp = torch.randn(2, 3, requires_grad=True)
+        loss, _ = rf.policy_loss(logp, None, torch.randn(2, 3), backend="cpu")
+        (grad,) = torch.autograd.grad(loss, logp, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            (loss + grad.square().sum()).backward()
+
+    def test_compile_without_breaks_or_recompilation(self):
+        graphs = 0
+
+        def count(graph, inputs):
+            nonlocal graphs
+            graphs += 1
+            return graph.forward
+
+        def step(logp, old, adv, mask, eps, beta):
+            loss, metrics = rf.policy_loss(
+                logp, old, adv, mask=mask, kind="grpo", eps_low=eps, ref_logp=old, kl_coef=beta, entropy=-logp,
+                entropy_coef=beta, backend="cpu", aggregation="seq_mean_token_mean",
+            )  # fmt: skip
+            return loss, metrics["ratio_mean"]
+
+        compiled = torch.compile(step, fullgraph=True, backend=count)
+        s = sample(3, 20)
+        for i in range(12):  # the ninth recompilation would raise
+            knobs = (0.1 + 0.01 * i, 0.05 * i + 0.01)
+            results = []
+            for function in (step, compiled):
+                leaf = s["logp"].clone().requires_grad_()
+                loss, ratio = function(leaf, s["old_logp"], s["advantages"], s["mask"], *knobs)
+                loss.backward()
+                results.append((loss, ratio, leaf.grad))
+            for wanted, got in zip(*results, strict=True):
+                torch.testing.assert_close(wanted, got)
+        assert graphs <= 2  # the numbers as constants once, then as symbols
+        as_tensors = torch.compile(step, fullgraph=True, backend=count)
+        torch._dynamo.reset()
+        graphs = 0
+        for i in range(3):
+            tensors = [s[n] for n in ("logp", "old_logp", "advantages", "mask")]
+            as_tensors(*tensors, torch.tensor(0.1 * i), torch.tensor(0.1))
+        assert graphs == 1
+
+
+ERRORS = [
+    ({"kind": "dpo"}, "kind: wanted one of pg, cpi"),
+    ({"kind": "pg", "eps_low": 0.1}, "eps_low: not a knob of kind 'pg'"),
+    ({"epsilon": 0.1}, "epsilon: not a knob.*eps_low"),
+    ({"aggregation": "mean"}, "aggregation: wanted one of"),
+    ({"kl_coef": 0.1}, "kl_coef: needs ref_logp"),
+    ({"kl_coef": torch.tensor(0.1)}, "kl_coef: needs ref_logp"),
+    ({"entropy_coef": 0.1}, "entropy_coef: needs entropy"),
+    ({"advantages": torch.zeros(5)}, r"advantages: wanted \(2, 3\).*\(2,\)"),
+    ({"old_logp": torch.zeros(3)}, "old_logp: wanted the shape"),
+    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask: wanted the shape"),
+    ({"mask": torch.ones(2, 3)}, "mask: wanted a bool"),
+    ({"logp": torch.zeros(2, 3, 4)}, r"logp: wanted \(B, T\)"),
+    ({"logp": torch.zeros(2, 3, dtype=torch.long)}, "logp: wanted float32"),
+    ({"cu_seqlens": torch.tensor([0, 6])}, "logp: wanted packed tokens"),
+    ({"rollout_logp": torch.zeros(2, 3)}, "rollout_correction: wanted"),
+    ({"rollout_correction": "truncate"}, "needs rollout_logp"),
+    ({"dual_clip": 3.0, "delta": 3.0}, "dual_clip, delta"),
+    ({"dual_clip": 0.5}, "dual_clip: wanted a number > 1"),
+    ({"eps_low": torch.zeros(2)}, "eps_low: wanted a number or a 0-d tensor"),
+    ({"eps_low": "0.2"}, "eps_low: wanted a number"),
+    ({"eps_low": None}, "eps_low: wanted a number"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[m[:24] for _, m in ERRORS])
+def test_messages(changes, message):
+    arguments = {"logp": torch.zeros(2, 3), "old_logp": None, "advantages": torch.zeros(2, 3)} | changes
+    with pytest.raises((ValueError, TypeError), match=message):
+        rf.policy_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([1, 6], "from 0 to the 6 tokens"),
+        ([0, 5], "from 0 to the 6 tokens"),
+        ([0, 4, 3, 6], "never decrease, got 4, 3 at position 1"),
+        ([[0, 6]], r"wanted \(B\+1,\)"),
+    ],
+)
+def test_bad_cu_seqlens(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        rf.policy_loss(torch.zeros(6), None, torch.zeros(6), cu_seqlens=torch.tensor(cu_seqlens))
+
+
+def test_sequences_must_be_known():
+    for changes in ({"aggregation": "seq_mean_token_mean"}, {"kind": "gspo"}):
+        with pytest.raises(ValueError, match="cu_seqlens: wanted"):
+            rf.policy_loss(torch.zeros(6), None, torch.zeros(6), **changes)
+
+
+# Rivals' own losses.
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "delta", "sequence"])
+def test_agrees_with_trl(loss_type):
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
+    s = sample(4, 12)
+    s["mask"][1, 0] = True  # TRL's own metrics divide by the length of every sequence
+    adv, beta, high = torch.randn(4), 0.04, 1.1 if loss_type == "cispo" else 0.28
+    theirs = s["logp"].clone().requires_grad_()
+    special = {"delta": "grpo", "sequence": "grpo"}.get(loss_type, loss_type)
+    accelerator = types.SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, **_: x, gather_for_metrics=lambda x: x
+    )
+    fake = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (theirs, s["entropy"], None),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, use_vllm=False,
+        importance_sampling_level="sequence" if loss_type == "sequence" else "token", loss_type=special,
+        epsilon_low=0.2, epsilon_high=high, max_completion_length=32, accelerator=accelerator,
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=1.5 if loss_type == "delta" else None,
+                                   sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, steps_per_generation=1),
+        model=types.SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False, _metrics={"train": collections.defaultdict(list)},
+    )  # fmt: skip
+    ids = torch.zeros(4, 12, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": s["mask"].long(),
+        "advantages": adv, "old_per_token_logps": s["old_logp"], "ref_per_token_logps": s["ref_logp"],
+        "num_items_in_batch": s["mask"].sum(),
+    }  # fmt: skip
+    wanted = trainer._compute_loss(fake, None, inputs)
+    wanted.backward()
+
+    knobs = {
+        "cispo": {"kind": "cispo", "cap": high},
+        "sapo": {"kind": "sapo"},
+        "delta": {"kind": "grpo", "eps_high": high, "delta": 1.5},
+        "sequence": {"kind": "gspo", "eps_low": 0.2, "eps_high": high},
+    }.get(loss_type, {"kind": "grpo", "eps_high": high})
+    how = {"bnpo": "token_mean", "dapo": "token_mean", "cispo": "token_mean", "dr_grpo": "seq_mean_token_sum_norm"}
+    ours = s["logp"].clone().requires_grad_()
+    loss, metrics = rf.policy_loss(
+        ours, s["old_logp"], adv, mask=s["mask"], ref_logp=s["ref_logp"], kl_coef=beta, max_length=32,
+        aggregation=how.get(loss_type, "seq_mean_token_mean"), **knobs,
+    )  # fmt: skip
+    loss.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
+        assert metrics["clip_fraction"].item() == pytest.approx(fake._metrics["train"]["clip_ratio/region_mean"][0])
+        assert metrics["kl_ref"].item() == pytest.approx(fake._metrics["train"]["kl"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo"])
+def test_agrees_with_liger(loss_type):
+    liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="liger-kernel is not installed")
+    B, T, D, V = 3, 7, 8, 19
+    hidden, weight, ids = torch.randn(B, T, D), torch.randn(V, D), torch.randint(V, (B, T))
+    mask, adv, high = torch.rand(B, T) > 0.2, torch.randn(B), 1.1 if loss_type == "cispo" else 0.28
+    mask[:, 0] = True
+    logp = torch.log_softmax(hidden @ weight.t(), -1).gather(-1, ids[..., None]).squeeze(-1)
+    old, ref = logp + 0.3 * torch.randn(B, T), logp + 0.3 * torch.randn(B, T)
+    theirs = hidden.clone().requires_grad_()
+    function = liger.LigerFusedLinearGRPOLoss(
+        beta=0.04, compiled=False, epsilon_low=0.2, epsilon_high=high, loss_type=loss_type, max_completion_length=16
+    )
+    wanted, _ = function(theirs, weight, ids, mask.long(), adv, ref_per_token_logps=ref, old_per_token_logps=old)
+    wanted.backward()
+
+    ours = hidden.clone().requires_grad_()
+    logp = rf.token_logprobs(ours @ weight.t(), ids)
+    knobs = {"cispo": {"kind": "cispo", "cap": high}, "sapo": {"kind": "sapo"}}.get(loss_type, {"eps_high": high})
+    how = {"bnpo": "token_mean", "cispo": "token_mean", "dr_grpo": "seq_mean_token_sum_norm"}
+    loss, _ = rf.policy_loss(
+        logp, old, adv, mask=mask, ref_logp=ref, kl_coef=0.04, max_length=16,
+        aggregation=how.get(loss_type, "seq_mean_token_mean"), **knobs,
+    )  # fmt: skip
+    loss.backward()
+    torch.testing.assert_close(loss, wanted.reshape(()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
