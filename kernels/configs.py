@@ -29,6 +29,11 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
         4096, 8, 96, "not yet measured: 2 16-byte loads a thread; 64 registers (4 programs an SM) without a softcap"
     ),
     ("token_logprobs_bwd", 4): Launch(2048, 8, 64, "not yet measured: as in 2 bytes, 2 16-byte loads a thread"),
+    # By the wider of the two sides; with one of each size a thread loads 16 bytes of the narrow and 32 of the wide.
+    ("kl_divergence_fwd", 2): Launch(4096, 8, 128, "not yet measured: 2 16-byte loads a thread of each side"),
+    ("kl_divergence_fwd", 4): Launch(2048, 8, 128, "not yet measured: as in 2 bytes, 2 16-byte loads of each side"),
+    ("kl_divergence_bwd", 2): Launch(4096, 8, 128, "not yet measured: 2 16-byte loads a thread of each side"),
+    ("kl_divergence_bwd", 4): Launch(2048, 8, 96, "not yet measured: as in 2 bytes, 2 16-byte loads of each side"),
 }
 
 WARP = 32

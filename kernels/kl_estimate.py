@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import check_grid, on_device
 from .token_formulas_gen import KL
-from .token_logprobs import check_grid, on_device
 from .token_loss import SEGMENT, WARPS, check_fp32
 
 

@@ -6,13 +6,16 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import kl_estimate, token_logprobs, token_loss
+from . import kl, kl_estimate, token_logprobs, token_loss
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
     "token_logprobs_fwd": token_logprobs.token_logprobs_fwd,
     "token_logprobs_bwd": token_logprobs.token_logprobs_bwd,
     "token_logprobs_bwd_": token_logprobs.token_logprobs_bwd_,
+    "kl_divergence_fwd": kl.kl_divergence_fwd,
+    "kl_divergence_bwd": kl.kl_divergence_bwd,
+    "kl_divergence_bwd_": kl.kl_divergence_bwd_,
     "policy_loss_fwd": token_loss.policy_loss_fwd,
     "kl_estimate_fwd": kl_estimate.kl_estimate_fwd,
     "token_loss_bwd": token_loss.token_loss_bwd,

@@ -1,20 +1,13 @@
 """token_logprobs: log-probabilities of chosen tokens and the entropy, from logits (docs/math.md section 1)."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .rows import check_grid, check_logits, number_or_pointer, on_device, row_pointer, row_strides
 from .tl_math import LN2, LOG2_ZERO, LOG2E, capped, load_number, merge, rebase, reference_max, row_is_live
-
-
-@triton.jit
-def row_pointer(ptr, row, T, stride_b, stride_t):
-    """The start of row n = b·T + t of a (B, T, V) tensor. N·V passes 2^31, N does not: int64 from the product on."""
-    return ptr + (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
 
 
 @triton.jit
@@ -270,41 +263,12 @@ def token_logprobs_bwd_kernel(
     tl.store(dlogits_row_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
-def number_or_pointer(hyperparameter: Tensor | None) -> tuple[Tensor | None, float | None]:
-    """(device tensor, None), or (None, number) of a tensor on the CPU, which is read here without a synchronisation."""
-    if hyperparameter is None:
-        return None, None
-    if hyperparameter.device.type == "cpu" and hyperparameter.dim() == 0:
-        return None, float(hyperparameter)
-    return hyperparameter, None
-
-
-def row_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of B and T; 0 for a dimension of one, whose stride means nothing and could hide an alignment."""
-    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the current device of the process: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def check_rows(op: str, logits: Tensor, token_ids: Tensor) -> None:
-    """What a wrong direct call would turn into an illegal address; the public functions check all the rest."""
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{op}: logits must be fp32, bf16 or fp16 on this backend, got {logits.dtype}")
-    if logits.dim() != 3 or (logits.numel() > 0 and logits.shape[2] > 1 and logits.stride(2) != 1):
-        raise ValueError(f"{op}: logits must be (B, T, V) with a last stride of 1, got {tuple(logits.shape)}")
+    """As check_logits, for what belongs to the rows."""
+    check_logits(op, "logits", logits)
     rows = logits.shape[0] * logits.shape[1]
     if token_ids.dtype != torch.int64 or token_ids.dim() not in (1, 2) or token_ids.shape[0] != rows:
         raise ValueError(f"{op}: token_ids must be int64 ({rows},) or ({rows}, K), got {tuple(token_ids.shape)}")
-
-
-def check_grid(op: str, programs: int) -> tuple[int]:
-    """A launch holds 2^31 − 1 programs: over 10^13 logits."""
-    if programs >= 2**31:
-        raise ValueError(f"{op}: {programs} programs are more than one launch holds (2^31 - 1); split the batch")
-    return (programs,)
 
 
 def token_logprobs_fwd(
