@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/tensor_args.h"
+#include "cpu/logits_rows.h"
 
 namespace rl4llm {
 namespace {
@@ -51,19 +51,6 @@ struct TokenIds {
   }
 };
 
-void check_temperature(const PerRow& temperature) {
-  for (int64_t n = 0; n < temperature.count(); ++n) {
-    if (!(temperature[n] > 0)) fail("temperature: wanted values > 0 in every row, got ", temperature[n], " in row ", n);
-  }
-}
-
-double read_softcap(const std::optional<Tensor>& softcap) {
-  if (!softcap) return 0;
-  const double c = read_scalar(*softcap, "softcap");
-  if (!(c > 0)) fail("softcap: wanted a number > 0, got ", c);
-  return c;
-}
-
 template <class A>
 const TokenLogprobsFunctions<A>& functions_for(ScalarType type) {
   const TokenLogprobsKernels& kernels = token_logprobs_kernels();
@@ -76,17 +63,6 @@ const TokenLogprobsFunctions<A>& functions_for(ScalarType type) {
     fail("logits: wanted float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(type));
   }
 }
-
-// Rows cut into parts of kPart logits: job i is part i % parts of row i / parts.
-struct Parts {
-  int64_t parts, jobs, batch;
-
-  explicit Parts(const Rows& rows) : parts((rows.V + kPart - 1) / kPart), jobs(rows.N * parts) {
-    // Enough work to be worth a thread's while; whole rows where there are plenty, for long streams from memory.
-    batch = (kPart + rows.V - 1) / rows.V;
-    if (rows.N >= 8 * int64_t(torch::stable::get_num_threads())) batch = std::max(batch, parts);
-  }
-};
 
 template <class A>
 LogitsPart<A> part_of(const Rows& rows, int64_t n, int64_t v, double softcap) {
@@ -189,16 +165,6 @@ void collect_choices(const TokenIds& tokens, int64_t n, const A* grad_logp_ptr, 
   }
   choices.resize(last + 1);
 }
-
-template <class A>
-bool finite(A x) {
-  return x - x == A(0);
-}
-
-template <class A>
-A canonical(A x) {
-  return x == x ? x : not_a_number(A());
-}  // rounding to bf16 could carry a NaN's payload away
 
 template <class A>
 struct Upstream {

@@ -9,10 +9,6 @@
 
 namespace rl4llm {
 
-// A row is cut into parts of this many logits, always: so a row of any batch has the same bits, and one row alone can
-// still keep several threads busy.
-constexpr int64_t kPart = 16384;
-
 template <class A>
 struct LogitsPart {
   const void* logits_ptr;  // (length,)

@@ -9,48 +9,11 @@
 // Gradient: p_v·(log2(p_v)·slope + intercept), the softcap's chain, rounded once; see RowGrad in hd.h.
 #include "cpu/token_logprobs.h"
 
-#include "cpu/vec.h"
+#include "cpu/logits_vec.h"
 
 namespace rl4llm {
 namespace RL4LLM_ISA {
 namespace {
-
-constexpr int kBlock = 2048;  // 4 or 8 KiB: read from memory by the maximum, from L1 by the sum
-constexpr int kVecs = 4;      // per iteration: independent sums, so that no addition waits for the one before
-
-RL4LLM_INLINE float largest(float) { return __FLT_MAX__; }
-RL4LLM_INLINE double largest(double) { return __DBL_MAX__; }
-
-// z' − origin
-template <bool kSoftcap, class F, class A>
-RL4LLM_INLINE F shifted_logit(F z, A c, A origin) {
-  if constexpr (!kSoftcap) return z - F::of(origin);
-  F shifted, tanh;
-  softcap(z, c, origin, shifted, tanh);
-  return shifted;
-}
-
-// x = (z' − origin)·log2(e)/τ + offset; fp64 as hd.h's exponent says.
-template <class A>
-struct Scale {
-  A k, temperature, softcap;
-};
-template <bool kSoftcap>
-RL4LLM_INLINE Vec exponent(Vec z, Scale<float> by, float origin, float offset) {
-  return fma(shifted_logit<kSoftcap>(z, by.softcap, origin), Vec::of(by.k), Vec::of(offset));
-}
-template <bool kSoftcap>
-RL4LLM_INLINE Vec64 exponent(Vec64 z, Scale<double> by, double origin, double offset) {
-  const double capped = shifted_logit<kSoftcap>(z, by.softcap, 0.0).v;
-  return {rl4llm::exponent(capped, origin, DivideFirst{by.temperature}) + offset};
-}
-
-// The last logits of a part, fewer than a step, padded with −inf.
-template <class T>
-RL4LLM_INLINE void load_tail(const T* z_ptr, int count, int step, T* tail_ptr) {
-  for (int i = 0; i < count; ++i) tail_ptr[i] = z_ptr[i];
-  for (int i = count; i < step; ++i) set_minus_infinity(tail_ptr[i]);
-}
 
 template <bool kEntropy, bool kSoftcap, class T, class A>
 void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<double>* out) {
@@ -68,7 +31,7 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<do
       for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
       for (int i = 0; i < kVecs; ++i) top[i] = max(z[i], top[i]);
     }
-    A block_max = max_of(max(max(top[0], top[1]), max(top[2], top[3])));
+    A block_max = max_of(max4(top));
     if (block_max == -infinity(A())) {  // nothing to add; but the maximum has skipped any NaN
       for (int v = 0; v < length; v += 2 * F::width) {
         F a, b;
@@ -98,8 +61,8 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<do
         if (kEntropy) xsum[i] = fma(e, x, xsum[i]);
       }
     }
-    row.sum += sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    if (kEntropy) row.xsum += sum_of((xsum[0] + xsum[1]) + (xsum[2] + xsum[3]));
+    row.sum += sum4(sum);
+    if (kEntropy) row.xsum += sum4(xsum);
   };
 
   const T* logits_ptr = (const T*)part.logits_ptr;  // (length,)

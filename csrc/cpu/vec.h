@@ -4,8 +4,10 @@
 //   Vec            fp32 × Vec::width      + - * /, fma, max (the second where either is NaN), abs, select_less
 //   Vec64          one double, the same interface: fp64 runs the same kernels, in plain scalar code
 //   load2, store2  two vectors from or to memory of float, bf16, fp16 (double for Vec64): 2·width neighbours, in an
-//                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles)
+//                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles);
+//                  load2_in_order, store2_in_order: in memory's order, for any of fp32's types
 //   exp2           2^x for x >= kLeast, relative error 1e-7; exactly 1 at 0, exactly 0 below −150, NaN for NaN
+//   log2           of normal numbers > 0
 //   softcap        c·tanh(z/c) − origin and tanh(z/c)
 #pragma once
 
@@ -65,6 +67,24 @@ RL4LLM_INLINE Vec exp2(Vec x) {
   return scale_by_power_of_2(p, n, x);
 }
 
+// log2 of a normal x > 0 by x = m·2^e: f = m − 1 times a minimax polynomial of degree 8, relative error 5e-8 around 1
+// too, exactly 0 at 1; NaN for NaN.
+RL4LLM_INLINE Vec log2(Vec x) {
+  Vec m, e;
+  split_exponent(x, m, e);
+  const Vec f = m - Vec::of(1.0f);
+  Vec p = Vec::of(0.202784181f);
+  p = fma(p, f, Vec::of(-0.222221166f));
+  p = fma(p, f, Vec::of(0.201799735f));
+  p = fma(p, f, Vec::of(-0.236786529f));
+  p = fma(p, f, Vec::of(0.28871128f));
+  p = fma(p, f, Vec::of(-0.360789567f));
+  p = fma(p, f, Vec::of(0.480895966f));
+  p = fma(p, f, Vec::of(-0.721346557f));
+  p = fma(p, f, Vec::of(1.44269502f));
+  return fma(p, f, e) + (x - x);  // the bits of a NaN give some number
+}
+
 // What tanh a = a + a·curve(a²) is near 0: a minimax polynomial for |a| < 0.9, relative error of tanh 2e-9.
 RL4LLM_INLINE Vec tanh_curve(Vec square) {
   Vec p = Vec::of(-4.51494939e-4f);
@@ -109,12 +129,22 @@ RL4LLM_INLINE double max_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE double first_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE bool any_nan(Vec64 a) { return a.v != a.v; }
 RL4LLM_INLINE Vec64 exp2(Vec64 x) { return {__builtin_exp2(x.v)}; }
+RL4LLM_INLINE Vec64 log2(Vec64 x) { return {__builtin_log2(x.v)}; }
 RL4LLM_INLINE void softcap(Vec64 z, double c, double origin, Vec64& shifted, Vec64& tanh) {
   tanh.v = __builtin_tanh(z.v / c);
   shifted.v = (__builtin_isinf(z.v) ? z.v : c * tanh.v) - origin;
 }
 RL4LLM_INLINE void load2(const double* ptr, Vec64& a, Vec64& b) { a.v = ptr[0], b.v = ptr[1]; }
 RL4LLM_INLINE void store2(double* ptr, Vec64 a, Vec64 b) { ptr[0] = a.v, ptr[1] = b.v; }
+
+template <class T>
+RL4LLM_INLINE void load2_in_order(const T* ptr, Vec& a, Vec& b) {
+  load2(ptr, a, b);
+}
+template <class T>
+RL4LLM_INLINE void store2_in_order(T* ptr, Vec a, Vec b) {
+  store2(ptr, a, b);
+}
 
 // The vector in which an element type is computed, and −inf as the element type has it.
 template <class T>

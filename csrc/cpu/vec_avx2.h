@@ -31,6 +31,13 @@ RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec x) {
   const Vec scaled = {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), exponent))};
   return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ), scaled.v)};
 }
+// x = m·2^e for a normal x > 0, with m in [2/3, 4/3).
+RL4LLM_INLINE void split_exponent(Vec x, Vec& m, Vec& e) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i n = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f2aaaab)), 23);
+  m.v = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(n, 23)));
+  e.v = _mm256_cvtepi32_ps(n);
+}
 
 RL4LLM_INLINE float first_of(Vec a) { return _mm256_cvtss_f32(a.v); }
 RL4LLM_INLINE float sum_of(Vec a) {
@@ -68,6 +75,19 @@ RL4LLM_INLINE __m256i round_to_bf16(Vec a) {  // to nearest even, in the upper h
 RL4LLM_INLINE void store2(bf16* ptr, Vec a, Vec b) {
   const __m256i even = _mm256_srli_epi32(round_to_bf16(a), 16);
   _mm256_storeu_si256((__m256i*)ptr, _mm256_blend_epi16(even, round_to_bf16(b), 0xaa));
+}
+
+// The same in their own order, to meet data of another type.
+RL4LLM_INLINE void load2_in_order(const bf16* ptr, Vec& a, Vec& b) {
+  const __m256i both = _mm256_loadu_si256((const __m256i*)ptr);
+  a.v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(both)), 16));
+  b.v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1)), 16));
+}
+RL4LLM_INLINE void store2_in_order(bf16* ptr, Vec a, Vec b) {
+  // packus works in each 128-bit lane: the permutation puts the quarters right.
+  const __m256i packed =
+      _mm256_packus_epi32(_mm256_srli_epi32(round_to_bf16(a), 16), _mm256_srli_epi32(round_to_bf16(b), 16));
+  _mm256_storeu_si256((__m256i*)ptr, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
 RL4LLM_INLINE void load2(const fp16* ptr, Vec& a, Vec& b) {

@@ -29,6 +29,13 @@ RL4LLM_INLINE Vec round_to_integer(Vec x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec) { return {_mm512_scalef_ps(p.v, n.v)}; }
+// x = m·2^e for a normal x > 0, with m in [2/3, 4/3).
+RL4LLM_INLINE void split_exponent(Vec x, Vec& m, Vec& e) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i n = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f2aaaab)), 23);
+  m.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(n, 23)));
+  e.v = _mm512_cvtepi32_ps(n);
+}
 
 RL4LLM_INLINE float first_of(Vec a) { return _mm512_cvtss_f32(a.v); }
 RL4LLM_INLINE float sum_of(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -58,6 +65,17 @@ RL4LLM_INLINE __m512i round_to_bf16(Vec a) {  // to nearest even, in the upper h
 RL4LLM_INLINE void store2(bf16* ptr, Vec a, Vec b) {
   const __m512i even = _mm512_srli_epi32(round_to_bf16(a), 16);
   _mm512_storeu_si512(ptr, _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_to_bf16(b)));
+}
+
+// The same in their own order, to meet data of another type.
+RL4LLM_INLINE void load2_in_order(const bf16* ptr, Vec& a, Vec& b) {
+  const __m512i both = _mm512_loadu_si512(ptr);
+  a.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
+  b.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
+}
+RL4LLM_INLINE void store2_in_order(bf16* ptr, Vec a, Vec b) {
+  _mm256_storeu_si256((__m256i*)ptr, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(a), 16)));
+  _mm256_storeu_si256((__m256i*)(ptr + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(b), 16)));
 }
 
 RL4LLM_INLINE void load2(const fp16* ptr, Vec& a, Vec& b) {

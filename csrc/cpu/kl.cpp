@@ -1,0 +1,297 @@
+// rl4llm_fast::kl_divergence_fwd, _bwd and _bwd_ on the CPU: checks, rows, threads (schemas.py says the arguments).
+// The arithmetic is in kl.isa.cpp and hd.h.
+#include "cpu/kl.h"
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/logits_rows.h"
+
+namespace rl4llm {
+namespace {
+
+LogitsType logits_type(const Rows& rows, const char* name) {
+  switch (rows.type) {
+    case ScalarType::Float:
+      return LogitsType::fp32;
+    case ScalarType::BFloat16:
+      return LogitsType::bf16;
+    case ScalarType::Half:
+      return LogitsType::fp16;
+    case ScalarType::Double:
+      return LogitsType::fp64;
+    default:
+      fail(name, ": wanted float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(rows.type));
+  }
+}
+
+template <class A>
+const KlFunctions<A>& functions() {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return kl_kernels().fp64;
+  } else {
+    return kl_kernels().fp32;
+  }
+}
+
+// The arguments that both passes share, checked.
+struct KlArguments {
+  Rows policy, ref;
+  LogitsType policy_type, ref_type;
+  const bool* mask_ptr;  // (N,) or null
+  PerRow temperature;
+  double softcap, beta;
+  KlDirection direction;
+  Parts cut;
+  ScalarType acc;
+
+  KlArguments(const Tensor& logits, const Tensor& ref_logits, const std::optional<Tensor>& mask, const Tensor& tau,
+              const std::optional<Tensor>& softcap, const std::string& direction, const Tensor& beta)
+      : policy(logits, "logits"),
+        ref(ref_logits, "ref_logits"),
+        policy_type(logits_type(policy, "logits")),
+        ref_type(logits_type(ref, "ref_logits")),
+        mask_ptr(data_of<bool>(mask, "mask", policy.N)),
+        temperature(tau, "temperature", policy.N),
+        softcap(read_softcap(softcap)),
+        beta(read_scalar(beta, "beta")),
+        cut(policy) {
+    if (ref.B != policy.B || ref.T != policy.T || ref.V != policy.V) {
+      fail("ref_logits: wanted ", shape_of(logits), " like logits, got ", shape_of(ref_logits));
+    }
+    check_temperature(temperature);
+    if (direction == "reverse") {
+      this->direction = KlDirection::reverse;
+    } else if (direction == "forward") {
+      this->direction = KlDirection::forward;
+    } else if (direction == "jsd") {
+      this->direction = KlDirection::jsd;
+      if (!(this->beta > 0 && this->beta < 1)) fail("beta: wanted a number in (0, 1), got ", this->beta);
+    } else {
+      fail("direction: wanted reverse, forward or jsd, got ", direction);
+    }
+    const bool wide = policy.type == ScalarType::Double || ref.type == ScalarType::Double;
+    acc = wide ? ScalarType::Double : ScalarType::Float;
+  }
+
+  bool live(int64_t n) const { return !mask_ptr || mask_ptr[n]; }
+
+  // Part i of row n; ref_first: the reference as the first side.
+  template <class A>
+  KlPart<A> part(int64_t n, int64_t i, bool ref_first) const {
+    const int64_t v = i * kPart, length = std::min(kPart, policy.V - v);
+    if (ref_first) return {ref.at(n, v), policy.at(n, v), ref_type, policy_type, length, A(softcap)};
+    return {policy.at(n, v), ref.at(n, v), policy_type, ref_type, length, A(softcap)};
+  }
+};
+
+template <class A>
+JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, A ref_log_sum) {
+  return {{row_max, A(double(log_sum) * kLog2E)},
+          {ref_row_max, A(double(ref_log_sum) * kLog2E)},
+          A(args.beta),
+          A(1 - args.beta)};
+}
+
+// The forward pass in stages: each either by parts on all threads, or row after row while the row lies in the cache.
+// Parts combine from the left in both.
+template <class A>
+class KlForward {
+ public:
+  A *kl_ptr, *inner_ptr, *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr;  // (N,)
+
+  void run(const KlArguments& args) const {
+    const bool jsd = args.direction == KlDirection::jsd;
+    const int64_t parts = args.cut.parts;
+    if (args.cut.whole_rows) {
+      parallel_jobs(args.policy.N, std::max<int64_t>(1, args.cut.batch / parts), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          if (!args.live(n)) {
+            clear(n);
+            continue;
+          }
+          finish(args, n, [&](int64_t i) { return sum(args, n, i); });
+          if (jsd) finish_jsd(args, n, [&](int64_t i) { return jsd_sum(args, n, i); });
+        }
+      });
+      return;
+    }
+    std::vector<KlSum<double>> sums(size_t(args.cut.jobs));
+    for_live_parts(args, [&](int64_t job, int64_t n, int64_t i) { sums[size_t(job)] = sum(args, n, i); });
+    for (int64_t n = 0; n < args.policy.N; ++n) {
+      if (args.live(n)) {
+        finish(args, n, [&](int64_t i) { return sums[size_t(n * parts + i)]; });
+      } else {
+        clear(n);
+      }
+    }
+    if (!jsd) return;
+    std::vector<JsdSum> jsd_sums(size_t(args.cut.jobs));
+    for_live_parts(args, [&](int64_t job, int64_t n, int64_t i) { jsd_sums[size_t(job)] = jsd_sum(args, n, i); });
+    for (int64_t n = 0; n < args.policy.N; ++n) {
+      if (args.live(n)) finish_jsd(args, n, [&](int64_t i) { return jsd_sums[size_t(n * parts + i)]; });
+    }
+  }
+
+ private:
+  template <class Work>
+  static void for_live_parts(const KlArguments& args, const Work& work) {
+    parallel_jobs(args.cut.jobs, args.cut.batch, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t n = job / args.cut.parts;
+        if (args.live(n)) work(job, n, job % args.cut.parts);
+      }
+    });
+  }
+
+  void clear(int64_t n) const {
+    kl_ptr[n] = inner_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = A(0);
+  }
+
+  static KlSum<double> sum(const KlArguments& args, int64_t n, int64_t i) {
+    KlSum<double> result;
+    const bool ref_first = args.direction == KlDirection::forward;
+    functions<A>().kl(args.part<A>(n, i, ref_first), args.temperature[n], &result);
+    return result;
+  }
+
+  template <class At>
+  void finish(const KlArguments& args, int64_t n, const At& sum_at) const {
+    KlSum<double> row = sum_at(0);
+    const DivideFirst by{args.temperature[n]};
+    for (int64_t i = 1; i < args.cut.parts; ++i) row = merge(row, sum_at(i), by);
+    const double first = log_sum(RowSum<double>{row.max, row.sum, 0});
+    const double second = log_sum(RowSum<double>{row.other_max, row.other_sum, 0});
+    const bool ref_first = args.direction == KlDirection::forward;
+    (ref_first ? ref_row_max_ptr : row_max_ptr)[n] = A(row.max);
+    (ref_first ? ref_log_sum_ptr : log_sum_ptr)[n] = A(first);
+    (ref_first ? row_max_ptr : ref_row_max_ptr)[n] = A(row.other_max);
+    (ref_first ? log_sum_ptr : ref_log_sum_ptr)[n] = A(second);
+    kl_ptr[n] = inner_ptr[n] = A(kl_divergence(row));
+  }
+
+  JsdSum jsd_sum(const KlArguments& args, int64_t n, int64_t i) const {
+    JsdSum result;
+    const JsdRow<A> row = jsd_row(args, row_max_ptr[n], log_sum_ptr[n], ref_row_max_ptr[n], ref_log_sum_ptr[n]);
+    functions<A>().jsd(args.part<A>(n, i, false), args.temperature[n], row, &result);
+    return result;
+  }
+
+  template <class At>
+  void finish_jsd(const KlArguments& args, int64_t n, const At& sum_at) const {
+    JsdSum row = sum_at(0);
+    for (int64_t i = 1; i < args.cut.parts; ++i) {
+      const JsdSum part = sum_at(i);
+      row.p_sum += part.p_sum;
+      row.q_sum += part.q_sum;
+    }
+    kl_ptr[n] = A(kLn2 * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
+    inner_ptr[n] = A(kLn2 * row.p_sum);
+  }
+};
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SixTensors kl_divergence_fwd(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor temperature,
+                             std::optional<Tensor> softcap, std::string direction, Tensor beta) {
+  const KlArguments args(logits, ref_logits, mask, temperature, softcap, direction, beta);
+  const auto per_row = [&] { return empty_like_of(logits, {args.policy.N}, args.acc); };
+  const SixTensors out{per_row(), per_row(), per_row(), per_row(), per_row(), per_row()};
+  const auto run = [&](auto a) {
+    using A = decltype(a);
+    std::apply([&](const auto&... t) { KlForward<A>{static_cast<A*>(t.data_ptr())...}.run(args); }, out);
+  };
+  args.acc == ScalarType::Double ? run(double()) : run(float());
+  return out;
+}
+
+template <class A>
+struct KlSaved {
+  const A *inner_ptr, *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr, *grad_ptr;  // (N,)
+};
+
+template <class A>
+KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
+  const A log_sum = canonical(saved.log_sum_ptr[n]), ref_log_sum = canonical(saved.ref_log_sum_ptr[n]);
+  const double tau = args.temperature[n], g = double(canonical(saved.grad_ptr[n])) / tau;
+  const double inner = canonical(saved.inner_ptr[n]);
+  KlGrad<A> grad;
+  grad.direction = args.direction;
+  grad.row = jsd_row(args, saved.row_max_ptr[n], log_sum, saved.ref_row_max_ptr[n], ref_log_sum);
+  grad.bad = log_sum != log_sum || ref_log_sum != ref_log_sum;
+  if (args.direction == KlDirection::reverse) {
+    grad.slope = A(sizeof(A) == sizeof(double) ? g : g / tau);  // d_v is in nats in fp64, else times τ
+    grad.intercept = A(g * (double(ref_log_sum) - double(log_sum) - inner));
+  } else if (args.direction == KlDirection::forward) {
+    grad.slope = 0;
+    grad.intercept = A(g);
+  } else {
+    grad.slope = A((1 - args.beta) * g * kLn2);
+    grad.intercept = A(-(1 - args.beta) * g * inner);
+  }
+  if (grad.bad) grad.slope = grad.intercept = not_a_number(A());
+  return grad;
+}
+
+// out may be the logits' own rows.
+template <class A>
+void kl_bwd_rows(const KlArguments& args, const Rows& out, const KlSaved<A>& saved) {
+  parallel_jobs(args.cut.jobs, args.cut.batch, [&](int64_t begin, int64_t end) {
+    KlGrad<A> grad{};
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t n = job / args.cut.parts, i = job % args.cut.parts;
+      const KlPart<A> part = args.part<A>(n, i, false);
+      char* out_ptr = out.at(n, i * kPart);
+      if (!args.live(n)) {
+        __builtin_memset(out_ptr, 0, size_t(part.length * out.element_size));
+        continue;
+      }
+      if (job == begin || i == 0) grad = kl_grad(args, saved, n);
+      functions<A>().bwd(part, args.temperature[n], grad, out_ptr);
+    }
+  });
+}
+
+void run_bwd(const Tensor& dlogits, const KlArguments& args, const Tensor& inner, const Tensor& row_max,
+             const Tensor& log_sum, const Tensor& ref_row_max, const Tensor& ref_log_sum, const Tensor& grad) {
+  const Rows out(dlogits, "dlogits");
+  const auto run = [&](auto a) {
+    using A = decltype(a);
+    const int64_t N = args.policy.N;
+    const KlSaved<A> saved{data_of<A>(inner, "inner", N),
+                           data_of<A>(row_max, "row_max", N),
+                           data_of<A>(log_sum, "log_sum", N),
+                           data_of<A>(ref_row_max, "ref_row_max", N),
+                           data_of<A>(ref_log_sum, "ref_log_sum", N),
+                           data_of<A>(grad, "grad", N)};
+    kl_bwd_rows<A>(args, out, saved);
+  };
+  args.acc == ScalarType::Double ? run(double()) : run(float());
+}
+
+Tensor kl_divergence_bwd(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor temperature,
+                         std::optional<Tensor> softcap, std::string direction, Tensor beta, Tensor inner,
+                         Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad) {
+  const KlArguments args(logits, ref_logits, mask, temperature, softcap, direction, beta);
+  const Tensor dlogits = empty_like_of(logits, {args.policy.B, args.policy.T, args.policy.V}, args.policy.type);
+  prefer_huge_pages(dlogits.data_ptr(), dlogits.numel() * args.policy.element_size);
+  run_bwd(dlogits, args, inner, row_max, log_sum, ref_row_max, ref_log_sum, grad);
+  return dlogits;
+}
+
+void kl_divergence_bwd_(Tensor logits, Tensor ref_logits, std::optional<Tensor> mask, Tensor temperature,
+                        std::optional<Tensor> softcap, std::string direction, Tensor beta, Tensor inner, Tensor row_max,
+                        Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad) {
+  const KlArguments args(logits, ref_logits, mask, temperature, softcap, direction, beta);
+  run_bwd(logits, args, inner, row_max, log_sum, ref_row_max, ref_log_sum, grad);
+}
+
+}  // namespace
+}  // namespace rl4llm
+
+STABLE_TORCH_LIBRARY_IMPL(rl4llm_fast, CPU, m) {
+  m.impl("kl_divergence_fwd", TORCH_BOX(&rl4llm::kl_divergence_fwd));
+  m.impl("kl_divergence_bwd", TORCH_BOX(&rl4llm::kl_divergence_bwd));
+  m.impl("kl_divergence_bwd_", TORCH_BOX(&rl4llm::kl_divergence_bwd_));
+}

@@ -1,0 +1,68 @@
+// What kl.cpp (checks, rows, threads) calls in kl.isa.cpp (the arithmetic on one part of a pair of rows).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+#include "hd.h"
+
+namespace rl4llm {
+
+enum class LogitsType { fp32, bf16, fp16, fp64 };
+
+// Part of a row of the one side and of the other, of any two types.
+template <class A>
+struct KlPart {
+  const void *logits_ptr, *other_ptr;  // (length,)
+  LogitsType type, other_type;
+  int64_t length;
+  A softcap;  // c, or 0 for none
+};
+
+// One side of a row, normalised: log2 p_v = (z'_v − max)·k − log2_sum, k = log2(e)/τ.
+template <class A>
+struct LogitsNorm {
+  A max, log2_sum;
+};
+
+// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log2(p/m) and Σ q·log2(q/m).
+template <class A>
+struct JsdRow {
+  LogitsNorm<A> p, q;
+  A beta, beta_complement;  // β and 1 − β
+};
+struct JsdSum {
+  double p_sum, q_sum;
+};
+
+enum class KlDirection { reverse, forward, jsd };
+
+// What the gradient of a row's logits needs (docs/math.md section 3), with g the upstream gradient over τ:
+//   reverse  dL/dz'_v = p_v·(d_v·slope + intercept)           d_v = log p_v − log q_v without the normalisers
+//   forward  dL/dz'_v = (p_v − q_v)·intercept
+//   jsd      dL/dz'_v = p_v·(log2(p_v/m_v)·slope + intercept)
+template <class A>
+struct KlGrad {
+  KlDirection direction;
+  JsdRow<A> row;
+  A slope, intercept;
+  bool bad;  // the row holds NaN, +inf or nothing but −inf on either side
+};
+
+template <class A>
+struct KlFunctions {
+  // KL of the first side from the other: KlSum in hd.h.
+  void (*kl)(const KlPart<A>& part, double temperature, KlSum<double>* sum);
+  void (*jsd)(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* sum);
+  // The policy comes first. dlogits_ptr (length,), of its type, may be its logits themselves.
+  void (*bwd)(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr);
+};
+
+struct KlKernels {
+  KlFunctions<float> fp32;
+  KlFunctions<double> fp64;
+};
+
+}  // namespace rl4llm
+
+RL4LLM_PER_ISA(KlKernels, kl_kernels)

@@ -1,0 +1,368 @@
+// Exact KL divergence of one part of two rows of logits, and its gradient (docs/math.md section 3).
+//
+// Computes: kl: both maxima, Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log2(p/m), Σ q·log2(q/m); bwd: dL/dz.
+// Grid:     one call per part of kPart logits of one row; kl.cpp hands the parts to threads.
+// Traffic:  kl and bwd read both rows once (a block of each is widened into L1 and worked on there), bwd writes one;
+//           the JSD needs both normalisers first and reads both rows twice: kl, then jsd.
+// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to both maxima so far; blocks in fp64 and
+//           from the left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where
+//           they are nearly exact for close distributions. −inf on both sides adds exactly 0; −inf on the other side
+//           alone is looked for in the logits, since finite ones may overflow on the way.
+// Gradient: KlGrad in kl.h, the softcap's chain, rounded once; exactly 0 at a policy logit of −inf.
+#include "cpu/kl.h"
+
+#include "cpu/logits_vec.h"
+
+namespace rl4llm {
+namespace RL4LLM_ISA {
+namespace {
+
+template <class A>
+struct VecOf {
+  typedef Vec type;
+};
+template <>
+struct VecOf<double> {
+  typedef Vec64 type;
+};
+
+// --- blocks of any type to A and back
+
+// Both sides of a block, in A. Two neighbours in memory need not be neighbours here, but both sides have one order.
+template <class A>
+struct Block {
+  alignas(64) A z[kBlock];
+  alignas(64) A w[kBlock];
+};
+
+template <class T>
+RL4LLM_INLINE void widen_to_fp32(const T* ptr, int length, bool in_order, float* out_ptr) {
+  constexpr int step = 2 * Vec::width;
+  const int whole = length - length % step;
+  Vec a, b;
+  for (int v = 0; v < whole; v += step) {
+    if (in_order) {
+      load2_in_order(ptr + v, a, b);
+    } else {
+      load2(ptr + v, a, b);
+    }
+    store2(out_ptr + v, a, b);
+  }
+  if (whole == length) return;
+  T tail[step];
+  load_tail(ptr + whole, length - whole, step, tail);
+  in_order ? load2_in_order(tail, a, b) : load2(tail, a, b);
+  store2(out_ptr + whole, a, b);
+}
+
+template <class T>
+RL4LLM_INLINE void narrow_from_fp32(const float* from_ptr, int length, bool in_order, T* out_ptr) {
+  constexpr int step = 2 * Vec::width;
+  const int whole = length - length % step;
+  Vec a, b;
+  for (int v = 0; v < whole; v += step) {
+    load2(from_ptr + v, a, b);
+    in_order ? store2_in_order(out_ptr + v, a, b) : store2(out_ptr + v, a, b);
+  }
+  if (whole == length) return;
+  T tail[step];
+  load2(from_ptr + whole, a, b);
+  in_order ? store2_in_order(tail, a, b) : store2(tail, a, b);
+  for (int v = whole; v < length; ++v) out_ptr[v] = tail[v - whole];
+}
+
+RL4LLM_INLINE int64_t size_of(LogitsType type) {
+  return type == LogitsType::fp64 ? 8 : type == LogitsType::fp32 ? 4 : 2;
+}
+
+// `length` logits from column v, and −inf up to a whole step.
+void widen(const void* row_ptr, LogitsType type, int64_t v, int length, bool in_order, float* out_ptr) {
+  const void* ptr = (const char*)row_ptr + v * size_of(type);
+  if (type == LogitsType::fp32) return widen_to_fp32((const float*)ptr, length, in_order, out_ptr);
+  if (type == LogitsType::bf16) {
+    if (in_order) return widen_to_fp32((const bf16*)ptr, length, true, out_ptr);
+    return widen_to_fp32((const bf16*)ptr, length, false, out_ptr);
+  }
+  return widen_to_fp32((const fp16*)ptr, length, in_order, out_ptr);
+}
+void widen(const void* row_ptr, LogitsType type, int64_t v, int length, bool, double* out_ptr) {
+  if (type == LogitsType::fp64) {
+    for (int i = 0; i < length; ++i) out_ptr[i] = ((const double*)row_ptr)[v + i];
+    return;
+  }
+  alignas(64) float narrow[kBlock];
+  widen(row_ptr, type, v, length, true, narrow);
+  for (int i = 0; i < length; ++i) out_ptr[i] = narrow[i];
+}
+
+void narrow(const float* from_ptr, LogitsType type, int64_t v, int length, bool in_order, void* row_ptr) {
+  void* ptr = (char*)row_ptr + v * size_of(type);
+  if (type == LogitsType::fp32) return narrow_from_fp32(from_ptr, length, in_order, (float*)ptr);
+  if (type == LogitsType::bf16) {
+    if (in_order) return narrow_from_fp32(from_ptr, length, true, (bf16*)ptr);
+    return narrow_from_fp32(from_ptr, length, false, (bf16*)ptr);
+  }
+  narrow_from_fp32(from_ptr, length, in_order, (fp16*)ptr);
+}
+void narrow(const double* from_ptr, LogitsType type, int64_t v, int length, bool, void* row_ptr) {
+  if (type == LogitsType::fp64) {
+    for (int i = 0; i < length; ++i) ((double*)row_ptr)[v + i] = from_ptr[i];
+    return;
+  }
+  alignas(64) float single[kBlock];
+  for (int i = 0; i < kBlock; ++i) single[i] = i < length ? float(from_ptr[i]) : 0.0f;
+  narrow(single, type, v, length, true, row_ptr);
+}
+
+// Calls work(block, its first column, its logits, the same rounded up to a step).
+template <class A, class Work>
+RL4LLM_INLINE void for_each_block(const KlPart<A>& part, const Work& work) {
+  constexpr int step = kVecs * VecOf<A>::type::width;
+  Block<A> block;
+  const bool in_order = part.type != part.other_type;
+  for (int64_t v = 0; v < part.length; v += kBlock) {
+    const int length = int(part.length - v < kBlock ? part.length - v : kBlock);
+    const int padded = (length + step - 1) / step * step;
+    // What a step has beyond widen()'s own padding.
+    for (int i = padded - step; i < padded; ++i) block.z[i] = block.w[i] = -infinity(A());
+    widen(part.logits_ptr, part.type, v, length, in_order, block.z);
+    widen(part.other_ptr, part.other_type, v, length, in_order, block.w);
+    work(block, v, length, padded);
+  }
+}
+
+// --- formulas
+
+// z' − origin; in fp64 over τ, since it divides before it subtracts (see hd.h). log2(e) over its unit makes it log2 p.
+template <bool kSoftcap>
+RL4LLM_INLINE Vec distance(Vec z, Scale<float> by, float origin) {
+  return shifted_logit<kSoftcap>(z, by.softcap, origin);
+}
+template <bool kSoftcap>
+RL4LLM_INLINE Vec64 distance(Vec64 z, Scale<double> by, double origin) {
+  return {shifted_logit<kSoftcap>(z, by.softcap, 0.0).v / by.temperature - origin / by.temperature};
+}
+RL4LLM_INLINE double unit_of(float, double temperature) { return temperature; }
+RL4LLM_INLINE double unit_of(double, double) { return 1; }
+
+template <class A>
+RL4LLM_INLINE Scale<A> scale_of(const KlPart<A>& part, double temperature) {
+  return {A(kLog2E / unit_of(A(), temperature)), A(temperature), part.softcap};
+}
+
+// log2 p_v, held where p_v is 0 anyway.
+template <class F, class A>
+RL4LLM_INLINE F log2_p(F distance, A k, A log2_sum) {
+  return max(F::of(kLeast<F>), fma(distance, F::of(k), F::of(-log2_sum)));
+}
+
+// p_v, q_v, log2(p_v/m_v), log2(q_v/m_v) from a = log2 p_v and b = log2 q_v. The larger of p and q leads, so that m is
+// that one times a sum s of 1 at the most; nothing cancels where p and q are close.
+template <class F>
+struct Jsd {
+  F p, q, p_over_m, q_over_m;
+};
+template <class F, class A>
+RL4LLM_INLINE Jsd<F> jsd(F a, F b, const JsdRow<A>& row) {
+  const F beta = F::of(row.beta), complement = F::of(row.beta_complement), zero = F::of(0), one = F::of(1);
+  const F diff = a - b, lead = exp2(max(a, b)), t = exp2(zero - abs(diff));
+  const F s = fma(select_less(a, b, complement, beta), t, select_less(a, b, beta, complement));
+  const F log_s = log2(s);
+  return {lead * select_less(a, b, t, one), lead * select_less(b, a, t, one), select_less(a, b, diff, zero) - log_s,
+          select_less(b, a, zero - diff, zero) - log_s};
+}
+
+// --- kernels
+
+// Whether some w is −inf where z is not.
+template <class F, class A>
+bool has_hole(const A* z_ptr, const A* w_ptr, int length) {
+  const F least = F::of(-largest(A())), zero = F::of(0), one = F::of(1);
+  F found = zero;
+  for (int v = 0; v < length; v += 2 * F::width) {
+    F z[2], w[2];
+    load2(z_ptr + v, z[0], z[1]);
+    load2(w_ptr + v, w[0], w[1]);
+    for (int i = 0; i < 2; ++i) {
+      found = max(found, select_less(w[i], least, select_less(z[i], least, zero, one), zero));
+    }
+  }
+  return max_of(found) > A(0);
+}
+
+// The softcapped maximum, or −inf.
+template <bool kSoftcap, class F, class A>
+RL4LLM_INLINE A largest_logit(const F* top, A softcap) {
+  const A raw = max_of(max4(top));
+  return raw == -infinity(A()) ? raw : A(first_of(shifted_logit<kSoftcap>(F::of(raw), softcap, A(0))));
+}
+
+template <bool kSoftcap, class A>
+void kl_fwd_kernel(const KlPart<A>& part, double temperature, KlSum<double>* out) {
+  typedef typename VecOf<A>::type F;
+  constexpr int step = kVecs * F::width;
+  const Scale<A> scale = scale_of(part, temperature);
+  const double nothing = -infinity(double());
+  const F least = F::of(kLeast<F>), floor = F::of(-largest(A()));
+  KlSum<double> row = {nothing, 0, 0, nothing, 0, false};
+
+  for_each_block(
+      part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
+        F top[kVecs], other_top[kVecs], other_low = F::of(0);
+        for (int i = 0; i < kVecs; ++i) top[i] = other_top[i] = F::of(-infinity(A()));
+        for (int v = 0; v < length; v += step) {
+          F z[kVecs], w[kVecs];
+          for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
+          for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
+          for (int i = 0; i < kVecs; ++i) {
+            top[i] = max(z[i], top[i]);
+            other_top[i] = max(w[i], other_top[i]);
+            other_low = select_less(w[i], other_low, w[i], other_low);
+          }
+        }
+        if (max_of(F::of(0) - other_low) == infinity(A())) row.infinite |= has_hole<F>(block.z, block.w, length);
+        const double block_max = largest_logit<kSoftcap>(top, part.softcap);
+        const double other_block_max = largest_logit<kSoftcap>(other_top, part.softcap);
+        if (block_max > row.max || other_block_max > row.other_max) {
+          row = rebase(row, block_max > row.max ? block_max : row.max,
+                       other_block_max > row.other_max ? other_block_max : row.other_max, DivideFirst{temperature});
+        }
+        // Where a side has nothing yet, all its terms are 0 (or NaN), whatever the origin.
+        const A origin = row.max == nothing ? A(0) : A(row.max);
+        const A other_origin = row.other_max == nothing ? A(0) : A(row.other_max);
+        F sum[kVecs], other_sum[kVecs], dsum[kVecs];
+        for (int i = 0; i < kVecs; ++i) sum[i] = other_sum[i] = dsum[i] = F::of(0);
+        for (int v = 0; v < length; v += step) {
+          F z[kVecs], w[kVecs];
+          for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
+          for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
+          for (int i = 0; i < kVecs; ++i) {
+            // Held at the most negative finite number, so that −inf on both sides is a difference of 0.
+            const F x = max(floor, distance<kSoftcap>(z[i], scale, origin));
+            const F y = max(floor, distance<kSoftcap>(w[i], scale, other_origin));
+            const F e = exp2(max(least, x * F::of(scale.k)));
+            sum[i] = sum[i] + e;
+            other_sum[i] = other_sum[i] + exp2(max(least, y * F::of(scale.k)));
+            dsum[i] = fma(e, x - y, dsum[i]);
+          }
+        }
+        row.sum += sum4(sum);
+        row.other_sum += sum4(other_sum);
+        row.dsum += sum4(dsum) / unit_of(A(), temperature);
+      });
+  *out = row;
+}
+
+template <bool kSoftcap, class A>
+void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* out) {
+  typedef typename VecOf<A>::type F;
+  constexpr int step = kVecs * F::width;
+  const Scale<A> scale = scale_of(part, temperature);
+  JsdSum total = {0, 0};
+  for_each_block(
+      part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
+        F p_sum[kVecs], q_sum[kVecs];
+        for (int i = 0; i < kVecs; ++i) p_sum[i] = q_sum[i] = F::of(0);
+        for (int v = 0; v < length; v += step) {
+          F z[kVecs], w[kVecs];
+          for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
+          for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
+          for (int i = 0; i < kVecs; ++i) {
+            const Jsd<F> at = jsd(log2_p(distance<kSoftcap>(z[i], scale, row.p.max), scale.k, row.p.log2_sum),
+                                  log2_p(distance<kSoftcap>(w[i], scale, row.q.max), scale.k, row.q.log2_sum), row);
+            p_sum[i] = fma(at.p, at.p_over_m, p_sum[i]);
+            q_sum[i] = fma(at.q, at.q_over_m, q_sum[i]);
+          }
+        }
+        total.p_sum += sum4(p_sum);
+        total.q_sum += sum4(q_sum);
+      });
+  *out = total;
+}
+
+template <KlDirection kDirection, bool kSoftcap, class F, class A>
+RL4LLM_INLINE F dlogit(F z, F w, Scale<A> scale, const KlGrad<A>& grad) {
+  const JsdRow<A>& row = grad.row;
+  const F x = distance<kSoftcap>(z, scale, row.p.max), y = distance<kSoftcap>(w, scale, row.q.max);
+  const F a = log2_p(x, scale.k, row.p.log2_sum);
+  const F slope = F::of(grad.slope), intercept = F::of(grad.intercept);
+  F du;
+  if constexpr (kDirection == KlDirection::reverse) {
+    const F p = exp2(a);
+    du = fma(p * (x - y), slope, p * intercept);  // p first: a p of 0 makes any finite x − y harmless
+  } else {
+    const F b = log2_p(y, scale.k, row.q.log2_sum);
+    if constexpr (kDirection == KlDirection::forward) {
+      du = (exp2(a) - exp2(b)) * intercept;
+    } else {
+      const Jsd<F> at = jsd(a, b, row);
+      du = at.p * fma(at.p_over_m, slope, intercept);
+    }
+  }
+  if constexpr (kSoftcap) {
+    F shifted, t;
+    softcap(z, scale.softcap, A(0), shifted, t);
+    du = du * fma(t, F::of(0) - t, F::of(1));
+  }
+  return select_less(z, F::of(-largest(A())), F::of(0), du);
+}
+
+template <KlDirection kDirection, bool kSoftcap, class A>
+void kl_bwd_kernel(const KlPart<A>& part, double temperature, const KlGrad<A>& row_grad, void* dlogits_ptr) {
+  typedef typename VecOf<A>::type F;
+  constexpr int step = kVecs * F::width;
+  const Scale<A> scale = scale_of(part, temperature);
+  const KlGrad<A> grad = row_grad;  // a copy: the compiler cannot know that the stores leave the original alone
+  const bool in_order = part.type != part.other_type;
+  for_each_block(
+      part, [&](Block<A> & block, int64_t at, int length, int padded) __attribute__((always_inline)) {
+        if (grad.bad) {  // the row's own NaN is enough: the payload of one in w could vanish when bf16 rounds it
+          for (int v = 0; v < padded; ++v) block.w[v] = 0;
+        }
+        for (int v = 0; v < padded; v += step) {
+          F z[kVecs], w[kVecs];
+          for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
+          for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
+          for (int i = 0; i < kVecs; ++i) z[i] = dlogit<kDirection, kSoftcap>(z[i], w[i], scale, grad);
+          for (int i = 0; i < kVecs; i += 2) store2(block.z + v + i * F::width, z[i], z[i + 1]);
+        }
+        narrow(block.z, part.type, at, length, in_order, dlogits_ptr);
+      });
+}
+
+template <class A>
+void kl(const KlPart<A>& part, double temperature, KlSum<double>* sum) {
+  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, sum) : kl_fwd_kernel<false>(part, temperature, sum);
+}
+
+template <class A>
+void jsd(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* sum) {
+  part.softcap != A(0) ? jsd_fwd_kernel<true>(part, temperature, row, sum)
+                       : jsd_fwd_kernel<false>(part, temperature, row, sum);
+}
+
+template <bool kSoftcap, class A>
+void bwd_with(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr) {
+  switch (grad.direction) {
+    case KlDirection::reverse:
+      return kl_bwd_kernel<KlDirection::reverse, kSoftcap>(part, temperature, grad, dlogits_ptr);
+    case KlDirection::forward:
+      return kl_bwd_kernel<KlDirection::forward, kSoftcap>(part, temperature, grad, dlogits_ptr);
+    default:
+      return kl_bwd_kernel<KlDirection::jsd, kSoftcap>(part, temperature, grad, dlogits_ptr);
+  }
+}
+
+template <class A>
+void bwd(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr) {
+  part.softcap != A(0) ? bwd_with<true>(part, temperature, grad, dlogits_ptr)
+                       : bwd_with<false>(part, temperature, grad, dlogits_ptr);
+}
+
+}  // namespace
+
+extern const KlKernels kl_kernels;
+const KlKernels kl_kernels = {{&kl<float>, &jsd<float>, &bwd<float>}, {&kl<double>, &jsd<double>, &bwd<double>}};
+
+}  // namespace RL4LLM_ISA
+}  // namespace rl4llm
