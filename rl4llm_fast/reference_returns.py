@@ -103,10 +103,13 @@ def n_step_returns(
     layout, live, active = _tokens(rewards, mask, cu_seqlens, mask_mode)
     r, result = _rows(layout, rewards, live), _rows(layout, values, live)
     last = _bootstrap(layout, bootstrap, r)
-    # The active position after each; beyond a sequence's last one the sequence's bootstrap value.
+    # The active position after each, or `length` where the sequence has none: then the bootstrap value follows.
     length = layout.rows[1]
-    none = torch.full_like(last, length, dtype=torch.long)
-    (following,) = _walk(layout, active, (none,), lambda t, state: (torch.full_like(state[0], t),))
+    position = torch.arange(length, device=r.device)
+    there = torch.where(active, position, length)
+    following = torch.nn.functional.pad(there.flip(1).cummin(1).values.flip(1), (0, 1), value=length)[:, 1:]
+    if layout.cu_seqlens is not None and layout.index is not None:
+        following = following.masked_fill(following >= layout.cu_seqlens[1:][layout.index], length)
     ends = following == length
     tail = layout.spread(last).expand(layout.rows)
     for _ in range(min(n, length)):

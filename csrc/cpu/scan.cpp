@@ -24,7 +24,7 @@ const ScanFunctions<S>& functions() {
 }
 
 template <class S>
-using Walk = void (*)(const ScanRow<S>&, int64_t, int64_t, bool, S, ScanState<S>&);
+using Walk = void (*)(const ScanRow<S>&, int64_t, int64_t, ScanUse, S, ScanState<S>&);
 
 // One sequence as the kernels take it, and how much of it there is to do.
 template <class S>
@@ -105,10 +105,10 @@ class Scan {
   }
 
   // The k-th block in the order of the scan.
-  void block(const Job<S>& job, int64_t k, bool write, S x_in, ScanState<S>& state) const {
+  void block(const Job<S>& job, int64_t k, ScanUse use, S x_in, ScanState<S>& state) const {
     const int64_t begin = (reverse_ ? job.blocks - 1 - k : k) * kBlock;
-    state.local = 0, state.product = 1;
-    walk_(job.row, begin, std::min(begin + kBlock, job.length), write, x_in, state);
+    state.local = use == ScanUse::whole ? x_in : S(0), state.product = 1;
+    walk_(job.row, begin, std::min(begin + kBlock, job.length), use, x_in, state);
   }
 
   void finish(const Job<S>& job, S x) const {
@@ -119,8 +119,8 @@ class Scan {
     ScanState<S> state = {0, 1, job.next_value};
     S x = job.x_in;
     for (int64_t k = 0; k < job.blocks; ++k) {
-      block(job, k, true, x, state);
-      x = state.local + state.product * x;
+      block(job, k, job.blocks == 1 ? ScanUse::whole : ScanUse::part, x, state);
+      x = job.blocks == 1 ? state.local : state.local + state.product * x;
     }
     finish(job, x);
   }
@@ -148,14 +148,14 @@ class Scan {
     };
     each_block([&](int64_t k) {
       states[size_t(k)].next_value = next_value(job, k);
-      block(job, k, false, S(0), states[size_t(k)]);
+      block(job, k, ScanUse::summary, S(0), states[size_t(k)]);
     });
     std::vector<S> x_in(static_cast<size_t>(job.blocks) + 1);
     x_in[0] = job.x_in;
     for (size_t k = 0; k < states.size(); ++k) x_in[k + 1] = states[k].local + states[k].product * x_in[k];
     each_block([&](int64_t k) {
       ScanState<S> state = {0, 1, next_value(job, k)};
-      block(job, k, true, x_in[size_t(k)], state);
+      block(job, k, ScanUse::part, x_in[size_t(k)], state);
     });
     finish(job, x_in.back());
   }

@@ -45,13 +45,19 @@ struct ScanState {
   S next_value;      // V of the active token that was met last (V-trace); comes in with the block before
 };
 
+// What a walk over a block is for.
+enum class ScanUse {
+  whole,    // the only block of its sequence: the scan starts from state.local, which is what comes in
+  summary,  // one of several: its local and product, nothing written
+  part      // the same, with x_in known, and results written
+};
+
 template <class S>
 struct ScanFunctions {
-  // Walks over tokens [begin, end) of one block, from the last to the first (gae_bwd: from the first to the last), from
-  // state on. With write, x_in is known and results are written; without, only state is of interest.
-  void (*gae)(const ScanRow<S>& row, int64_t begin, int64_t end, bool write, S x_in, ScanState<S>& state);
-  void (*gae_bwd)(const ScanRow<S>& row, int64_t begin, int64_t end, bool write, S x_in, ScanState<S>& state);
-  void (*vtrace)(const ScanRow<S>& row, int64_t begin, int64_t end, bool write, S x_in, ScanState<S>& state);
+  // Walks over tokens [begin, end) of one block, from the last to the first (gae_bwd: from the first to the last).
+  void (*gae)(const ScanRow<S>& row, int64_t begin, int64_t end, ScanUse use, S x_in, ScanState<S>& state);
+  void (*gae_bwd)(const ScanRow<S>& row, int64_t begin, int64_t end, ScanUse use, S x_in, ScanState<S>& state);
+  void (*vtrace)(const ScanRow<S>& row, int64_t begin, int64_t end, ScanUse use, S x_in, ScanState<S>& state);
 };
 
 struct ScanKernels {

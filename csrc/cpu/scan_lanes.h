@@ -1,0 +1,192 @@
+// Tokens in the lanes of a register, for scan.isa.cpp: sliding and scanning them, loads, masks, and bringing inputs of
+// any dtype and stride side by side.
+#pragma once
+
+#include "cpu/scan.h"
+
+#include "cpu/vec.h"
+
+namespace rl4llm {
+namespace RL4LLM_ISA {
+namespace {
+
+// Inputs are brought into the accumulation dtype this many tokens at a time, in the L1 cache; divides kBlock.
+constexpr int64_t kStage = 512;
+
+#if defined(RL4LLM_ISA_AVX512)
+constexpr int kBytes = 64;
+#elif defined(RL4LLM_ISA_AVX2)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <class Scalar>
+struct Lanes {
+  typedef Scalar S;
+  static constexpr int width = kBytes / int(sizeof(S));
+  typedef S F __attribute__((vector_size(kBytes)));
+  typedef decltype(F{} < F{}) I;
+  typedef uint8_t Bytes __attribute__((vector_size(kBytes / sizeof(S))));
+};
+
+template <class L>
+RL4LLM_INLINE typename L::F constant(typename L::S x) {
+  return x - typename L::F{};
+}
+
+// W neighbours of the 2·W numbers (low, high), from the s-th on.
+template <int lane, class F>
+RL4LLM_INLINE F broadcast(F x) {
+  typedef decltype(x < x) I;
+  return __builtin_shuffle(x, I{} + lane);
+}
+
+template <int s, class F>
+RL4LLM_INLINE F slide(F low, F high) {
+  constexpr int width = int(sizeof(F) / sizeof(low[0]));
+  if constexpr (width == 16) {
+    return __builtin_shufflevector(low, high, s, s + 1, s + 2, s + 3, s + 4, s + 5, s + 6, s + 7, s + 8, s + 9, s + 10,
+                                   s + 11, s + 12, s + 13, s + 14, s + 15);
+  } else if constexpr (width == 8) {
+    return __builtin_shufflevector(low, high, s, s + 1, s + 2, s + 3, s + 4, s + 5, s + 6, s + 7);
+  } else if constexpr (width == 4) {
+    return __builtin_shufflevector(low, high, s, s + 1, s + 2, s + 3);
+  } else {
+    return __builtin_shufflevector(low, high, s, s + 1);
+  }
+}
+
+// What stands s lanes further on in the direction of the scan, which is `filler` beyond the vector.
+template <int s, bool reverse, class F>
+RL4LLM_INLINE F from(F x, F filler) {
+  constexpr int width = int(sizeof(F) / sizeof(x[0]));
+  if constexpr (reverse) return slide<s>(x, filler);
+  return slide<width - s>(filler, x);
+}
+
+template <bool reverse, int s = 1, class F>
+RL4LLM_INLINE void scan_lanes(F& x, F& product) {
+  if constexpr (s < int(sizeof(F) / sizeof(x[0]))) {
+    x += product * from<s, reverse>(x, F{});
+    product *= from<s, reverse>(product, F{} + 1);
+    scan_lanes<reverse, 2 * s>(x, product);
+  }
+}
+
+// The same where every b is one number: powers[k] = b^k.
+template <bool reverse, int s = 1, class F, class S>
+RL4LLM_INLINE void scan_lanes_uniform(F& x, const S* powers) {
+  if constexpr (s < int(sizeof(F) / sizeof(x[0]))) {
+    x += powers[s] * from<s, reverse>(x, F{});
+    scan_lanes_uniform<reverse, 2 * s>(x, powers);
+  }
+}
+
+template <class L>
+RL4LLM_INLINE typename L::F load(const typename L::S* ptr, int lanes) {
+  typename L::F result = {};
+  if (lanes == L::width) {
+    __builtin_memcpy(&result, ptr, sizeof result);
+  } else {
+    for (int j = 0; j < lanes; ++j) result[j] = ptr[j];
+  }
+  return result;
+}
+
+template <class L>
+RL4LLM_INLINE void store(typename L::S* ptr, int lanes, typename L::F value) {
+  if (lanes == L::width) {
+    __builtin_memcpy(ptr, &value, sizeof value);
+  } else {
+    for (int j = 0; j < lanes; ++j) ptr[j] = value[j];
+  }
+}
+
+RL4LLM_INLINE Lanes<float>::F exp(Lanes<float>::F x) {
+  x *= 1.44269504088896341f;
+  x = x < -150.0f ? constant<Lanes<float>>(-150.0f) : x > 127.0f ? constant<Lanes<float>>(127.0f) : x;
+  Vec result, argument;
+  __builtin_memcpy(&argument.v, &x, sizeof x);
+  result = exp2(argument);
+  __builtin_memcpy(&x, &result.v, sizeof x);
+  return x;
+}
+RL4LLM_INLINE Lanes<double>::F exp(Lanes<double>::F x) {
+  for (int j = 0; j < Lanes<double>::width; ++j) x[j] = __builtin_exp(x[j]);
+  return x;
+}
+
+// Per-token data of one stage as numbers of the accumulation dtype, side by side.
+template <class S>
+RL4LLM_INLINE void widen(ScanElement element, const void* ptr, int64_t stride, int64_t count, S* out_ptr) {
+  if (element == ScanElement::same) {
+    const S* in_ptr = static_cast<const S*>(ptr);
+    for (int64_t i = 0; i < count; ++i) out_ptr[i] = in_ptr[i * stride];
+  } else if (element == ScanElement::bf16) {
+    const uint16_t* in_ptr = static_cast<const uint16_t*>(ptr);
+    uint32_t bits[kStage];
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) bits[i] = uint32_t(in_ptr[i]) << 16;
+    } else {
+      for (int64_t i = 0; i < count; ++i) bits[i] = uint32_t(in_ptr[i * stride]) << 16;
+    }
+    float values[kStage];
+    __builtin_memcpy(values, bits, uint64_t(count) * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) out_ptr[i] = S(values[i]);
+  } else {
+    const uint16_t* in_ptr = static_cast<const uint16_t*>(ptr);
+    int64_t i = 0;
+#if defined(RL4LLM_ISA_AVX512) || defined(RL4LLM_ISA_AVX2)
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (stride == 1) {
+        for (; i + 8 <= count; i += 8) {
+          _mm256_storeu_ps(out_ptr + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(in_ptr + i))));
+        }
+      }
+    }
+#endif
+    for (; i < count; ++i) {
+      // An fp16 times 2^-112 has the bits of an fp32, 13 places further up; its subnormals come right by themselves.
+      const uint32_t half = in_ptr[i * stride], size = (half & 0x7fff) << 13;
+      float value;
+      __builtin_memcpy(&value, &size, sizeof value);
+      value *= 0x1p112f;
+      if (size >= 0x7c00u << 13) {
+        const uint32_t bits = size | 0x7f800000u;
+        __builtin_memcpy(&value, &bits, sizeof value);
+      }
+      out_ptr[i] = S(half & 0x8000 ? -value : value);
+    }
+  }
+}
+
+enum class Live { all, none, some };
+
+template <class L>
+RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, typename L::I& live) {
+  typename L::Bytes bytes = {};
+  if (mask_ptr == nullptr && lanes == L::width) {
+    live = typename L::I{} == typename L::I{};
+    return Live::all;
+  }
+  if (mask_ptr && lanes == L::width) {
+    __builtin_memcpy(&bytes, mask_ptr, sizeof bytes);
+  } else {
+    for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr ? mask_ptr[j] : 1;
+  }
+  live = __builtin_convertvector(bytes, typename L::I) != typename L::I{};
+  constexpr __SIZE_TYPE__ word = sizeof bytes < 8 ? sizeof bytes : 8;
+  uint64_t all = ~uint64_t(0), any = 0;
+  for (__SIZE_TYPE__ i = 0; i < sizeof bytes; i += word) {
+    uint64_t part = 0;
+    __builtin_memcpy(&part, reinterpret_cast<const char*>(&bytes) + i, word);
+    all &= part, any |= part;
+  }
+  const uint64_t ones = 0x0101010101010101u >> (64 - 8 * word);
+  return lanes == L::width && all == ones ? Live::all : any == 0 ? Live::none : Live::some;
+}
+
+}  // namespace
+}  // namespace RL4LLM_ISA
+}  // namespace rl4llm
