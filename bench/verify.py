@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import rl4llm_fast as rf
-from rl4llm_fast import info
+from rl4llm_fast.info import LEDGER, kernel_files, kernel_sources, ledger_lines, read_ledger
 
 from . import cases, measure, peers, report, run, timing
 
@@ -31,7 +31,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {"token_loss": ("policy_loss", "kl_estimate"), "groups": ("group_advantages",)}
 # The file of a kernel's gpu-marked tests where it is not tests/test_gpu_{name of the kernel file}.py.
-_TESTS = {"token_logprobs": "tests/test_gpu.py"}
+_TESTS = {
+    "token_logprobs": "tests/test_gpu.py",
+    "token_loss": "tests/test_losses.py",
+    "kl_estimate": "tests/test_kl_estimate.py",
+}
 _PYTEST_NO_TESTS = 5
 
 
@@ -122,7 +126,7 @@ def finished(entry: dict[str, Any] | None, kernel: str, gpu: str) -> bool:
     """Whether the ledger already holds all of a kernel file, as it is now, on this GPU."""
     if not entry or not entry.get("complete") or entry["gpu"] != gpu:
         return False
-    return bool(entry["sources"] == info.kernel_sources(kernel, ROOT))
+    return bool(entry["sources"] == kernel_sources(kernel, ROOT))
 
 
 def passed(entry: dict[str, Any]) -> bool:
@@ -132,7 +136,7 @@ def passed(entry: dict[str, Any]) -> bool:
 def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool) -> bool:
     """Verify kernel files one by one, saving after each step. Returns whether everything held."""
     meta = run.environment("cuda")
-    ledger = info.read_ledger(ledger_path)
+    ledger = read_ledger(ledger_path)
     ceilings: dict[str, float] | None = None
     held = True
     for number, kernel in enumerate(kernels, 1):
@@ -144,7 +148,7 @@ def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool) -> bo
         print(f"[{number}/{len(kernels)}] {kernel}", flush=True)
         versions = ("rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
         entry: dict[str, Any] = {
-            "sources": info.kernel_sources(kernel, ROOT),  # before the tests: an edit meanwhile shows as a change
+            "sources": kernel_sources(kernel, ROOT),  # before the tests: an edit meanwhile shows as a change
             "gpu": meta["device"],
             "date": meta["date"],
             "git": meta["git"],
@@ -172,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", metavar="PATH", help="only these kernel files")
     parser.add_argument("--again", action="store_true", help="also those already verified in their present state")
     arguments = parser.parse_args(argv)
-    known = info.kernel_files(ROOT)
+    known = kernel_files(ROOT)
     kernels = arguments.kernel or known
     unknown = sorted(set(kernels) - set(known))
     if unknown:
@@ -185,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "verification needs a GPU, and torch sees none here; the ledger is as it was (--plan shows what would run)"
         )
         return 2
-    held = verify(kernels, info.LEDGER, arguments.again)
-    print("\n".join(info.ledger_lines("")))
+    held = verify(kernels, LEDGER, arguments.again)
+    print("\n".join(ledger_lines("")))
     return 0 if held else 1
 
 
