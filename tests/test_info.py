@@ -158,7 +158,7 @@ def test_without_a_gpu_verify_leaves_the_ledger_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = tmp_path / "verified.json"
-    monkeypatch.setattr(verify.info, "LEDGER", ledger)
+    monkeypatch.setattr(verify, "LEDGER", ledger)
     assert verify.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().out
     assert not ledger.exists()
@@ -169,7 +169,7 @@ def test_the_plan_names_tests_and_cases() -> None:
     assert text.startswith("kernels/token_logprobs.py  (backend triton)\n")
     assert "  tests: pytest tests/test_gpu.py -m gpu -k 'triton or not cuda'\n" in text
     assert "case:  token_logprobs_entropy/forward/bf16/8192x151936" in text
-    assert "tests/test_gpu_token_loss.py -m gpu -k 'not triton'" in text
+    assert "tests/test_losses.py -m gpu -k 'not triton'" in text
     assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
     assert "tests/test_gpu_new.py -m gpu -k 'triton or not cuda'   (there is no such file" in text
     assert "case:  none in the suite gpu yet" in text
