@@ -21,6 +21,8 @@ RL4LLM_HD float not_a_number(float) { return __builtin_nanf(""); }
 RL4LLM_HD double not_a_number(double) { return __builtin_nan(""); }
 RL4LLM_HD float power_of_2(float x) { return __builtin_exp2f(x); }
 RL4LLM_HD double power_of_2(double x) { return __builtin_exp2(x); }
+RL4LLM_HD float power_of_e(float x) { return __builtin_expf(x); }
+RL4LLM_HD double power_of_e(double x) { return __builtin_exp(x); }
 RL4LLM_HD float natural_log(float x) { return __builtin_logf(x); }
 RL4LLM_HD double natural_log(double x) { return __builtin_log(x); }
 
@@ -116,14 +118,22 @@ RL4LLM_HD KlSum<A> merge(KlSum<A> a, KlSum<A> b, K k) {
   return {max, a.sum + b.sum, a.dsum + b.dsum, other_max, a.other_sum + b.other_sum, a.infinite || b.infinite};
 }
 
-// KL(a‖b) of whole rows; NaN where log_sum() of either side is.
+// KL(a‖b) of whole rows. One logarithm of the ratio: the difference of two would lose what both have in common.
 template <class A>
 RL4LLM_HD A kl_divergence(KlSum<A> row) {
   const A nothing = -infinity(A());
-  // One logarithm of the ratio: the difference of two would lose what both have in common.
   const A normaliser = natural_log(row.other_sum / row.sum);
   if (normaliser != normaliser || row.max == nothing || row.other_max == nothing) return not_a_number(A());
   return row.infinite ? infinity(A()) : row.dsum / row.sum + normaliser;
+}
+
+// The same with fp64 sums, from log_sum() of either side: with just these the gradient makes its probabilities, and
+// what a log_sum lost to rounding cancels there only if the KL has lost it too.
+template <class A>
+RL4LLM_HD A kl_divergence(KlSum<A> row, A log_sum, A other_log_sum) {
+  const A normaliser = other_log_sum - log_sum;
+  if (normaliser != normaliser) return not_a_number(A());
+  return row.infinite ? infinity(A()) : power_of_e(-log_sum) * (row.dsum + normaliser * row.sum);
 }
 
 // What the gradient of a row's logits needs: dL/dz'_v = p_v·(log2(p_v)·slope + intercept) + 1[v=y]·g/τ.

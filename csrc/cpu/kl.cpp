@@ -88,8 +88,8 @@ struct KlArguments {
 
 template <class A>
 JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, A ref_log_sum) {
-  return {{row_max, A(double(log_sum) * kLog2E)},
-          {ref_row_max, A(double(ref_log_sum) * kLog2E)},
+  return {{row_max, A(double(log_sum) / ln_base(A()))},
+          {ref_row_max, A(double(ref_log_sum) / ln_base(A()))},
           A(args.beta),
           A(1 - args.beta)};
 }
@@ -168,7 +168,7 @@ class KlForward {
     (ref_first ? ref_log_sum_ptr : log_sum_ptr)[n] = A(first);
     (ref_first ? row_max_ptr : ref_row_max_ptr)[n] = A(row.other_max);
     (ref_first ? log_sum_ptr : ref_log_sum_ptr)[n] = A(second);
-    kl_ptr[n] = inner_ptr[n] = A(kl_divergence(row));
+    kl_ptr[n] = inner_ptr[n] = A(kl_divergence(row, first, second));
   }
 
   JsdSum jsd_sum(const KlArguments& args, int64_t n, int64_t i) const {
@@ -186,8 +186,8 @@ class KlForward {
       row.p_sum += part.p_sum;
       row.q_sum += part.q_sum;
     }
-    kl_ptr[n] = A(kLn2 * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
-    inner_ptr[n] = A(kLn2 * row.p_sum);
+    kl_ptr[n] = A(ln_base(A()) * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
+    inner_ptr[n] = A(ln_base(A()) * row.p_sum);
   }
 };
 
@@ -227,7 +227,7 @@ KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
     grad.slope = 0;
     grad.intercept = A(g);
   } else {
-    grad.slope = A((1 - args.beta) * g * kLn2);
+    grad.slope = A((1 - args.beta) * g * ln_base(A()));
     grad.intercept = A(-(1 - args.beta) * g * inner);
   }
   if (grad.bad) grad.slope = grad.intercept = not_a_number(A());

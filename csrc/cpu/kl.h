@@ -19,13 +19,17 @@ struct KlPart {
   A softcap;  // c, or 0 for none
 };
 
-// One side of a row, normalised: log2 p_v = (z'_v − max)·k − log2_sum, k = log2(e)/τ.
+// fp32 works with powers of 2, fp64 with powers of e: its own eps leaves no room for the factor between them.
+static constexpr double ln_base(float) { return kLn2; }
+static constexpr double ln_base(double) { return 1; }
+
+// One side of a row: log p_v = ln_base·((z'_v − max)·k − log_sum), k = 1/(τ·ln_base).
 template <class A>
 struct LogitsNorm {
-  A max, log2_sum;
+  A max, log_sum;
 };
 
-// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log2(p/m) and Σ q·log2(q/m).
+// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log(p/m) and Σ q·log(q/m), over ln_base.
 template <class A>
 struct JsdRow {
   LogitsNorm<A> p, q;
@@ -40,7 +44,7 @@ enum class KlDirection { reverse, forward, jsd };
 // What the gradient of a row's logits needs (docs/math.md section 3), with g the upstream gradient over τ:
 //   reverse  dL/dz'_v = p_v·(d_v·slope + intercept)           d_v = log p_v − log q_v without the normalisers
 //   forward  dL/dz'_v = (p_v − q_v)·intercept
-//   jsd      dL/dz'_v = p_v·(log2(p_v/m_v)·slope + intercept)
+//   jsd      dL/dz'_v = p_v·(log(p_v/m_v)/ln_base·slope + intercept)
 template <class A>
 struct KlGrad {
   KlDirection direction;

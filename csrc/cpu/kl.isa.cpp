@@ -1,6 +1,6 @@
 // Exact KL divergence of one part of two rows of logits, and its gradient (docs/math.md section 3).
 //
-// Computes: kl: both maxima, Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log2(p/m), Σ q·log2(q/m); bwd: dL/dz.
+// Computes: kl: both maxima, Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log(p/m), Σ q·log(q/m); bwd: dL/dz.
 // Grid:     one call per part of kPart logits of one row; kl.cpp hands the parts to threads.
 // Traffic:  kl and bwd read both rows once (a block of each is widened into L1 and worked on there), bwd writes one;
 //           the JSD needs both normalisers first and reads both rows twice: kl, then jsd.
@@ -28,11 +28,15 @@ struct VecOf<double> {
 
 // --- blocks of any type to A and back
 
+// fp64's sums are judged by its own eps: shorter ones, that round less.
+constexpr int length_of_block(float) { return kBlock; }
+constexpr int length_of_block(double) { return 256; }
+
 // Both sides of a block, in A. Two neighbours in memory need not be neighbours here, but both sides have one order.
 template <class A>
 struct Block {
-  alignas(64) A z[kBlock];
-  alignas(64) A w[kBlock];
+  alignas(64) A z[length_of_block(A())];
+  alignas(64) A w[length_of_block(A())];
 };
 
 template <class T>
@@ -90,7 +94,7 @@ void widen(const void* row_ptr, LogitsType type, int64_t v, int length, bool, do
     for (int i = 0; i < length; ++i) out_ptr[i] = ((const double*)row_ptr)[v + i];
     return;
   }
-  alignas(64) float narrow[kBlock];
+  alignas(64) float narrow[length_of_block(double())];
   widen(row_ptr, type, v, length, true, narrow);
   for (int i = 0; i < length; ++i) out_ptr[i] = narrow[i];
 }
@@ -109,8 +113,9 @@ void narrow(const double* from_ptr, LogitsType type, int64_t v, int length, bool
     for (int i = 0; i < length; ++i) ((double*)row_ptr)[v + i] = from_ptr[i];
     return;
   }
-  alignas(64) float single[kBlock];
-  for (int i = 0; i < kBlock; ++i) single[i] = i < length ? float(from_ptr[i]) : 0.0f;
+  constexpr int most = length_of_block(double());
+  alignas(64) float single[most];
+  for (int i = 0; i < most; ++i) single[i] = i < length ? float(from_ptr[i]) : 0.0f;
   narrow(single, type, v, length, true, row_ptr);
 }
 
@@ -120,8 +125,9 @@ RL4LLM_INLINE void for_each_block(const KlPart<A>& part, const Work& work) {
   constexpr int step = kVecs * VecOf<A>::type::width;
   Block<A> block;
   const bool in_order = part.type != part.other_type;
-  for (int64_t v = 0; v < part.length; v += kBlock) {
-    const int length = int(part.length - v < kBlock ? part.length - v : kBlock);
+  constexpr int most = length_of_block(A());
+  for (int64_t v = 0; v < part.length; v += most) {
+    const int length = int(part.length - v < most ? part.length - v : most);
     const int padded = (length + step - 1) / step * step;
     // What a step has beyond widen()'s own padding.
     for (int i = padded - step; i < padded; ++i) block.z[i] = block.w[i] = -infinity(A());
@@ -133,7 +139,7 @@ RL4LLM_INLINE void for_each_block(const KlPart<A>& part, const Work& work) {
 
 // --- formulas
 
-// z' − origin; in fp64 over τ, since it divides before it subtracts (see hd.h). log2(e) over its unit makes it log2 p.
+// z' − origin; in fp64 over τ, since it divides before it subtracts (see hd.h).
 template <bool kSoftcap>
 RL4LLM_INLINE Vec distance(Vec z, Scale<float> by, float origin) {
   return shifted_logit<kSoftcap>(z, by.softcap, origin);
@@ -147,17 +153,23 @@ RL4LLM_INLINE double unit_of(double, double) { return 1; }
 
 template <class A>
 RL4LLM_INLINE Scale<A> scale_of(const KlPart<A>& part, double temperature) {
-  return {A(kLog2E / unit_of(A(), temperature)), A(temperature), part.softcap};
+  return {A(1 / (ln_base(A()) * unit_of(A(), temperature))), A(temperature), part.softcap};
 }
 
-// log2 p_v, held where p_v is 0 anyway.
+// b^x and log_b x, b = e^ln_base.
+RL4LLM_INLINE Vec power(Vec x) { return exp2(x); }
+RL4LLM_INLINE Vec64 power(Vec64 x) { return {__builtin_exp(x.v)}; }
+RL4LLM_INLINE Vec log(Vec x) { return log2(x); }
+RL4LLM_INLINE Vec64 log(Vec64 x) { return {__builtin_log(x.v)}; }
+
+// log p_v, held where p_v is 0 anyway.
 template <class F, class A>
-RL4LLM_INLINE F log2_p(F distance, A k, A log2_sum) {
-  return max(F::of(kLeast<F>), fma(distance, F::of(k), F::of(-log2_sum)));
+RL4LLM_INLINE F log_p(F distance, A k, A log_sum) {
+  return max(F::of(kLeast<F>), fma(distance, F::of(k), F::of(-log_sum)));
 }
 
-// p_v, q_v, log2(p_v/m_v), log2(q_v/m_v) from a = log2 p_v and b = log2 q_v. The larger of p and q leads, so that m is
-// that one times a sum s of 1 at the most; nothing cancels where p and q are close.
+// p_v, q_v, log(p_v/m_v), log(q_v/m_v) from a = log p_v and b = log q_v, all over ln_base. The larger of p and q leads,
+// so that m is that one times a sum s of 1 at the most; nothing cancels where p and q are close.
 template <class F>
 struct Jsd {
   F p, q, p_over_m, q_over_m;
@@ -165,9 +177,9 @@ struct Jsd {
 template <class F, class A>
 RL4LLM_INLINE Jsd<F> jsd(F a, F b, const JsdRow<A>& row) {
   const F beta = F::of(row.beta), complement = F::of(row.beta_complement), zero = F::of(0), one = F::of(1);
-  const F diff = a - b, lead = exp2(max(a, b)), t = exp2(zero - abs(diff));
+  const F diff = a - b, lead = power(max(a, b)), t = power(zero - abs(diff));
   const F s = fma(select_less(a, b, complement, beta), t, select_less(a, b, beta, complement));
-  const F log_s = log2(s);
+  const F log_s = log(s);
   return {lead * select_less(a, b, t, one), lead * select_less(b, a, t, one), select_less(a, b, diff, zero) - log_s,
           select_less(b, a, zero - diff, zero) - log_s};
 }
@@ -240,9 +252,9 @@ void kl_fwd_kernel(const KlPart<A>& part, double temperature, KlSum<double>* out
             // Held at the most negative finite number, so that −inf on both sides is a difference of 0.
             const F x = max(floor, distance<kSoftcap>(z[i], scale, origin));
             const F y = max(floor, distance<kSoftcap>(w[i], scale, other_origin));
-            const F e = exp2(max(least, x * F::of(scale.k)));
+            const F e = power(max(least, x * F::of(scale.k)));
             sum[i] = sum[i] + e;
-            other_sum[i] = other_sum[i] + exp2(max(least, y * F::of(scale.k)));
+            other_sum[i] = other_sum[i] + power(max(least, y * F::of(scale.k)));
             dsum[i] = fma(e, x - y, dsum[i]);
           }
         }
@@ -268,8 +280,8 @@ void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& 
           for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
           for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
           for (int i = 0; i < kVecs; ++i) {
-            const Jsd<F> at = jsd(log2_p(distance<kSoftcap>(z[i], scale, row.p.max), scale.k, row.p.log2_sum),
-                                  log2_p(distance<kSoftcap>(w[i], scale, row.q.max), scale.k, row.q.log2_sum), row);
+            const Jsd<F> at = jsd(log_p(distance<kSoftcap>(z[i], scale, row.p.max), scale.k, row.p.log_sum),
+                                  log_p(distance<kSoftcap>(w[i], scale, row.q.max), scale.k, row.q.log_sum), row);
             p_sum[i] = fma(at.p, at.p_over_m, p_sum[i]);
             q_sum[i] = fma(at.q, at.q_over_m, q_sum[i]);
           }
@@ -284,16 +296,17 @@ template <KlDirection kDirection, bool kSoftcap, class F, class A>
 RL4LLM_INLINE F dlogit(F z, F w, Scale<A> scale, const KlGrad<A>& grad) {
   const JsdRow<A>& row = grad.row;
   const F x = distance<kSoftcap>(z, scale, row.p.max), y = distance<kSoftcap>(w, scale, row.q.max);
-  const F a = log2_p(x, scale.k, row.p.log2_sum);
+  const F a = log_p(x, scale.k, row.p.log_sum);
   const F slope = F::of(grad.slope), intercept = F::of(grad.intercept);
   F du;
   if constexpr (kDirection == KlDirection::reverse) {
-    const F p = exp2(a);
-    du = fma(p * (x - y), slope, p * intercept);  // p first: a p of 0 makes any finite x − y harmless
+    // Only a z of weight 0 lies so far below: 0 times whatever comes of it must stay 0.
+    const F d = max(F::of(-1e30), x - y);
+    du = power(a) * fma(d, slope, intercept);
   } else {
-    const F b = log2_p(y, scale.k, row.q.log2_sum);
+    const F b = log_p(y, scale.k, row.q.log_sum);
     if constexpr (kDirection == KlDirection::forward) {
-      du = (exp2(a) - exp2(b)) * intercept;
+      du = (power(a) - power(b)) * intercept;
     } else {
       const Jsd<F> at = jsd(a, b, row);
       du = at.p * fma(at.p_over_m, slope, intercept);

@@ -7,7 +7,7 @@
 //                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles);
 //                  load2_in_order, store2_in_order: in memory's order, for any of fp32's types
 //   exp2           2^x for x >= kLeast, relative error 1e-7; exactly 1 at 0, exactly 0 below −150, NaN for NaN
-//   log2           of normal numbers > 0
+//   log2           of normal numbers > 0 (Vec only)
 //   softcap        c·tanh(z/c) − origin and tanh(z/c)
 #pragma once
 
@@ -129,7 +129,6 @@ RL4LLM_INLINE double max_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE double first_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE bool any_nan(Vec64 a) { return a.v != a.v; }
 RL4LLM_INLINE Vec64 exp2(Vec64 x) { return {__builtin_exp2(x.v)}; }
-RL4LLM_INLINE Vec64 log2(Vec64 x) { return {__builtin_log2(x.v)}; }
 RL4LLM_INLINE void softcap(Vec64 z, double c, double origin, Vec64& shifted, Vec64& tanh) {
   tanh.v = __builtin_tanh(z.v / c);
   shifted.v = (__builtin_isinf(z.v) ? z.v : c * tanh.v) - origin;
