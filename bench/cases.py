@@ -7,6 +7,7 @@ them. FLOPs count a fused multiply-add as two and an exponential as one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -123,8 +124,32 @@ def _group_flops(case: Case) -> int:
     return 5 * case.shape[0]
 
 
-_BYTES = {"token_logprobs": _logits_bytes, "policy_loss": _policy_bytes, "group_advantages": _group_bytes}
-_FLOPS = {"token_logprobs": _logits_flops, "policy_loss": _policy_flops, "group_advantages": _group_flops}
+def _kl_bytes(case: Case) -> int:
+    """Forward: both logits; kl. Backward: both logits, kl, (m, log s) twice, g; dlogits."""
+    rows, vocabulary = case.shape
+    logits = rows * vocabulary * case.dtype.itemsize
+    forward, backward = 2 * logits + 4 * rows, 3 * logits + rows * 4 * 6
+    return {FORWARD: forward, BACKWARD: backward}.get(case.mode, forward + backward)
+
+
+def _kl_flops(case: Case) -> int:
+    """Forward, a pair of logits: 5 a side, 3 for Σ p·(x − y). Backward: shifts 3, exp 1, difference 1, scale 3."""
+    rows, vocabulary = case.shape
+    return rows * vocabulary * {FORWARD: 13, BACKWARD: 8}.get(case.mode, 21)
+
+
+_BYTES = {
+    "token_logprobs": _logits_bytes,
+    "kl_divergence": _kl_bytes,
+    "policy_loss": _policy_bytes,
+    "group_advantages": _group_bytes,
+}
+_FLOPS = {
+    "token_logprobs": _logits_flops,
+    "kl_divergence": _kl_flops,
+    "policy_loss": _policy_flops,
+    "group_advantages": _group_flops,
+}
 
 # Per-row results, the engine's records and whole pages: what a measured peak may hold beyond the formula.
 _SLACK = 4 * 2**20
@@ -154,6 +179,15 @@ def _cpu_logits() -> Iterator[Case]:
                 **common,
             )
             yield case(entropy, BOTH, _faster(12 if bf16 else 9, "eager"), _faster(4, "compile"), gradient, **common)
+
+
+def _cpu_kl() -> Iterator[Case]:
+    for vocabulary in (49_152, 151_936):
+        for dtype in (torch.bfloat16, torch.float32):
+            gradient = Target("extra_bytes", 512 * vocabulary * dtype.itemsize + _SLACK)
+            yield Case(
+                "kl_divergence", "kl_divergence", BOTH, dtype, (512, vocabulary), ("cpu",), (gradient,), "reverse"
+            )
 
 
 def _faster(times: float, peer: str) -> Target:
@@ -191,10 +225,14 @@ def _gpu() -> Iterator[Case]:
         (Target("time_ms", 0.030, device=h100),),
         "grpo k3",
     )
+    kl_shape = (4_096, 131_072)
+    kl = Case("kl_divergence", "kl_divergence", BOTH, bf16, kl_shape, ("gpu",), (), "reverse")
+    at_2500_gb_s = Target("time_ms", kl.bytes / 2.5e12 * 1e3, device=h100)
+    yield dataclasses.replace(kl, targets=(at_2500_gb_s,))
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
 
 
-CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_small(), *_gpu())
+CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_gpu())
 SUITES = ("smoke", "cpu", "gpu")
 
 

@@ -3,6 +3,7 @@
 A peer's function has the signature of its case's ``call``:
 
     token_logprobs(logits (N, V), token_ids (N,)) -> logp (N,)
+    kl_divergence(logits, ref_logits (N, V)) -> KL(policy‖reference) (N,)
     token_logprobs_entropy(logits, token_ids) -> (logp, entropy), both differentiable
     group_advantages(rewards (B,), group_ids (B,)) -> advantages (B,)
     policy_loss(logp, old_logp, ref_logp (B, T), advantages (B,), mask (B, T)) -> (loss, metrics)
@@ -35,14 +36,16 @@ _ORACLE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     """The same tensors for everyone, and for every process that asks with the same seed on the same device."""
     generator = torch.Generator(device).manual_seed(seed)
+    if case.op == "kl_divergence":
+        return {
+            "logits": _random_logits(case, generator),
+            "ref_logits": _random_logits(case, generator),
+            "grad_kl": torch.randn(case.shape[0], generator=generator, device=device),
+        }
     if case.op == "token_logprobs":
         rows, vocabulary = case.shape
-        # About the spread of a language model's logits; made row-block-wise, so that no fp32 copy is ever whole.
-        logits = torch.empty(rows, vocabulary, dtype=case.dtype, device=device)
-        for block in logits.split(256):
-            block.copy_(torch.randn(block.shape, generator=generator, device=device).mul_(3.0))
         return {
-            "logits": logits,
+            "logits": _random_logits(case, generator),
             "token_ids": torch.randint(vocabulary, (rows,), generator=generator, device=device),
             "grad_logp": torch.randn(rows, generator=generator, device=device),
             "grad_entropy": torch.randn(rows, generator=generator, device=device),
@@ -65,6 +68,14 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         "advantages": torch.randn(rows, generator=generator, device=device),
         "mask": torch.arange(positions, device=device) < length,
     }
+
+
+def _random_logits(case: Case, generator: torch.Generator) -> Tensor:
+    """About the spread of a language model's; made row-block-wise, so that no fp32 copy is ever whole."""
+    logits = torch.empty(case.shape, dtype=case.dtype, device=generator.device)
+    for block in logits.split(256):
+        block.copy_(torch.randn(block.shape, generator=generator, device=generator.device).mul_(3.0))
+    return logits
 
 
 class _FromHead(torch.autograd.Function):
@@ -102,8 +113,9 @@ def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool
 
 
 def _logits_step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool) -> Step:
-    ids = inputs["token_ids"]
-    names = ("logp", "entropy") if case.entropy else ("logp",)
+    kl = case.op == "kl_divergence"
+    second = inputs["ref_logits" if kl else "token_ids"]
+    names = ("kl",) if kl else ("logp", "entropy") if case.entropy else ("logp",)
     buffer = inputs["logits"].clone() if restore else inputs["logits"]
 
     def fresh() -> Tensor:
@@ -116,11 +128,11 @@ def _logits_step(case: Case, function: Callable[..., Any], inputs: Inputs, resto
 
     def forward_only(logits: Any) -> Outputs:
         with torch.no_grad():
-            return outputs(function(logits, ids))
+            return outputs(function(logits, second))
 
     def forward(logits: Tensor) -> tuple[Outputs, list[Tensor]]:
         leaf, received = _with_gradient(logits)
-        return outputs(function(leaf, ids)), received
+        return outputs(function(leaf, second)), received
 
     def backward(state: Any) -> Outputs:
         result, received = state
@@ -206,8 +218,8 @@ def _allowed(scale: float, eager_error: float, dtype: torch.dtype) -> float:
 
 
 def _blocks(case: Case, inputs: Inputs) -> Iterator[tuple[Any, Inputs]]:
-    """Rows are independent in token_logprobs, so that its oracle never holds the whole in fp64."""
-    if case.op != "token_logprobs":
+    """Rows of logits are independent, so that its oracle never holds the whole in fp64."""
+    if "logits" not in inputs:
         yield slice(None), inputs
         return
     rows, vocabulary = case.shape
@@ -220,8 +232,12 @@ def _blocks(case: Case, inputs: Inputs) -> Iterator[tuple[Any, Inputs]]:
 def _reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     """The library's eager backend, in ``dtype``, on the same values."""
     cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-    if case.op == "token_logprobs" and dtype != torch.float64:
-        for name in ("grad_logp", "grad_entropy"):  # per-token numbers are fp32 whatever the logits are
+    if "logits" in inputs and dtype != torch.float64:
+        for name in inputs.keys() & {
+            "grad_logp",
+            "grad_entropy",
+            "grad_kl",
+        }:  # per-token numbers are fp32 whatever the logits are
             cast[name] = inputs[name]
     with rf.use_backend("eager"):
         plain = ours.build(case, inputs[next(iter(inputs))].device.type)

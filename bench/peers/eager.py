@@ -25,6 +25,11 @@ def token_logprobs_entropy(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, T
     return log_p.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
+def kl_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    log_p, log_q = torch.log_softmax(logits.float(), -1), torch.log_softmax(ref_logits.float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def group_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     _, group, size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     mean = torch.zeros(size.numel(), device=rewards.device).index_add_(0, group, rewards) / size
@@ -68,6 +73,7 @@ def policy_loss(
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "token_logprobs": token_logprobs,
     "token_logprobs_entropy": token_logprobs_entropy,
+    "kl_divergence": kl_divergence,
     "group_advantages": group_advantages,
     "policy_loss": policy_loss,
 }

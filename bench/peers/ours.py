@@ -25,6 +25,8 @@ def build(case: Case, device: str) -> Callable[..., Any]:
         raise Absent(f"rl4llm_fast {rf.__version__} has no {case.op}")
     if case.op == "token_logprobs":
         return functools.partial(rf.token_logprobs, return_entropy=case.entropy, inplace_backward=case.mode == IN_PLACE)
+    if case.op == "kl_divergence":
+        return rf.kl_divergence
     if case.op == "group_advantages":
         return lambda rewards, group_ids: rf.group_advantages(rewards, group_ids=group_ids)
     return _policy_loss
