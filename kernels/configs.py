@@ -66,3 +66,22 @@ def row_launch(kernel: str, element_size: int, columns: int) -> tuple[int, int]:
         block //= 2
         warps = max(1, warps // 2)
     return block, warps
+
+
+# Scans over sequences. A part is what one program scans; a longer sequence is read twice, so that few long ones still
+# fill the GPU: 131,072 tokens give 32 programs. Not yet measured.
+SCAN_PART = 4_096
+SCAN_REGISTERS = 128  # budget per thread
+# Tokens at once, warps: 8 tokens a thread, two 16-byte loads of each fp32 input. The length of a packed sequence is not
+# known to the launch, so one size serves all: the usual answer is two or three blocks. Not yet measured.
+SCAN_ROWS = (1_024, 4)
+SCAN_PACKED = (512, 2)
+
+
+def scan_block(length: int) -> tuple[int, int]:
+    """(block, warps) for rows of ``length`` tokens: those of SCAN_ROWS, less where a row is shorter."""
+    block, warps = SCAN_ROWS
+    while block > 2 * WARP and block // 2 >= length:
+        block //= 2
+        warps = max(1, warps // 2)
+    return block, warps

@@ -6,7 +6,7 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import kl, kl_estimate, token_logprobs, token_loss
+from . import gae, kl, kl_estimate, token_logprobs, token_loss, vtrace
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
@@ -19,6 +19,9 @@ LAUNCHERS = {
     "policy_loss_fwd": token_loss.policy_loss_fwd,
     "kl_estimate_fwd": kl_estimate.kl_estimate_fwd,
     "token_loss_bwd": token_loss.token_loss_bwd,
+    "gae_fwd": gae.gae_fwd,
+    "gae_bwd": gae.gae_bwd,
+    "vtrace": vtrace.vtrace,
 }
 
 # "CUDA" is ROCm's key too. In the interpreter the same launchers take CPU tensors.
