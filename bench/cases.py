@@ -124,6 +124,17 @@ def _group_flops(case: Case) -> int:
     return 5 * case.shape[0]
 
 
+def _gae_bytes(case: Case) -> int:
+    """Rewards and values in, with holes a mask too; advantages and returns out."""
+    tokens = case.shape[0] * case.shape[1]
+    return tokens * (2 * case.dtype.itemsize + 2 * 4 + ("holes" in case.variant))
+
+
+def _gae_flops(case: Case) -> int:
+    """About 10 a token: the offset, one step of the scan, two results."""
+    return 10 * case.shape[0] * case.shape[1]
+
+
 def _kl_bytes(case: Case) -> int:
     """Forward: both logits; kl. Backward: both logits, kl, (m, log s) twice, g; dlogits."""
     rows, vocabulary = case.shape
@@ -139,12 +150,14 @@ def _kl_flops(case: Case) -> int:
 
 
 _BYTES = {
+    "gae": _gae_bytes,
     "token_logprobs": _logits_bytes,
     "kl_divergence": _kl_bytes,
     "policy_loss": _policy_bytes,
     "group_advantages": _group_bytes,
 }
 _FLOPS = {
+    "gae": _gae_flops,
     "token_logprobs": _logits_flops,
     "kl_divergence": _kl_flops,
     "policy_loss": _policy_flops,
@@ -205,8 +218,19 @@ def _cpu_small() -> Iterator[Case]:
     )
 
 
+def _cpu_gae() -> Iterator[Case]:
+    """Padded 512 × 2,048, and the same tokens packed in ragged sequences; no mask, holes skipped, holes as zeros."""
+    targets = (_faster(100, "loop"), Target("copy_fraction", 0.5))
+    for layout in ("padded", "packed"):
+        for mask in ("", " holes skip", " holes zero"):
+            yield Case("gae", "gae", FORWARD, torch.float32, (512, 2_048), ("cpu",), targets, layout + mask)
+
+
 def _gpu() -> Iterator[Case]:
     h100 = "H100"
+    for shape, milliseconds in (((8_192, 2_048), 0.095), ((512, 4_096), 0.015), ((16, 131_072), 0.060)):
+        target = Target("time_ms", milliseconds, device=h100)
+        yield Case("gae", "gae", FORWARD, torch.float32, shape, ("gpu",), (target,), "padded")
     bf16, shape = torch.bfloat16, (8_192, 151_936)
     call = "token_logprobs_entropy"
     yield Case("token_logprobs", call, FORWARD, bf16, shape, ("gpu",), (Target("time_ms", 0.85, device=h100),))
@@ -232,7 +256,7 @@ def _gpu() -> Iterator[Case]:
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
 
 
-CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_gpu())
+CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_gae(), *_gpu())
 SUITES = ("smoke", "cpu", "gpu")
 
 

@@ -7,6 +7,7 @@ A peer's function has the signature of its case's ``call``:
     token_logprobs_entropy(logits, token_ids) -> (logp, entropy), both differentiable
     group_advantages(rewards (B,), group_ids (B,)) -> advantages (B,)
     policy_loss(logp, old_logp, ref_logp (B, T), advantages (B,), mask (B, T)) -> (loss, metrics)
+    gae(rewards, values (B, T) or (N,), mask, mask_mode, cu_seqlens (B+1,)) -> (advantages, returns); γ 0.99, λ 0.95
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         if case.variant == "shuffled":
             ids = ids[torch.randperm(count, generator=generator, device=device)]
         return {"rewards": torch.randn(count, generator=generator, device=device), "group_ids": ids}
+    if case.op == "gae":
+        return _gae_inputs(case, device, generator)
     rows, positions = case.shape
     logp = -torch.rand(rows, positions, generator=generator, device=device) * 5
     noise = torch.randn(2, rows, positions, generator=generator, device=device) * 0.2
@@ -68,6 +71,19 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         "advantages": torch.randn(rows, generator=generator, device=device),
         "mask": torch.arange(positions, device=device) < length,
     }
+
+
+def _gae_inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    rows, positions = case.shape
+    shape = (rows * positions,) if "packed" in case.variant else (rows, positions)
+    inputs = {name: torch.randn(shape, generator=generator, device=device) for name in ("rewards", "values")}
+    if "holes" in case.variant:
+        inputs["mask"] = torch.rand(shape, generator=generator, device=device) < 0.7
+    if "packed" in case.variant:
+        cuts = torch.randperm(rows * positions - 1, generator=generator, device=device)[: rows - 1] + 1
+        ends = cuts.new_tensor([0, rows * positions])
+        inputs["cu_seqlens"] = torch.cat([ends[:1], cuts.sort().values, ends[1:]]).int()
+    return {name: t.to(case.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def _random_logits(case: Case, generator: torch.Generator) -> Tensor:
@@ -109,6 +125,8 @@ def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool
         return Step(lambda: None, lambda _: {"advantages": function(inputs["rewards"], inputs["group_ids"])})
     if case.op == "policy_loss":
         return _policy_step(case, function, inputs)
+    if case.op == "gae":
+        return _gae_step(case, function, inputs)
     return _logits_step(case, function, inputs, restore)
 
 
@@ -162,6 +180,13 @@ def _policy_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> St
         return found
 
     return Step(lambda: None, run)
+
+
+def _gae_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
+    assert case.mode == FORWARD
+    mode = "zero" if "zero" in case.variant else "skip"
+    tensors = [inputs["rewards"], inputs["values"], inputs.get("mask"), mode, inputs.get("cu_seqlens")]
+    return Step(lambda: None, lambda _: dict(zip(("advantages", "returns"), function(*tensors), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,17 @@ def gae(
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:
     """A_t = δ_t + γλ·A_{t+1}, δ_t = r_t + γ·V_{t+1} − V_t (19, 25, 28), and A_t + V_t. Without values: G_t (15)."""
+    tokens = rewards if kl is None else kl
+    if cu_seqlens is not None and tokens.shape[0] and not torch.compiler.is_compiling():
+        # As rows, where the lengths may be looked at: a loop over T steps instead of N.
+        position = torch.arange(int(cu_seqlens.diff().max()), device=tokens.device)
+        there = position < cu_seqlens.diff()[:, None]
+        index = (cu_seqlens[:-1, None] + position).clamp(max=tokens.shape[0] - 1)
+        live = there if mask is None else there & mask[index]
+        scores = rewards if rewards.shape != tokens.shape else rewards[index]
+        others = [None if x is None else x[index] for x in (values, kl)]
+        rows = gae(scores, others[0], live, None, bootstrap, others[1], gamma, lam, beta, mask_mode)
+        return rows[0][there], rows[1][there]
     if kl is not None:
         rewards = shape_rewards(rewards, kl, beta, mask, cu_seqlens)
     layout, live, active = _tokens(rewards, mask, cu_seqlens, mask_mode)

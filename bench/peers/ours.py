@@ -20,6 +20,10 @@ def _policy_loss(logp: Any, old_logp: Any, ref_logp: Any, advantages: Any, mask:
     return rf.policy_loss(logp, old_logp, advantages, kind="grpo", mask=mask, ref_logp=ref_logp, kl_coef=0.04)
 
 
+def _gae(rewards: Any, values: Any, mask: Any, mask_mode: Any, cu_seqlens: Any) -> Any:
+    return rf.gae(rewards, values, gamma=0.99, lam=0.95, mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens)
+
+
 def build(case: Case, device: str) -> Callable[..., Any]:
     if not hasattr(rf, case.op):
         raise Absent(f"rl4llm_fast {rf.__version__} has no {case.op}")
@@ -29,4 +33,4 @@ def build(case: Case, device: str) -> Callable[..., Any]:
         return rf.kl_divergence
     if case.op == "group_advantages":
         return lambda rewards, group_ids: rf.group_advantages(rewards, group_ids=group_ids)
-    return _policy_loss
+    return _gae if case.op == "gae" else _policy_loss
