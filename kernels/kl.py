@@ -225,10 +225,10 @@ def kl_divergence_jsd_merge_kernel(
     part_ptr = partial_ptr + (row.to(tl.int64) * parts + part) * 2
     p_term = tl.sum(tl.load(part_ptr, mask=part < parts, other=0.0), axis=0)
     q_term = tl.sum(tl.load(part_ptr + 1, mask=part < parts, other=0.0), axis=0)
-    weight = load_beta(beta_ptr, beta)
-    live = row_is_live(row, mask_ptr, None, 0, False)
+    weight, live = load_beta(beta_ptr, beta), row_is_live(row, mask_ptr, None, 0, False)
     tl.store(kl_ptr + row, tl.where(live, weight * q_term + (1.0 - weight) * p_term, 0.0))
-    tl.store(inner_ptr + row, tl.where(live, p_term, 0.0))
+    # Where only q is bad, `maximum` has dropped its NaN from the terms of p.
+    tl.store(inner_ptr + row, tl.where(live, p_term + 0.0 * q_term, 0.0))
 
 
 @triton.jit(do_not_specialize=["T", "temperature_stride"])
@@ -280,7 +280,7 @@ def kl_divergence_bwd_kernel(
     live = row_is_live(row, mask_ptr, None, 0, False)
     inside = columns < V
     # Neither −inf columns nor those of a dead row get a gradient: reading −inf for a dead row makes it zero all over.
-    read = inside & live
+    read = tl.where(live, inside, False)
     z = tl.load(row_ptr + columns, mask=read, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     ref_z = tl.load(ref_row_ptr + columns, mask=read, other=float("-inf"), eviction_policy="evict_first")
     ref_z = ref_z.to(tl.float32)

@@ -13,7 +13,14 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ["80", "90a", "100"]
-STREAMING = ["token_logprobs_fwd_kernel", "token_logprobs_bwd_kernel"]
+# {kernel: (its file, how many of it: for every dtype or pair of dtypes, with and without a softcap, by direction)}
+STREAMING = {
+    "token_logprobs_fwd_kernel": ("token_logprobs", 3 * 2),
+    "token_logprobs_bwd_kernel": ("token_logprobs", 3 * 2),
+    "kl_divergence_fwd_kernel": ("kl_fwd", 9 * 2),
+    "kl_divergence_jsd_kernel": ("kl_fwd", 9 * 2),
+    "kl_divergence_bwd_kernel": ("kl_bwd", 9 * 2 * 3),
+}
 REGISTERS = 64  # budget of the streaming kernels: four blocks of 256 threads an SM, since they wait for memory
 OTHER_REGISTERS = 128  # kernels that touch a few numbers a row
 
@@ -71,12 +78,10 @@ def test_no_spills_and_registers_within_budget(cubins):
 @pytest.mark.slow
 def test_streaming_kernels_move_16_bytes_at_a_time(cubins):
     tool, files = cubins
-    cubin = files["token_logprobs", "90a"]
-    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"Function : ", sass)[1:]
-    for kernel in STREAMING:
-        bodies = [body for body in functions if kernel in body.split("\n", 1)[0]]
-        assert len(bodies) >= 6, f"{kernel}: three dtypes, with and without a softcap"
+    for kernel, (name, count) in STREAMING.items():
+        sass = subprocess.run([tool, "-sass", files[name, "90a"]], capture_output=True, text=True, check=True).stdout
+        bodies = [body for body in re.split(r"Function : ", sass)[1:] if kernel in body.split("\n", 1)[0]]
+        assert len(bodies) >= count
         for body in bodies:
             head = body.split("\n", 1)[0]
             assert re.search(r"LDG\.E\.\S*128", body), f"no 16-byte load in {head}"

@@ -1,7 +1,7 @@
 """The Triton kernels on CPU tensors, in Triton's interpreter.
 
 TRITON_INTERPRET=1 must be set before Triton is imported and cannot be taken back, so the tests run in a process of
-their own: those of the op itself, with "triton" for its backend, and tests/interpret/.
+their own: those of the ops themselves, with "triton" for its backend, and tests/interpret/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k",
-         "triton and not (" + " or ".join(LEFT_OUT) + ")", "tests/test_token_logprobs.py", "tests/interpret"],
+         "triton and not (" + " or ".join(LEFT_OUT) + ")", "tests/test_token_logprobs.py",
+         "tests/test_kl_divergence.py", "tests/interpret"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -34,4 +35,4 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed.group(1)) > 80, done.stdout[-2000:]
+    assert int(passed.group(1)) > 160, done.stdout[-2000:]

@@ -2,17 +2,12 @@
 // hd.h). A row longer than kMaxPart is summed in parts by several blocks of threads, so that a few long rows still fill
 // the GPU. V alone decides how a row is cut and in which order its columns are added: the same row gives the same bits
 // wherever it stands, on 16 bytes or not.
-#include "cuda/device.cuh"
+#include "cuda/rows.cuh"
 
 namespace rl4llm {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMaxPart =
-    32768;  // columns; not yet measured: 64 KiB in bf16, so that its closing reduction is hidden
-constexpr int64_t kPartStep = 1024;  // parts are multiples of this, so that each starts on 16 bytes where the row does
-constexpr int kFwdLoads = 4;         // 16-byte loads a thread keeps in flight; not yet measured
+constexpr int kFwdLoads = 4;  // 16-byte loads a thread keeps in flight; not yet measured
 constexpr int kBwdLoads = 2;
 
 template <class T>
@@ -20,29 +15,9 @@ constexpr int64_t kFwdGroup = int64_t(kThreads) * kFwdLoads * kVec<T>;  // colum
 template <class T>
 constexpr int64_t kBwdGroup = int64_t(kThreads) * kBwdLoads * kVec<T>;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t part_columns(int64_t V) {
-  const int64_t parts = token_logprobs_parts(V);
-  return ceil_div(V, parts * kPartStep) * kPartStep;
-}
-
 __device__ __forceinline__ bool row_is_live(const TokenLogprobsRows& rows, int64_t row) {
   if (rows.mask_ptr && !rows.mask_ptr[row]) return false;
   return !rows.id_per_row || rows.token_ids_ptr[row] != rows.ignore_index;
-}
-
-// tanh(z/c), of which z' = c·ratio.
-__device__ __forceinline__ float cap_ratio(float z, float softcap) { return tanhf(z / softcap); }
-
-// ±inf stands for itself: −inf is a masked-out token, +inf poisons its row.
-__device__ __forceinline__ float capped(float z, float ratio, float softcap) {
-  return fabsf(z) == infinity(0.0f) ? z : softcap * ratio;
-}
-
-template <bool SOFTCAP>
-__device__ __forceinline__ float shifted_logit(float z, float softcap) {
-  return SOFTCAP ? capped(z, cap_ratio(z, softcap), softcap) : z;
 }
 
 // Adds the columns in `vecs` to a thread's sums: one rescaling for all of them.
@@ -362,7 +337,7 @@ void launch_bwd(const TokenLogprobsRows& rows, const TokenLogprobsGrads& grads, 
 
 }  // namespace
 
-int64_t token_logprobs_parts(int64_t V) { return V > kMaxPart ? ceil_div(V, kMaxPart) : 1; }
+int64_t token_logprobs_parts(int64_t V) { return row_parts(V); }
 
 int64_t token_logprobs_bwd_programs(const TokenLogprobsRows& rows) {
   return rows.N * (rows.dtype == Dtype::fp32 ? bwd_blocks<float>(rows.V) : bwd_blocks<__half>(rows.V));

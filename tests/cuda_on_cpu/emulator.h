@@ -1,18 +1,18 @@
-// Just enough CUDA to run this library's kernels on a CPU, for tests: one std::thread for each thread of a block,
-// blocks one after the other, barriers where CUDA has them. Slow, and it says nothing about speed; it executes every
-// index, vector load, tail and reduction of the very source that nvcc compiles.
+// Just enough CUDA to run this library's kernels on a CPU, for tests: a fibre for each thread of a block, blocks one
+// after the other, a switch to the next fibre where CUDA has a barrier. Slow, and it says nothing about speed; it
+// executes every index, vector load, tail and reduction of the very source that nvcc compiles.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #undef __global__
@@ -34,20 +34,46 @@ constexpr int kLanes = 32;
 struct Index {
   unsigned x;
 };
-inline thread_local Index thread_index, block_index;
-inline Index block_size, grid_size;
+inline Index thread_index, block_index, block_size, grid_size;  // of the fibre that runs
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done;
+};
+inline std::vector<Fibre> fibres;
+inline ucontext_t scheduler;
+inline const std::function<void()>* running;
+
+inline void yield() {
+  const unsigned own = thread_index.x;
+  swapcontext(&fibres[own].context, &scheduler);
+  thread_index.x = own;
+}
+
+struct Barrier {
+  unsigned wanted, arrived = 0, generation = 0;
+  void arrive_and_wait() {
+    const unsigned own = generation;
+    if (++arrived == wanted) {
+      arrived = 0, ++generation;
+      return;
+    }
+    while (generation == own) yield();
+  }
+};
 
 struct Warp {
-  std::barrier<> barrier{kLanes};
+  Barrier barrier{kLanes};
   float values[kLanes];
 };
-inline std::vector<std::unique_ptr<Warp>> warps;
-inline std::unique_ptr<std::barrier<>> block_barrier;
+inline std::vector<Warp> warps;
+inline Barrier block_barrier;
 
 // What every lane of the warp gave, seen by all of them.
 template <class Use>
 auto exchange(float value, const Use& use) {
-  Warp& warp = *warps[thread_index.x / kLanes];
+  Warp& warp = warps[thread_index.x / kLanes];
   warp.values[thread_index.x % kLanes] = value;
   warp.barrier.arrive_and_wait();
   const auto result = use(warp.values);
@@ -67,24 +93,37 @@ inline bool any(bool predicate) {
   });
 }
 
+inline void run_fibre() {
+  (*running)();
+  fibres[thread_index.x].done = true;
+}
+
 inline void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
-  block_size.x = threads, grid_size.x = grid;
-  block_barrier = std::make_unique<std::barrier<>>(threads);
-  warps.clear();
-  for (unsigned i = 0; i < threads / kLanes; ++i) warps.push_back(std::make_unique<Warp>());
-  std::barrier<> end_of_block(threads);
-  std::vector<std::thread> pool;
-  for (unsigned t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      thread_index.x = t;
-      for (unsigned block = 0; block < grid; ++block) {
-        block_index.x = block;
-        kernel();
-        end_of_block.arrive_and_wait();
+  constexpr size_t kStack = 1 << 16;
+  block_size.x = threads, grid_size.x = grid, running = &kernel;
+  if (fibres.size() < threads) fibres.resize(threads);
+  for (block_index.x = 0; block_index.x < grid; ++block_index.x) {
+    block_barrier = {threads};
+    warps.assign(threads / kLanes, Warp());
+    for (unsigned t = 0; t < threads; ++t) {
+      Fibre& fibre = fibres[t];
+      if (!fibre.stack) fibre.stack.reset(new char[kStack]);
+      getcontext(&fibre.context);
+      fibre.context.uc_stack.ss_sp = fibre.stack.get();
+      fibre.context.uc_stack.ss_size = kStack;
+      fibre.context.uc_link = &scheduler;
+      makecontext(&fibre.context, run_fibre, 0);
+      fibre.done = false;
+    }
+    for (unsigned left = threads; left > 0;) {
+      for (unsigned t = 0; t < threads; ++t) {
+        if (fibres[t].done) continue;
+        thread_index.x = t;
+        swapcontext(&scheduler, &fibres[t].context);
+        left -= fibres[t].done;
       }
-    });
+    }
   }
-  for (std::thread& thread : pool) thread.join();
 }
 
 inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) {
@@ -97,7 +136,7 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) 
 #define blockIdx emulator::block_index
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
-#define __syncthreads() emulator::block_barrier->arrive_and_wait()
+#define __syncthreads() emulator::block_barrier.arrive_and_wait()
 #define __shfl_xor_sync(mask, value, offset) emulator::shuffle_xor(value, offset)
 #define __any_sync(mask, predicate) emulator::any(predicate)
 #define __ldcs(ptr) (*(ptr))

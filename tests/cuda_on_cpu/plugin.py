@@ -40,9 +40,26 @@ Grads = struct(
     ("stride_b", Int64), ("stride_t", Int64),
 )  # fmt: skip
 
+
+# csrc/cuda/kl.h
+KlSide = struct("KlSide", ("ptr", Pointer), ("dtype", Int), ("stride_b", Int64), ("stride_t", Int64))
+KlRows = struct(
+    "KlRows", ("logits", KlSide), ("ref", KlSide), *((n, Int64) for n in ("N", "T", "V")), ("mask", Pointer),
+    ("temperature", Number), ("softcap", Number), ("has_softcap", Bool), ("direction", Int), ("beta", Number),
+)  # fmt: skip
+KlNorms = struct("KlNorms", ("row_max", Pointer), ("log_sum", Pointer))
+KlResults = struct(
+    "KlResults", *((n, Pointer) for n in ("partial", "kl", "inner")), ("logits", KlNorms), ("ref", KlNorms)
+)
+KlGrads = struct(
+    "KlGrads", ("inner", Pointer), ("logits", KlNorms), ("ref", KlNorms), ("grad", Pointer), ("dlogits", Pointer),
+    ("stride_b", Int64), ("stride_t", Int64),
+)  # fmt: skip
+DIRECTIONS = {"reverse": 0, "forward": 1, "jsd": 2}
+
 library = ctypes.CDLL(os.environ["RL4LLM_FAST_EMULATED"])
-library.emulated_parts.restype = Int64
-library.emulated_parts.argtypes = [Int64]
+library.token_logprobs_parts.restype = library.kl_divergence_partials.restype = Int64
+library.token_logprobs_parts.argtypes = [Int64]
 
 
 def pointer(tensor):
@@ -73,12 +90,12 @@ def fresh(*shape, dtype=torch.float32):
 
 
 def fwd(logits, ids, mask, temperature, softcap, ignore_index, return_entropy):
-    N, parts = logits.shape[0] * logits.shape[1], library.emulated_parts(logits.shape[2])
+    N, parts = logits.shape[0] * logits.shape[1], library.token_logprobs_parts(logits.shape[2])
     logp, row_max, log_sum, entropy = fresh(*ids.shape), fresh(N), fresh(N), fresh(N if return_entropy else 0)
     partial = fresh(N * parts * 3) if parts > 1 else None
     results = Results(*map(pointer, (partial, logp, entropy, row_max, log_sum)))
     rows = rows_of(logits, ids, mask, temperature, softcap, ignore_index)
-    assert library.emulated_fwd(ctypes.byref(rows), ctypes.byref(results)) == 0
+    assert library.token_logprobs_fwd(ctypes.byref(rows), ctypes.byref(results)) == 0
     return logp, entropy, row_max, log_sum
 
 
@@ -86,7 +103,7 @@ def bwd_into(dlogits, logits, ids, mask, temperature, softcap, ignore_index, row
     tensors = (row_max, log_sum, entropy if h is not None else None, g, h, dlogits)
     grads = Grads(*map(pointer, tensors), *dlogits.stride()[:2])
     rows = rows_of(logits, ids, mask, temperature, softcap, ignore_index)
-    assert library.emulated_bwd(ctypes.byref(rows), ctypes.byref(grads)) == 0
+    assert library.token_logprobs_bwd(ctypes.byref(rows), ctypes.byref(grads)) == 0
 
 
 def bwd(logits, *arguments):
@@ -99,7 +116,54 @@ def bwd_(logits, *arguments):
     bwd_into(logits, logits, *arguments)
 
 
+def kl_rows_of(logits, ref, mask, temperature, softcap, direction, beta):
+    B, T, V = logits.shape
+    sides = (KlSide(pointer(x), DTYPES[x.dtype], *x.stride()[:2]) for x in (logits, ref))
+    cap = number(softcap.reshape(()) if softcap is not None else None)
+    return KlRows(
+        *sides, B * T, T, V, pointer(mask), number(temperature), cap, softcap is not None, DIRECTIONS[direction],
+        number(beta),
+    )  # fmt: skip
+
+
+def kl_fwd(logits, *arguments):
+    N, rows = logits.shape[0] * logits.shape[1], kl_rows_of(logits, *arguments)
+    kl, inner, *norms = (fresh(N) for _ in range(6))
+    partial = fresh(library.kl_divergence_partials(ctypes.byref(rows)))
+    policy, ref = (KlNorms(*map(pointer, pair)) for pair in (norms[:2], norms[2:]))
+    results = KlResults(*map(pointer, (partial, kl, inner)), policy, ref)
+    assert library.kl_divergence_fwd(ctypes.byref(rows), ctypes.byref(results)) == 0
+    return kl, inner, *norms
+
+
+def kl_bwd_into(dlogits, logits, ref, mask, temperature, softcap, direction, beta, inner, *saved):
+    rows = kl_rows_of(logits, ref, mask, temperature, softcap, direction, beta)
+    *norms, grad = map(pointer, saved)
+    grads = KlGrads(
+        pointer(inner), KlNorms(*norms[:2]), KlNorms(*norms[2:]), grad, pointer(dlogits), *dlogits.stride()[:2]
+    )
+    assert library.kl_divergence_bwd(ctypes.byref(rows), ctypes.byref(grads)) == 0
+
+
+def kl_bwd(logits, *arguments):
+    dlogits = fresh(*logits.shape, dtype=logits.dtype)
+    kl_bwd_into(dlogits, logits, *arguments)
+    return dlogits
+
+
+def kl_bwd_(logits, *arguments):
+    kl_bwd_into(logits, logits, *arguments)
+
+
+OPS = {
+    "token_logprobs_fwd": fwd,
+    "token_logprobs_bwd": bwd,
+    "token_logprobs_bwd_": bwd_,
+    "kl_divergence_fwd": kl_fwd,
+    "kl_divergence_bwd": kl_bwd,
+    "kl_divergence_bwd_": kl_bwd_,
+}
 _library = torch.library.Library(schemas.TRITON_NAMESPACE, "IMPL")
-for _name, _op in (("token_logprobs_fwd", fwd), ("token_logprobs_bwd", bwd), ("token_logprobs_bwd_", bwd_)):
+for _name, _op in OPS.items():
     _library.impl(_name, _op, "CPU")
 dispatch._build_tables()

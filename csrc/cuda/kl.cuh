@@ -1,0 +1,61 @@
+// What kl_fwd.cu and kl_bwd.cu share: columns of two dtypes side by side, and the mixture of the JSD.
+#pragma once
+
+#include "cuda/kl.h"
+#include "cuda/rows.cuh"
+
+namespace rl4llm {
+
+// Columns that a thread loads at a time: 16 bytes of the narrower type, 16 or 32 of the other.
+template <class A, class B>
+constexpr int kChunk = kVec<A> > kVec<B> ? kVec<A> : kVec<B>;
+
+__device__ __forceinline__ bool is_live(const KlRows& rows, int64_t row) {
+  return !rows.mask_ptr || rows.mask_ptr[row];
+}
+
+// log2(m/p) and log2(q/p) of m = β·q + (1−β)·p; finite also where p or q is 0. read_number gives β > 0 or NaN.
+struct Ratios {
+  float m_over_p, q_over_p;
+};
+
+__device__ __forceinline__ Ratios log2_ratios(float log2_p, float log2_q, float beta) {
+  const float delta = fmaxf(log2_q, kLog2Zero) - fmaxf(log2_p, kLog2Zero);
+  const float smaller = exp2_fast(-fabsf(delta));  // the ratio of the smaller to the larger: nothing overflows
+  const float mixed = delta <= 0 ? (1 - beta) + beta * smaller : beta + (1 - beta) * smaller;
+  return {log2f(mixed) + fmaxf(delta, 0.0f), delta};
+}
+
+__device__ __forceinline__ float read_beta(const Number& number) {
+  const float beta = read_number(number, 0);
+  return beta < 1 ? beta : not_a_number(0.0f);
+}
+
+// use(A()) for the type of a dtype; false where the kernels have none.
+template <class Use>
+bool with_type(Dtype dtype, const Use& use) {
+  switch (dtype) {
+    case Dtype::fp32:
+      use(float());
+      return true;
+    case Dtype::bf16:
+      use(__nv_bfloat16());
+      return true;
+    case Dtype::fp16:
+      use(__half());
+      return true;
+    case Dtype::fp64:
+      return false;
+  }
+  return false;
+}
+
+// use(A(), B()) for the types of two sides.
+template <class Use>
+cudaError_t with_types(const KlSide& a, const KlSide& b, const Use& use) {
+  bool known = false;
+  with_type(a.dtype, [&](auto one) { known = with_type(b.dtype, [&](auto other) { use(one, other); }); });
+  return known ? cudaGetLastError() : cudaErrorInvalidValue;
+}
+
+}  // namespace rl4llm

@@ -1,0 +1,29 @@
+// C entry points for plugin.py. They pass what the bindings in csrc/cuda/*.cpp pass.
+#include "cuda/kl.h"
+#include "cuda/launch.h"
+
+extern "C" {
+
+int64_t token_logprobs_parts(int64_t V) { return rl4llm::token_logprobs_parts(V); }
+
+int token_logprobs_fwd(const rl4llm::TokenLogprobsRows* rows, const rl4llm::TokenLogprobsResults* results) {
+  return rl4llm::token_logprobs_fwd(*rows, *results, nullptr);
+}
+
+int token_logprobs_bwd(const rl4llm::TokenLogprobsRows* rows, const rl4llm::TokenLogprobsGrads* grads) {
+  return rl4llm::token_logprobs_bwd(*rows, *grads, nullptr);
+}
+
+int64_t kl_divergence_partials(const rl4llm::KlRows* rows) {
+  return rl4llm::kl_divergence_partials(rows->N, rows->V, rows->direction);
+}
+
+int kl_divergence_fwd(const rl4llm::KlRows* rows, const rl4llm::KlResults* results) {
+  return rl4llm::kl_divergence_fwd(*rows, *results, nullptr);
+}
+
+int kl_divergence_bwd(const rl4llm::KlRows* rows, const rl4llm::KlGrads* grads) {
+  return rl4llm::kl_divergence_bwd(*rows, *grads, nullptr);
+}
+
+}  // extern "C"
