@@ -61,7 +61,7 @@ def finish_row(row, row_ptr, live, m, s, xs, tau, softcap, token_ids_ptr, logp_p
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         y = tl.load(ids_ptr + k, mask=k < K, other=ignore_index)
-        counts = (y != ignore_index) & live
+        counts = tl.where(live, y != ignore_index, False)  # `&` of a block and a scalar fails in 3.9's interpreter
         z = tl.load(row_ptr + y, mask=counts & (y >= 0) & (y < V), other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
             z, _ = capped(z, softcap)
@@ -228,7 +228,8 @@ def token_logprobs_bwd_kernel(
     live = row_is_live(row, mask_ptr, token_ids_ptr, ignore_index, ID_PER_ROW)
     inside = columns < V
     # Neither −inf columns nor those of a dead row get a gradient: reading −inf for a dead row makes it zero all over.
-    z = tl.load(row_ptr + columns, mask=inside & live, other=float("-inf"), eviction_policy="evict_first")
+    read = tl.where(live, inside, False)
+    z = tl.load(row_ptr + columns, mask=read, other=float("-inf"), eviction_policy="evict_first")
     z = z.to(tl.float32)
     masked_out = z == float("-inf")
     tau = load_number(temperature_ptr, temperature, row * temperature_stride)

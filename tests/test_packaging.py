@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import rl4llm_fast
 
@@ -39,6 +40,12 @@ def attempt(*command: str, cwd: Path, **environment: str) -> subprocess.Complete
     return subprocess.run(
         command, cwd=cwd, env=clean | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def run_away_from_installs(script: str, cwd: Path, *folders: Path, **environment: str) -> str:
+    """Run a script that sees torch and ``folders``, but no editable install of this library (-S: no .pth files)."""
+    path = os.pathsep.join(map(str, [*folders, Path(torch.__file__).parent.parent]))
+    return run(sys.executable, "-S", "-c", textwrap.dedent(script), cwd=cwd, PYTHONPATH=path, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +122,7 @@ class TestWheel:
             torch.testing.assert_close(ours, logits.log_softmax(-1)[range(3), ids])
             print(rf.__file__, rl4llm_fast.kernels.__file__)
         """
-        printed = run(sys.executable, "-c", textwrap.dedent(script), cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        printed = run_away_from_installs(script, tmp_path, tmp_path)
         assert printed.split() == [
             str(tmp_path / "rl4llm_fast" / "__init__.py"),
             str(tmp_path / "rl4llm_fast" / "kernels" / "__init__.py"),
@@ -139,7 +146,7 @@ class TestOtherInstalls:
             print(rl4llm_fast.__file__, rl4llm_fast.kernels.__file__, rl4llm_fast._C.__file__)
             print(importlib.util.find_spec("kernels"))
         """
-        printed = run(sys.executable, "-c", textwrap.dedent(script), cwd=tmp_path).split()
+        printed = run_away_from_installs(script, tmp_path).split()
         assert printed == [
             str(checkout / "rl4llm_fast" / "__init__.py"),
             str(checkout / "kernels" / "__init__.py"),
@@ -181,9 +188,7 @@ class TestOtherInstalls:
                 print(error)
         """
         site = tmp_path / "site"
-        assert "_C is not installed" in run(
-            sys.executable, "-c", textwrap.dedent(script), cwd=site, PYTHONPATH=str(site), CUDA_VISIBLE_DEVICES=""
-        )
+        assert "_C is not installed" in run_away_from_installs(script, site, site, CUDA_VISIBLE_DEVICES="")
 
 
 class TestSwitches:
