@@ -29,12 +29,20 @@ from . import cases, measure, peers, report, run, timing
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Kernel files whose name is not that of the public op that they serve.
-_OPS = {"token_loss": ("policy_loss", "kl_estimate"), "groups": ("group_advantages",)}
+_OPS = {
+    "token_loss": ("policy_loss", "kl_estimate"),
+    "groups": ("group_advantages",),
+    "kl": ("kl_divergence",),
+    "kl_fwd": ("kl_divergence",),
+    "kl_bwd": ("kl_divergence",),
+}
 # The file of a kernel's gpu-marked tests where it is not tests/test_gpu_{name of the kernel file}.py.
 _TESTS = {
     "token_logprobs": "tests/test_gpu.py",
     "token_loss": "tests/test_losses.py",
     "kl_estimate": "tests/test_kl_estimate.py",
+    "kl_fwd": "tests/test_gpu_kl.py",
+    "kl_bwd": "tests/test_gpu_kl.py",
 }
 _PYTEST_NO_TESTS = 5
 

@@ -36,6 +36,9 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("kl_divergence_bwd", 4): Launch(2048, 8, 96, "not yet measured: as in 2 bytes, 2 16-byte loads of each side"),
 }
 
+# a·b + c in one rounding, said outright because Triton's default changes after 3.9. For every launch.
+COMPILE = {"enable_fp_fusion": True}
+
 WARP = 32
 
 # A row longer than this is summed in parts by several programs, so that a few long rows still fill the GPU; a part

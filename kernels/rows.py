@@ -28,8 +28,14 @@ def number_or_pointer(hyperparameter: Tensor | None) -> tuple[Tensor | None, flo
 
 
 def row_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of B and T; 0 for a dimension of one, whose stride means nothing and could hide an alignment."""
-    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
+    """Strides of B and T. A dimension of one, whose stride means nothing, takes the other's, or V.
+
+    The compiler lays a row over the threads by the divisors of these numbers: with a 0 for a single row, that row would
+    be summed in another order than among others.
+    """
+    B, T, V = x.shape
+    alone = x.stride(1) if T > 1 else x.stride(0) if B > 1 else V
+    return (x.stride(0) if B > 1 else alone), (x.stride(1) if T > 1 else alone)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -8,12 +8,13 @@ import re
 import subprocess
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing", allow_module_level=True)
 
-from rl4llm_fast.kernels import configs, token_logprobs  # noqa: E402
+from rl4llm_fast.kernels import configs, kl, rows, token_logprobs  # noqa: E402
 
 NVIDIA = [80, 90, 100]
 V = 151_936
@@ -22,12 +23,14 @@ POINTERS = {
     "mask_ptr": "*i1",
     **dict.fromkeys(
         ["temperature_ptr", "softcap_ptr", "partial_ptr", "logp_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr",
-         "grad_logp_ptr", "grad_entropy_ptr"], "*fp32"
+         "grad_logp_ptr", "grad_entropy_ptr", "kl_ptr", "inner_ptr", "other_row_max_ptr", "other_log_sum_ptr",
+         "ref_row_max_ptr", "ref_log_sum_ptr", "beta_ptr", "grad_ptr"], "*fp32"
     ),
 }  # fmt: skip
 # What the launcher passes at V = 151,936 and contiguous logits: integers that are multiples of 16, and others.
-DIVISIBLE = {"V": "i32", "stride_b": "i64", "stride_t": "i32", "dlogits_stride_b": "i64", "dlogits_stride_t": "i32",
-             "part_columns": "i32"}  # fmt: skip
+SIDES = ("", "other_", "ref_", "dlogits_")
+DIVISIBLE = {"V": "i32", "part_columns": "i32", **{f"{side}stride_b": "i64" for side in SIDES},
+             **{f"{side}stride_t": "i32" for side in SIDES}}  # fmt: skip
 INTEGERS = {"T": "i32", "temperature_stride": "i32", "ignore_index": "i32", "parts": "i32"}
 CASES = {
     "plain": {"mask_ptr": None, "temperature_ptr": None, "softcap_ptr": None, "softcap": None},
@@ -35,12 +38,13 @@ CASES = {
 }
 
 
-def compile_kernel(kernel, dtype, constants, target, warps):
+def compile_kernel(kernel, dtype, constants, target, warps, ref_dtype=None):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = POINTERS | DIVISIBLE | INTEGERS | {"temperature": "fp32", "softcap": "fp32"}
+    types = POINTERS | DIVISIBLE | INTEGERS | {"temperature": "fp32", "softcap": "fp32", "beta": "fp32"}
     types |= {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("ref_logits_ptr", "other_logits_ptr"), f"*{ref_dtype}")
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = [n for n in names if signature[n].startswith("*") or (n in DIVISIBLE and n not in constants)]
@@ -50,7 +54,7 @@ def compile_kernel(kernel, dtype, constants, target, warps):
         constexprs={(names.index(n),): value for n, value in constants.items() if n in names},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, **configs.COMPILE})
 
 
 def kernel_case(name, dtype, case):
@@ -97,6 +101,70 @@ def test_nvidia(name, dtype, case, tmp_path):
             assert loads == constants["BLOCK_V"] // (32 * warps) // configs.vector(4 if dtype == "fp32" else 2)
         if name == "token_logprobs_bwd":
             assert stores == loads
+
+
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+KL_KERNELS = ["fwd", "merge", "jsd", "jsd_merge", "bwd reverse", "bwd forward", "bwd jsd"]
+
+
+def kl_case(name, dtype, ref_dtype, case):
+    """(kernel, constants, warps, budget) as the launcher would start it."""
+    name, *direction = name.split()
+    constants = CASES[case] | {"beta_ptr": None}
+    kernel = getattr(kl, f"kl_divergence_{name}_kernel")
+    if "merge" in name:
+        parts = triton.cdiv(V, configs.part_columns(V))
+        return kernel, constants | {"BLOCK_PARTS": triton.next_power_of_2(parts)}, 1, 64
+    narrow, wide = sorted((SIZES[dtype], SIZES[ref_dtype]))
+    launch = "kl_divergence_bwd" if direction else "kl_divergence_fwd"
+    block, warps = configs.row_launch(launch, wide, configs.part_columns(V))
+    constants |= {"BLOCK_V": block}
+    if not direction:
+        constants |= {"VEC": configs.vector(narrow)}
+    elif direction != ["jsd"]:
+        constants |= {"beta": None}
+    if direction:
+        constants |= {"DIRECTION": direction[0]}
+    return kernel, constants, warps, configs.LAUNCHES[launch, wide].registers
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "fp16")], ids=str)
+@pytest.mark.parametrize("name", KL_KERNELS)
+def test_nvidia_kl(name, dtypes, case, tmp_path):
+    if case == "softcap" and (dtypes[0] != dtypes[1] or "merge" in name):
+        pytest.skip("mixed dtypes differ in the loads only, and a merge knows no softcap")
+    kernel, constants, warps, budget = kl_case(name, *dtypes, case)
+    for arch in NVIDIA:
+        compiled = compile_kernel(kernel, dtypes[0], constants, ("cuda", arch, 32), warps, dtypes[1])
+        registers, stack = resource_usage(compiled.asm["cubin"], tmp_path)
+        assert stack == 0, f"{name} {dtypes} {case} sm_{arch} spills {stack} bytes"
+        assert registers <= budget, f"{name} {dtypes} {case} sm_{arch}: {registers} registers, budget {budget}"
+        if "merge" not in name:
+            loads = len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+            each = constants["BLOCK_V"] // (32 * warps)  # columns of each side that a thread holds
+            assert loads == sum(each // configs.vector(SIZES[dtype]) for dtype in dtypes)
+        if "bwd" in name:
+            stores = len(re.findall(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+            assert stores == each // configs.vector(SIZES[dtypes[0]])
+
+
+def test_one_row_is_laid_out_like_many():
+    """The order of summation follows from the divisors of the strides: a row alone must not bring others."""
+    for vocabulary in (50_257, 151_936):
+        batch = torch.empty(1, 300, vocabulary, device="meta")
+        for alone in (batch[:, :1], torch.empty(1, 1, vocabulary, device="meta"), batch.transpose(0, 1)):
+            strides = {stride % 16 for stride in rows.row_strides(alone)}
+            assert strides == {stride % 16 for stride in rows.row_strides(batch)} == {vocabulary % 16}
+
+
+@pytest.mark.parametrize("name", KL_KERNELS)
+def test_amd_compiles_kl(name):
+    kernel, constants, warps, _ = kl_case(name, "bf16", "fp32", "softcap")
+    compiled = compile_kernel(kernel, "bf16", constants, ("hip", "gfx942", 64), warps, "fp32")
+    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+    assert spills is not None
+    assert int(spills.group(1)) == 0
 
 
 @pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_merge", "token_logprobs_bwd"])
