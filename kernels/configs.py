@@ -74,7 +74,7 @@ def row_launch(kernel: str, element_size: int, columns: int) -> tuple[int, int]:
 # Scans over sequences. A part is what one program scans; a longer sequence is read twice, so that few long ones still
 # fill the GPU: 131,072 tokens give 32 programs. Not yet measured.
 SCAN_PART = 4_096
-SCAN_REGISTERS = 128  # budget per thread
+SCAN_REGISTERS = 160  # Triton 3.6 takes up to 128, 3.9 up to 148: the packed search for a token's sequence
 # Tokens at once, warps: 8 tokens a thread, two 16-byte loads of each fp32 input. The length of a packed sequence is not
 # known to the launch, so one size serves all: the usual answer is two or three blocks. Not yet measured.
 SCAN_ROWS = (1_024, 4)

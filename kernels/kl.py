@@ -335,8 +335,8 @@ def kl_divergence_fwd(
     parts = max(1, triton.cdiv(V, columns))
     grid = check_grid("kl_divergence_fwd", N * parts)
     block, warps = configs.row_launch("kl_divergence_fwd", wide, min(V, columns))
-    tile = {"BLOCK_V": block, "VEC": configs.vector(narrow), "num_warps": warps}
-    join = {"BLOCK_PARTS": triton.next_power_of_2(parts), "num_warps": 1}
+    tile = {"BLOCK_V": block, "VEC": configs.vector(narrow), "num_warps": warps, **configs.COMPILE}
+    join = {"BLOCK_PARTS": triton.next_power_of_2(parts), "num_warps": 1, **configs.COMPILE}
     hyper = (*number_or_pointer(temperature), *number_or_pointer(softcap))
     per_row = int(temperature.dim() > 0)
     partial = logits.new_empty((N, parts, 6), dtype=torch.float32) if parts > 1 else None
@@ -384,7 +384,7 @@ def kl_divergence_bwd_into(
         kl_divergence_bwd_kernel[grid](
             logits, ref_logits, mask, *number_or_pointer(temperature), *number_or_pointer(softcap), *weight, *saved,
             dlogits, T, V, *row_strides(logits), *row_strides(ref_logits), *row_strides(dlogits),
-            int(temperature.dim() > 0), DIRECTION=direction, BLOCK_V=block, num_warps=warps,
+            int(temperature.dim() > 0), DIRECTION=direction, BLOCK_V=block, num_warps=warps, **configs.COMPILE,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILE
 from .rows import check_grid, on_device
 from .token_formulas_gen import KL
 from .token_loss import SEGMENT, WARPS, check_fp32
@@ -55,6 +56,7 @@ def kl_estimate_fwd(
     if logp.numel():
         with on_device(logp):
             kl_estimate_fwd_kernel[grid](
-                logp, ref, old, mask, kl, dkl, logp.numel(), KL_FORMULA=KL[variant], BLOCK_N=SEGMENT, num_warps=WARPS
-            )
+                logp, ref, old, mask, kl, dkl, logp.numel(), KL_FORMULA=KL[variant], BLOCK_N=SEGMENT, num_warps=WARPS,
+                **COMPILE,
+            )  # fmt: skip
     return kl, dkl

@@ -159,6 +159,7 @@ class Cut:
         if self.B == 0:
             return
         constants = {"SKIP": skip, "PART": configs.SCAN_PART, "BLOCK": self.block, "num_warps": self.warps}
+        constants |= configs.COMPILE
         shape = (self.B, self.T, self.parts)
         with on_device(tokens):
             partial = None

@@ -305,12 +305,13 @@ def token_logprobs_fwd(
     with on_device(logits):
         token_logprobs_fwd_kernel[grid](
             *inputs, *outputs, *sizes, parts, columns, **flags, ENTROPY=return_entropy, BLOCK_V=block,
-            VEC=configs.vector(logits.element_size()), num_warps=warps,
+            VEC=configs.vector(logits.element_size()), num_warps=warps, **configs.COMPILE,
         )  # fmt: skip
         if parts > 1:
             token_logprobs_merge_kernel[(N,)](
-                *inputs, *outputs, *sizes, parts, **flags, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1
-            )
+                *inputs, *outputs, *sizes, parts, **flags, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1,
+                **configs.COMPILE,
+            )  # fmt: skip
     return logp, entropy, row_max, log_sum
 
 
@@ -341,7 +342,7 @@ def token_logprobs_bwd_into(
             logits, token_ids, mask, *number_or_pointer(temperature), *number_or_pointer(softcap), row_max, log_sum,
             entropy if grad_entropy is not None else None, grad_logp, grad_entropy, dlogits, T, V, K,
             *row_strides(logits), *row_strides(dlogits), int(temperature.dim() > 0), ignore_index,
-            ID_PER_ROW=token_ids.dim() == 1, BLOCK_V=block, num_warps=warps,
+            ID_PER_ROW=token_ids.dim() == 1, BLOCK_V=block, num_warps=warps, **configs.COMPILE,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
 
+from .configs import COMPILE
 from .rows import check_grid, on_device
 from .token_formulas_gen import KL, POLICY, WEIGHTS
 
@@ -30,6 +31,8 @@ NUM_PARTIALS = len(SUMS) + 2
 
 SEGMENT = 1024  # tokens of a row that one program takes: 4 loads a thread of each input in flight; not yet measured
 WARPS = 8
+# Left alone, or at 80, some version of ptxas aims at 48 or 64 for some formula and architecture, and spills 8 bytes.
+REGISTERS = {"maxnreg": 96} if torch.version.hip is None else {}
 FINISH_TILE = 1024  # partial sums that the last program holds at once
 
 
@@ -329,12 +332,12 @@ def policy_loss_fwd(
                 params_ptr, numbers, loss if per_token else None, dlogp, dentropy if entropy_grad else None, partial, T,
                 segments, programs, FORMULA=POLICY[formula], KL_FORMULA=KL[kl or "k3_value"],
                 ONE_ADV=advantages.shape != (B, T), ONE_LOG_S=log_s is not None and log_s.shape != (B, T),
-                BLOCK_T=block, num_warps=WARPS,
+                BLOCK_T=block, num_warps=WARPS, **REGISTERS, **COMPILE,
             )  # fmt: skip
         policy_loss_finish_kernel[(1,)](
             partial, params_ptr, numbers, None if per_token else loss, scale, metrics, B, segments,
             WEIGHT=WEIGHTS["token_sum" if per_token else aggregation], TILE_B=FINISH_TILE // tile_s, TILE_S=tile_s,
-            num_warps=8,
+            num_warps=8, **COMPILE,
         )  # fmt: skip
     return loss, dlogp, dentropy, scale, metrics
 
@@ -354,7 +357,7 @@ def token_loss_bwd(
             token_loss_bwd_kernel[grid](
                 grad, scale, dlogp, dentropy if with_entropy else None, grad_logp,
                 grad_entropy if with_entropy else None, dlogp.numel() // B, segments, ONE_GRAD=grad.dim() == 0,
-                BLOCK_T=block, num_warps=WARPS,
+                BLOCK_T=block, num_warps=WARPS, **COMPILE,
             )  # fmt: skip
     return grad_logp, grad_entropy
 

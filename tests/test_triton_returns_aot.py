@@ -54,7 +54,8 @@ def compile_kernel(kernel, dtype, case, target):
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": WARPS[constants["BLOCK"]]})
+    options = {"num_warps": WARPS[constants["BLOCK"]], **configs.COMPILE}
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def resource_usage(cubin, folder) -> tuple[int, int]:
