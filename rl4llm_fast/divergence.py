@@ -67,7 +67,8 @@ def kl_divergence(
     mask = checks.live_mask("mask", mask, logits.shape[:-1], logits, "logits without V")
     tau = check_temperature(temperature, logits)
     cap = None if softcap is None else checks.number("softcap", softcap, logits, positive=True)
-    chosen = dispatch.choose("kl_divergence", logits, backend)
+    wider = ref_logits if ref_logits.dtype == torch.float64 else logits  # fp64 on either side decides
+    chosen = dispatch.choose("kl_divergence", wider, backend)
     if chosen == "eager":
         return reference.kl_divergence(logits, ref_logits, mask, tau, cap, direction, weight)
     kl: Tensor = KlDivergence.apply(  # type: ignore[no-untyped-call]

@@ -3,10 +3,13 @@
 // executes every index, vector load, tail and reduction of the very source that nvcc compiles.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // it takes a jump to another fibre's stack for an attack
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -37,18 +40,17 @@ struct Index {
 inline Index thread_index, block_index, block_size, grid_size;  // of the fibre that runs
 
 struct Fibre {
-  ucontext_t context;
+  ucontext_t entry;  // how it starts
+  jmp_buf resume;    // where it goes on: unlike swapcontext, a jump makes no system call
   std::unique_ptr<char[]> stack;
-  bool done;
+  bool started, done;
 };
 inline std::vector<Fibre> fibres;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline const std::function<void()>* running;
 
 inline void yield() {
-  const unsigned own = thread_index.x;
-  swapcontext(&fibres[own].context, &scheduler);
-  thread_index.x = own;
+  if (_setjmp(fibres[thread_index.x].resume) == 0) _longjmp(scheduler, 1);
 }
 
 struct Barrier {
@@ -96,6 +98,16 @@ inline bool any(bool predicate) {
 inline void run_fibre() {
   (*running)();
   fibres[thread_index.x].done = true;
+  _longjmp(scheduler, 1);
+}
+
+// Runs a fibre until it yields or ends.
+inline void resume(unsigned t) {
+  thread_index.x = t;
+  if (_setjmp(scheduler) != 0) return;
+  if (fibres[t].started) _longjmp(fibres[t].resume, 1);
+  fibres[t].started = true;
+  setcontext(&fibres[t].entry);
 }
 
 inline void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
@@ -108,18 +120,16 @@ inline void launch(unsigned grid, unsigned threads, const std::function<void()>&
     for (unsigned t = 0; t < threads; ++t) {
       Fibre& fibre = fibres[t];
       if (!fibre.stack) fibre.stack.reset(new char[kStack]);
-      getcontext(&fibre.context);
-      fibre.context.uc_stack.ss_sp = fibre.stack.get();
-      fibre.context.uc_stack.ss_size = kStack;
-      fibre.context.uc_link = &scheduler;
-      makecontext(&fibre.context, run_fibre, 0);
-      fibre.done = false;
+      getcontext(&fibre.entry);
+      fibre.entry.uc_stack.ss_sp = fibre.stack.get();
+      fibre.entry.uc_stack.ss_size = kStack;
+      makecontext(&fibre.entry, run_fibre, 0);
+      fibre.started = fibre.done = false;
     }
     for (unsigned left = threads; left > 0;) {
       for (unsigned t = 0; t < threads; ++t) {
         if (fibres[t].done) continue;
-        thread_index.x = t;
-        swapcontext(&scheduler, &fibres[t].context);
+        resume(t);
         left -= fibres[t].done;
       }
     }
