@@ -110,4 +110,5 @@ def as_rows(logits: Tensor) -> Tensor:
         rows = logits
     else:
         rows = logits.reshape(-1, logits.shape[-2], vocabulary)
-    return rows if rows.stride(-1) == 1 or vocabulary <= 1 else rows.contiguous()
+    # clone: an empty tensor counts as contiguous whatever its strides, and would keep them
+    return rows if rows.stride(-1) == 1 or vocabulary <= 1 else rows.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,147 @@
+"""Random shapes, strides, masks, −inf patterns, offsets, temperatures: the vocabulary ops against the fp64 oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rl4llm_fast as rf
+from rl4llm_fast.testing import assert_as_good_as_eager
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in rf.backends()["token_logprobs"], reason="the C++ extension is not built here"
+)
+CHEAP = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@st.composite
+def logits(draw, scales=(1e-3, 1.0, 20.0)):
+    """A function () -> logits (B, T, V): normal at some scale and offset, with −inf, in some dtype and layout."""
+    seed = draw(st.integers(0, 2**31))
+    shape = draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 31, 33, 127, 513, 2049]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    scale, offset = draw(st.sampled_from(scales)), draw(st.sampled_from([0.0, 0.0, 1e4, -1e4]))
+    pattern = draw(st.sampled_from(["none", "random", "head", "tail"]))
+    layout = draw(st.sampled_from(["contiguous", "slice", "transposed", "strided"]))
+
+    def make(generator_offset: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + generator_offset)
+        b, t, v = shape
+        storage = {"contiguous": (b, t, v), "slice": (b, t + 1, v), "transposed": (t, b, v), "strided": (b, t, 2 * v)}
+        values = torch.randn(storage[layout], generator=generator) * scale + offset
+        view = values.to(dtype)
+        if layout == "slice":
+            view = view[:, :-1]
+        elif layout == "transposed":
+            view = view.transpose(0, 1)
+        elif layout == "strided":
+            view = view[..., ::2]
+        hidden = {"random": torch.rand(v, generator=generator) < 0.5, "head": torch.arange(v) < v // 2}
+        hidden["tail"] = ~hidden["head"]
+        if pattern != "none" and not bool(hidden[pattern].all()):
+            view[..., hidden[pattern]] = -math.inf
+        return view
+
+    return make
+
+
+TEMPERATURES = st.sampled_from([1e-3, 0.3, 1.0, 2.0, 1e3, "rows"])
+
+
+def temperature_of(choice, lead, generator):
+    return torch.rand(lead, generator=generator) + 0.25 if choice == "rows" else choice
+
+
+def gradients(op, leaf, upstream):
+    leaf = leaf.detach().requires_grad_()
+    out = op(leaf)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outs, [g.to(o) for g, o in zip(upstream, outs, strict=True)])
+    return [o.detach() for o in outs] + [leaf.grad]
+
+
+def compare(op, make_inputs, upstream, names):
+    """``op(leaf, wide, backend)`` on the CPU backend, against eager in fp64 and in the same dtype."""
+    leaf = make_inputs
+    got = gradients(lambda x: op(x, False, "cpu"), leaf, upstream)
+    oracle = gradients(lambda x: op(x, True, "eager"), leaf.double(), upstream)
+    eager = gradients(lambda x: op(x, False, "eager"), leaf, upstream)
+    for name, g, o, e in zip(names, got, oracle, eager, strict=True):
+        assert_as_good_as_eager(g, o, e, name=name)
+
+
+@given(make=logits(), tau=TEMPERATURES, k=st.sampled_from([None, 0, 1, 3]), mask=st.booleans(), seed=st.integers(0, 99))
+@CHEAP
+def test_token_logprobs(make, tau, k, mask, seed):
+    z = make()
+    generator = torch.Generator().manual_seed(seed)
+    lead, vocabulary = z.shape[:-1], z.shape[-1]
+    ids = torch.randint(vocabulary, lead if k is None else (*lead, k), generator=generator)
+    live = torch.rand(lead, generator=generator) > 0.3 if mask else None
+    temperature = temperature_of(tau, lead, generator)
+    if live is not None and z.numel():
+        z[~live] = math.nan  # whatever a masked row holds
+    # A chosen token of −inf has logp −inf: keep the upstream gradient finite, its own gradient is tested elsewhere.
+    upstream = [torch.randn(ids.shape, generator=generator), torch.randn(lead, generator=generator)]
+
+    def op(x, wide, backend):
+        return rf.token_logprobs(x, ids, temperature=temperature, mask=live, return_entropy=True, backend=backend)
+
+    compare(op, z, upstream, ("logp", "entropy", "dlogits"))
+
+
+# A reverse KL of hundreds of nats is left out: its gradient p·((log p − log q) − KL)/τ carries an error of eps·KL/τ,
+# while eager's is exact where p has saturated (docs/numerics.md, "Known limits").
+@given(
+    make=logits(scales=(1e-3, 1.0)),
+    tau=st.sampled_from([0.3, 1.0, 2.0, 1e3, "rows"]),
+    direction=st.sampled_from(["reverse", "forward", "jsd"]),
+    mask=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@CHEAP
+def test_kl_divergence(make, tau, direction, mask, seed):
+    z, ref = make(), make(1).contiguous()
+    ref[z == -math.inf] = -math.inf  # the same tokens masked out on both sides: the KL is finite
+    z[ref == -math.inf] = -math.inf
+    generator = torch.Generator().manual_seed(seed)
+    lead = z.shape[:-1]
+    live = torch.rand(lead, generator=generator) > 0.3 if mask else None
+    temperature = temperature_of(tau, lead, generator)
+    if live is not None and z.numel():
+        z[~live] = math.nan
+        ref[~live] = math.inf
+    all_hidden = (z == -math.inf).all(-1)
+    if bool(all_hidden.any()):
+        return
+
+    def op(x, wide, backend):
+        other = ref.double() if wide else ref
+        return rf.kl_divergence(x, other, direction=direction, temperature=temperature, mask=live, backend=backend)
+
+    compare(op, z, [torch.randn(lead, generator=generator)], ("kl", "dlogits"))
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    groups=st.integers(1, 9),
+    count=st.integers(0, 60),
+    scale=st.sampled_from([None, "group", "batch"]),
+)
+@CHEAP
+def test_group_advantages_do_not_depend_on_order(seed, groups, count, scale):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(-3, 4, (count,), generator=generator).float()
+    ids = torch.randint(groups, (count,), generator=generator)
+    shuffle = torch.randperm(count, generator=generator)
+    whole = rf.group_advantages(rewards, group_ids=ids, scale=scale, backend="cpu")
+    shuffled = rf.group_advantages(rewards[shuffle], group_ids=ids[shuffle], scale=scale, backend="cpu")
+    torch.testing.assert_close(shuffled, whole[shuffle], rtol=1e-6, atol=1e-6)
+    for group in ids.unique():
+        members = rewards[ids == group]
+        if bool((members == members[0]).all()):
+            assert (whole[ids == group] == 0).all()
