@@ -1,4 +1,4 @@
-"""Every op of the library, once: its schema and its fake (shape) function.
+"""Every op of the library, once: its schema and its fake (the shape function, in fakes.py).
 
 The same table is registered under two namespaces, so that a user and Dynamo see ordinary torch ops:
 
@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from . import fakes
+from .fakes import accumulation_dtype, wider_accumulation
 
-from . import formulas
+__all__ = ["NAMESPACE", "OPS", "TRITON_NAMESPACE", "Op", "accumulation_dtype", "wider_accumulation"]
 
 NAMESPACE = "rl4llm_fast"
 TRITON_NAMESPACE = "rl4llm_fast_triton"
@@ -37,166 +37,6 @@ class Op:
     schema: str
     fake: Callable[..., Any]
     no_double_backward: bool = False  # a backward op: differentiating it again must raise, not be silently wrong
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op on ``dtype`` adds up, and which it returns."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def wider_accumulation(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The accumulation dtype of an op on two dtypes."""
-    return torch.promote_types(accumulation_dtype(a), accumulation_dtype(b))
-
-
-def _token_logprobs_fwd(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    softcap: Tensor | None,
-    ignore_index: int,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = accumulation_dtype(logits.dtype)
-    rows = logits.shape[0] * logits.shape[1]
-    logp = logits.new_empty(token_ids.shape, dtype=acc)
-    entropy = logits.new_empty((rows if return_entropy else 0,), dtype=acc)
-    row_max = logits.new_empty((rows,), dtype=acc)
-    return logp, entropy, row_max, torch.empty_like(row_max)
-
-
-def _token_logprobs_bwd(logits: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _token_logprobs_bwd_(logits: Tensor, *args: Any) -> None:
-    return None
-
-
-def _linear_token_logprobs_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor,
-    softcap: Tensor | None,
-    ignore_index: int,
-    return_entropy: bool,
-    compute_dtype: torch.dtype,
-    chunk_tokens: int,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
-    kept = (rows, weight.shape[0]) if keep_logits and rows <= chunk_tokens else (0,)
-    return (
-        hidden.new_empty(token_ids.shape, dtype=acc),
-        hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
-        hidden.new_empty((rows,), dtype=acc),
-        hidden.new_empty((rows,), dtype=acc),
-        hidden.new_empty(kept, dtype=compute_dtype),
-    )
-
-
-def _linear_token_logprobs_bwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype, _, need_hidden, need_weight, need_bias = args[-5:]
-    bias_dtype = accumulation_dtype(compute_dtype) if bias is None else bias.dtype
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
-    )
-
-
-def _kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    acc = wider_accumulation(logits.dtype, ref_logits.dtype)
-    return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))
-
-
-def _linear_kl_divergence_fwd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    acc = wider_accumulation(*args[-3:-1])
-    return tuple(hidden.new_empty((hidden.shape[0],), dtype=acc) for _ in range(6))
-
-
-def _linear_kl_divergence_bwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype, _, *rest = args[-6:]
-    return _linear_token_logprobs_bwd(hidden, weight, bias, compute_dtype, *rest)
-
-
-def _kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _kl_divergence_bwd_(logits: Tensor, *args: Any) -> None:
-    return None
-
-
-def _group_advantages(rewards: Tensor, *args: Any) -> Tensor:
-    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
-
-
-def _gae_fwd(rewards: Tensor, values: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    kl, advantages = args[3], args[-1]
-    tokens = rewards if kl is None else kl
-    returns = tokens.new_empty(tokens.shape, dtype=accumulation_dtype(tokens.dtype))
-    return returns.new_empty(tokens.shape if advantages else (0,)), returns
-
-
-def _gae_bwd(grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad_returns if grad_advantages is None else grad_advantages
-    if grad is None:
-        raise ValueError("grad_advantages, grad_returns: wanted at least one")
-    cu_seqlens = args[1]
-    count = grad.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), grad.new_empty((count,))
-
-
-def _vtrace(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    advantages = logp.new_empty(logp.shape, dtype=accumulation_dtype(logp.dtype))
-    return advantages, torch.empty_like(advantages)
-
-
-def _n_step_returns(rewards: Tensor, *args: Any) -> Tensor:
-    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
-
-
-def _process_advantages(step_rewards: Tensor, *args: Any) -> Tensor:
-    length = args[-2]
-    return step_rewards.new_empty((step_rewards.shape[0], length), dtype=accumulation_dtype(step_rewards.dtype))
-
-
-def _whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x.new_empty((3,), dtype=torch.float64)
-
-
-def _whiten_apply(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
-
-
-def _policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    aggregation, entropy_grad = args[-2:]
-    return (
-        logp.new_empty(logp.shape if aggregation == "none" else ()),
-        torch.empty_like(logp),
-        logp.new_empty(logp.shape if entropy_grad else (0,)),
-        logp.new_empty((logp.shape[0],)),
-        logp.new_empty((len(formulas.METRICS),)),
-    )
-
-
-def _kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logp), torch.empty_like(logp)
-
-
-def _token_loss_bwd(
-    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dlogp), torch.empty_like(dentropy)
 
 
 _TOKEN_LOGPROBS_BWD = (
@@ -216,19 +56,19 @@ OPS: dict[str, Op] = {
     "token_logprobs_fwd": Op(
         "(Tensor logits, Tensor token_ids, Tensor? mask, Tensor temperature, Tensor? softcap, int ignore_index, "
         "bool return_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
-        _token_logprobs_fwd,
+        fakes.token_logprobs_fwd,
     ),
     # entropy is the forward's (needed with grad_entropy); -> dlogits (B, T, V), contiguous, in the logits' dtype.
-    "token_logprobs_bwd": Op(f"(Tensor logits, {_TOKEN_LOGPROBS_BWD} -> Tensor", _token_logprobs_bwd, True),
+    "token_logprobs_bwd": Op(f"(Tensor logits, {_TOKEN_LOGPROBS_BWD} -> Tensor", fakes.token_logprobs_bwd, True),
     # The same, written over the logits; the mutation in the schema makes every later use of them an error.
-    "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", _token_logprobs_bwd_, True),
+    "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", fakes.token_logprobs_bwd_, True),
     # hidden (N, D), weight (V, D), bias (V,); the rest as above. Products run in compute_dtype, chunk_tokens rows at a
     # time. -> logp, entropy, row_max, log_sum as above; with keep_logits also the logits (N, V) if one chunk holds them
     "linear_token_logprobs_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, int chunk_tokens, "
         "bool keep_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _linear_token_logprobs_fwd,
+        fakes.linear_token_logprobs_fwd,
     ),
     # kept_logits are overwritten. -> dhidden, dweight, dbias; (0,) for what is not needed
     "linear_token_logprobs_bwd": Op(
@@ -236,7 +76,7 @@ OPS: dict[str, Op] = {
         "Tensor? softcap, int ignore_index, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, "
         "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, int chunk_tokens, bool need_hidden, "
         "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-        _linear_token_logprobs_bwd,
+        fakes.linear_token_logprobs_bwd,
         True,
     ),
     # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
@@ -245,17 +85,17 @@ OPS: dict[str, Op] = {
     "kl_divergence_fwd": Op(
         "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature, Tensor? softcap, str direction, "
         "Tensor beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _kl_divergence_fwd,
+        fakes.kl_divergence_fwd,
     ),
     # grad (N,) -> dlogits (B, T, V), contiguous, in the logits' dtype; ref_logits get none.
-    "kl_divergence_bwd": Op(f"(Tensor logits, {_KL_DIVERGENCE_BWD} -> Tensor", _kl_divergence_bwd, True),
-    "kl_divergence_bwd_": Op(f"(Tensor(a!) logits, {_KL_DIVERGENCE_BWD} -> ()", _kl_divergence_bwd_, True),
+    "kl_divergence_bwd": Op(f"(Tensor logits, {_KL_DIVERGENCE_BWD} -> Tensor", fakes.kl_divergence_bwd, True),
+    "kl_divergence_bwd_": Op(f"(Tensor(a!) logits, {_KL_DIVERGENCE_BWD} -> ()", fakes.kl_divergence_bwd_, True),
     # The same from hidden states (N, D), (N, D') and heads (V, D), (V, D'), as in linear_token_logprobs_fwd and _bwd.
     "linear_kl_divergence_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
         "Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, ScalarType compute_dtype, "
         "ScalarType ref_compute_dtype, int chunk_tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _linear_kl_divergence_fwd,
+        fakes.linear_kl_divergence_fwd,
     ),
     "linear_kl_divergence_bwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
@@ -263,7 +103,7 @@ OPS: dict[str, Op] = {
         "Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad, ScalarType compute_dtype, "
         "ScalarType ref_compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
         "-> (Tensor, Tensor, Tensor)",
-        _linear_kl_divergence_bwd,
+        fakes.linear_kl_divergence_bwd,
         True,
     ),
     # rewards (B,); group_ids (B,) int64 or None (then consecutive groups of group_size); scale "group"|"batch"|"none";
@@ -271,7 +111,7 @@ OPS: dict[str, Op] = {
     "group_advantages": Op(
         "(Tensor rewards, Tensor? group_ids, int group_size, str scale, str baseline, bool unbiased, Tensor eps)"
         " -> Tensor",
-        _group_advantages,
+        fakes.group_advantages,
     ),
     # Returns. tokens: (B, T) with any strides, or packed (N,) with cu_seqlens (B+1,) int64 in [0, N]; all of one float
     # dtype. mask like the tokens, bool; bootstrap (B,); gamma, lam, beta 0-d. mask_mode "skip"|"zero". Every token gets
@@ -281,35 +121,37 @@ OPS: dict[str, Op] = {
     "gae_fwd": Op(
         "(Tensor rewards, Tensor? values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap, Tensor? kl, "
         "Tensor gamma, Tensor lam, Tensor beta, str mask_mode, bool advantages) -> (Tensor, Tensor)",
-        _gae_fwd,
+        fakes.gae_fwd,
     ),
     # grads contiguous, in the accumulation dtype -> drewards, dvalues, dbootstrap (B,)
     "gae_bwd": Op(
         "(Tensor? grad_advantages, Tensor? grad_returns, Tensor? mask, Tensor? cu_seqlens, Tensor gamma, Tensor lam, "
         "str mask_mode) -> (Tensor, Tensor, Tensor)",
-        _gae_bwd,
+        fakes.gae_bwd,
         True,
     ),
     # -> advantages, value targets
     "vtrace": Op(
         "(Tensor logp, Tensor rollout_logp, Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, "
         "Tensor? bootstrap, Tensor gamma, Tensor lam, Tensor rho_max, Tensor c_max, str mask_mode) -> (Tensor, Tensor)",
-        _vtrace,
+        fakes.vtrace,
     ),
     "n_step_returns": Op(
         "(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, Tensor? bootstrap, int n, Tensor gamma, "
         "str mask_mode) -> Tensor",
-        _n_step_returns,
+        fakes.n_step_returns,
     ),
     # step_rewards (B, K); step_ends (B, K) int64, -1 where there is no step; groups as above -> advantages (B, length)
     "process_advantages": Op(
         "(Tensor step_rewards, Tensor step_ends, Tensor? group_ids, int group_size, int length, Tensor eps) -> Tensor",
-        _process_advantages,
+        fakes.process_advantages,
     ),
     # x, mask alike, contiguous -> (3,) fp64: the number of live tokens, their mean, Σ (x − mean)²
-    "whiten_stats": Op("(Tensor x, Tensor? mask) -> Tensor", _whiten_stats),
+    "whiten_stats": Op("(Tensor x, Tensor? mask) -> Tensor", fakes.whiten_stats),
     # stats as above, perhaps of several ranks
-    "whiten_apply": Op("(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", _whiten_apply),
+    "whiten_apply": Op(
+        "(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", fakes.whiten_apply
+    ),
     # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
     # bool; all contiguous, in the accumulation dtype. params (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or
     # on the op's device. formula: a name of formulas.FORMULAS; kl: one of formulas.kl_variants(), "" without ref.
@@ -319,17 +161,17 @@ OPS: dict[str, Op] = {
         "(Tensor logp, Tensor? old, Tensor advantages, Tensor? ref, Tensor? entropy, Tensor? mask, "
         "Tensor? policy_weights, Tensor? token_weights, Tensor? log_s, Tensor params, str formula, str kl, "
         "str aggregation, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _policy_loss_fwd,
+        fakes.policy_loss_fwd,
     ),
     # logp, ref, old, mask (N,); variant: one of formulas.kl_variants() -> kl, dkl/dlogp (N,)
     "kl_estimate_fwd": Op(
-        "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", _kl_estimate_fwd
+        "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", fakes.kl_estimate_fwd
     ),
     # grad 0-d, or like dlogp; scale (B,) for dlogp (B, T), or None -> grad·scale·dlogp, grad·scale·dentropy
     # logp is not read: it is there so that differentiating again, of which dlogp knows nothing, raises.
     "token_loss_bwd": Op(
         "(Tensor grad, Tensor logp, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)",
-        _token_loss_bwd,
+        fakes.token_loss_bwd,
         True,
     ),
 }

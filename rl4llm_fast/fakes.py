@@ -1,0 +1,173 @@
+"""The shapes and dtypes that every op of ``schemas`` returns: what torch.compile and opcheck see of it.
+
+A fake takes the op's arguments and returns empty tensors; it never looks at contents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formulas
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an op on ``dtype`` adds up, and which it returns."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wider_accumulation(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The accumulation dtype of an op on two dtypes."""
+    return torch.promote_types(accumulation_dtype(a), accumulation_dtype(b))
+
+
+def token_logprobs_fwd(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(logits.dtype)
+    rows = logits.shape[0] * logits.shape[1]
+    logp = logits.new_empty(token_ids.shape, dtype=acc)
+    entropy = logits.new_empty((rows if return_entropy else 0,), dtype=acc)
+    row_max = logits.new_empty((rows,), dtype=acc)
+    return logp, entropy, row_max, torch.empty_like(row_max)
+
+
+def token_logprobs_bwd(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def token_logprobs_bwd_(logits: Tensor, *args: Any) -> None:
+    return None
+
+
+def linear_token_logprobs_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    softcap: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool,
+    compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
+    kept = (rows, weight.shape[0]) if keep_logits and rows <= chunk_tokens else (0,)
+    return (
+        hidden.new_empty(token_ids.shape, dtype=acc),
+        hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
+        hidden.new_empty((rows,), dtype=acc),
+        hidden.new_empty((rows,), dtype=acc),
+        hidden.new_empty(kept, dtype=compute_dtype),
+    )
+
+
+def linear_token_logprobs_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype, _, need_hidden, need_weight, need_bias = args[-5:]
+    bias_dtype = accumulation_dtype(compute_dtype) if bias is None else bias.dtype
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=bias_dtype),
+    )
+
+
+def kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    acc = wider_accumulation(logits.dtype, ref_logits.dtype)
+    return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))
+
+
+def linear_kl_divergence_fwd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    acc = wider_accumulation(*args[-3:-1])
+    return tuple(hidden.new_empty((hidden.shape[0],), dtype=acc) for _ in range(6))
+
+
+def linear_kl_divergence_bwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype, _, *rest = args[-6:]
+    return linear_token_logprobs_bwd(hidden, weight, bias, compute_dtype, *rest)
+
+
+def kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def kl_divergence_bwd_(logits: Tensor, *args: Any) -> None:
+    return None
+
+
+def group_advantages(rewards: Tensor, *args: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
+
+
+def gae_fwd(rewards: Tensor, values: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    kl, advantages = args[3], args[-1]
+    tokens = rewards if kl is None else kl
+    returns = tokens.new_empty(tokens.shape, dtype=accumulation_dtype(tokens.dtype))
+    return returns.new_empty(tokens.shape if advantages else (0,)), returns
+
+
+def gae_bwd(grad_advantages: Tensor | None, grad_returns: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad_returns if grad_advantages is None else grad_advantages
+    if grad is None:
+        raise ValueError("grad_advantages, grad_returns: wanted at least one")
+    cu_seqlens = args[1]
+    count = grad.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape), grad.new_empty((count,))
+
+
+def vtrace(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    advantages = logp.new_empty(logp.shape, dtype=accumulation_dtype(logp.dtype))
+    return advantages, torch.empty_like(advantages)
+
+
+def n_step_returns(rewards: Tensor, *args: Any) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
+
+
+def process_advantages(step_rewards: Tensor, *args: Any) -> Tensor:
+    length = args[-2]
+    return step_rewards.new_empty((step_rewards.shape[0], length), dtype=accumulation_dtype(step_rewards.dtype))
+
+
+def whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.new_empty((3,), dtype=torch.float64)
+
+
+def whiten_apply(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
+
+
+def policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    aggregation, entropy_grad = args[-2:]
+    return (
+        logp.new_empty(logp.shape if aggregation == "none" else ()),
+        torch.empty_like(logp),
+        logp.new_empty(logp.shape if entropy_grad else (0,)),
+        logp.new_empty((logp.shape[0],)),
+        logp.new_empty((len(formulas.METRICS),)),
+    )
+
+
+def kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logp), torch.empty_like(logp)
+
+
+def token_loss_bwd(
+    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dlogp), torch.empty_like(dentropy)
