@@ -167,8 +167,13 @@ def _copy(replacement: Any, theirs: Any) -> Any:
         copied: Any = type(replacement.__name__, (replacement,), {"__doc__": replacement.__doc__})
     else:
         copied = types.FunctionType(
-            replacement.__code__, replacement.__globals__, replacement.__name__, replacement.__defaults__
+            replacement.__code__,
+            replacement.__globals__,
+            replacement.__name__,
+            replacement.__defaults__,
+            replacement.__closure__,
         )
+        copied.__dict__.update(replacement.__dict__)
         copied.__kwdefaults__, copied.__doc__ = replacement.__kwdefaults__, replacement.__doc__
     copied.__module__ = getattr(theirs, "__module__", None) or replacement.__module__
     copied.__qualname__ = getattr(theirs, "__qualname__", replacement.__qualname__)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import chunked
-from ..logprobs import linear_token_logprobs, token_entropy, token_logprobs
-from . import patching
+from ..logprobs import linear_token_logprobs, token_logprobs
+from . import patching, rounding
 from .patching import Patch, Target
+from .rounding import NO_IGNORED_ID
 
 VERSIONS = ("1.16",)
-_NO_IGNORED_ID = -(2**63)  # TRL's functions know no ignore_index: −100 is out of range like any other
 
 
 def selective_log_softmax(
@@ -54,10 +54,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         (...), in the dtype of TRL's own result (see :func:`selective_log_softmax`). Rows with −inf logits have their
         finite entropy, where TRL gives NaN.
     """
-    if _rounds_like_torch(logits):
-        entropy = token_entropy(logits) if _differentiable(logits) else None
-        return _with_gradient(_torch_entropy(logits, chunk_size), entropy)
-    return token_entropy(logits).to(_result_dtype(logits))
+    return rounding.entropy(logits, chunk_size).to(_result_dtype(logits))
 
 
 def selective_log_softmax_and_entropy(
@@ -131,7 +128,7 @@ class ChunkedLogProbFunction:
             bias,
             temperature=tau,
             softcap=cap,
-            ignore_index=_NO_IGNORED_ID,
+            ignore_index=NO_IGNORED_ID,
             return_entropy="entropy" in outputs,  # type: ignore[call-overload]
         )
         if "entropy" in outputs:
@@ -216,9 +213,9 @@ def _chunk_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     if entropy:
         return token_logprobs(
-            logits, ids, temperature=tau, softcap=cap, ignore_index=_NO_IGNORED_ID, return_entropy=True
+            logits, ids, temperature=tau, softcap=cap, ignore_index=NO_IGNORED_ID, return_entropy=True
         )
-    return token_logprobs(logits, ids, temperature=tau, softcap=cap, ignore_index=_NO_IGNORED_ID), None
+    return token_logprobs(logits, ids, temperature=tau, softcap=cap, ignore_index=NO_IGNORED_ID), None
 
 
 def _statistics(
@@ -234,35 +231,6 @@ def _statistics(
             squares = torch.logsumexp(2 * u, -1) - 2 * torch.logsumexp(u, -1)
     # The cap and the temperature keep the order of the logits, and argmax gives the first maximum.
     return squares, mean, logits.argmax(-1) == ids if "is_top1" in outputs else None
-
-
-class _Substitute(torch.autograd.Function):
-    """The value of one tensor with the gradient of another."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        ctx.dtype = surrogate.dtype
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad.to(ctx.dtype)
-
-
-def _with_gradient(value: Tensor, surrogate: Tensor | None) -> Tensor:
-    if surrogate is None:
-        return value
-    result: Tensor = _Substitute.apply(value, surrogate)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _differentiable(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
-
-
-def _rounds_like_torch(logits: Tensor) -> bool:
-    """Whether TRL's result is rounded after every step, so that only the same steps give the same number."""
-    return logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16)
 
 
 def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> torch.dtype:
@@ -284,57 +252,12 @@ def _logp_and_entropy(
     several = index.dim() == logits.dim()
     live = None if row_mask is None else row_mask != 0
     mask = live.any(-1) if live is not None and several else live
-    logp = uncertainty = None
-    if _differentiable(logits) or not _rounds_like_torch(logits):
-        if entropy:
-            logp, uncertainty = token_logprobs(
-                logits,
-                index,
-                temperature=temperature,
-                mask=mask,
-                ignore_index=_NO_IGNORED_ID,
-                return_entropy=True,
-            )
-        else:
-            logp = token_logprobs(logits, index, temperature=temperature, mask=mask, ignore_index=_NO_IGNORED_ID)
-    if _rounds_like_torch(logits):
-        scaled = logits.detach() if temperature == 1.0 else logits.detach() / temperature
-        logp = _with_gradient(_torch_logp(scaled, index if several else index.unsqueeze(-1), mask, index), logp)
-        uncertainty = _with_gradient(_torch_entropy(scaled, 128), uncertainty) if entropy else None
-        if uncertainty is not None and mask is not None:
-            uncertainty = uncertainty.masked_fill(~mask, 0.0)
-    assert logp is not None
+    logp, uncertainty = rounding.logprobs_and_entropy(logits, index, temperature, mask, entropy)
     dtype = _result_dtype(logits, index, row_mask)
     logp = logp.to(dtype)
     if several and live is not None:
         logp = logp.masked_fill(~live, 0.0)
     return logp, None if uncertainty is None else uncertainty.to(dtype)
-
-
-@torch.no_grad()
-def _torch_logp(logits: Tensor, index: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    """log_softmax and gather in the logits' own dtype, some rows at a time."""
-    rows, ids = logits.reshape(-1, logits.shape[-1]), index.reshape(-1, index.shape[-1])
-    if mask is not None:
-        ids = ids.masked_fill(~mask.reshape(-1, 1), 0)
-    invalid = (ids < 0) | (ids >= rows.shape[-1])
-    if bool(invalid.any()):
-        where = tuple(int(i) for i in invalid.nonzero()[0])
-        raise IndexError(f"index: wanted ids in [0, {rows.shape[-1]}), got {int(ids[where])} at row {where[0]}")
-    logp = torch.cat([z.log_softmax(-1).gather(-1, i) for z, i in zip(rows.split(128), ids.split(128), strict=True)])
-    if mask is not None:
-        logp = logp.masked_fill(~mask.reshape(-1, 1), 0.0)
-    return logp.reshape(like.shape)
-
-
-@torch.no_grad()
-def _torch_entropy(logits: Tensor, chunk_size: int) -> Tensor:
-    """−Σ exp(log p)·log p in the logits' own dtype, ``chunk_size`` rows at a time."""
-    pieces = []
-    for chunk in logits.reshape(-1, logits.shape[-1]).split(chunk_size):
-        logp = chunk.log_softmax(-1)
-        pieces.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(pieces).reshape(logits.shape[:-1])
 
 
 _UTILS = "trl.trainer.utils"

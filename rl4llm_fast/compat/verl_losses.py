@@ -1,0 +1,216 @@
+"""verl's policy losses over :func:`rl4llm_fast.policy_loss`: its argument order, its configuration, its metrics.
+
+Every one takes (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights) and
+returns the loss and a dict of floats. ``config`` is verl's ActorConfig, or anything with its attributes: clip_ratio,
+clip_ratio_low, clip_ratio_high, ``get("clip_ratio_c", 3.0)``, tau_pos, tau_neg and global_batch_info, each where the
+loss has such a thing. Unlike verl's, a batch without a live token gives the loss 0 instead of NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import policy_loss
+
+PolicyLoss = tuple[Tensor, dict[str, Any]]
+
+_AGGREGATIONS = {
+    "token-mean": "token_mean",
+    "token-sum": "token_sum",
+    "seq-mean-token-sum": "seq_mean_token_sum",
+    "seq-mean-token-sum-norm": "seq_mean_token_sum_norm",
+    "seq-mean-token-mean": "seq_mean_token_mean",
+}
+
+
+def compute_policy_loss_vanilla(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """ "vanilla": PPO's clipped objective with the dual clip ``clip_ratio_c`` (:func:`policy_loss`'s ``ppo_clip``)."""
+    low, high = _clip(config)
+    bound = config.get("clip_ratio_c", 3.0)
+    loss, metrics, live = _policy_loss(
+        "ppo_clip",
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        eps_low=low,
+        eps_high=high,
+        dual_clip=bound,
+    )
+    with torch.no_grad():
+        # The dual clip acts where the clipped loss −A·max(ρ, …) exceeds −A·c.
+        ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0).exp()
+        dual = _share((ratio > bound) & (advantages < 0), live)
+    return loss, _floats(metrics["clip_fraction"], metrics["kl_old_k1"], dual)
+
+
+def compute_policy_loss_gspo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """ "gspo": the clipped objective with the sequence's geometric mean of ratios (:func:`policy_loss`'s ``gspo``)."""
+    low, high = _clip(config)
+    loss, metrics, _ = _policy_loss(
+        "gspo",
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        eps_low=low,
+        eps_high=high,
+    )
+    return loss, _floats(metrics["clip_fraction"], metrics["kl_old_k1"])
+
+
+def compute_policy_loss_sapo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """ "sapo": the soft gate (:func:`policy_loss`'s ``sapo``), aggregated as seq-mean-token-mean whatever the mode."""
+    config = _given(config)
+    loss, metrics, _ = _policy_loss(
+        "sapo",
+        (old_log_prob, log_prob, advantages, response_mask),
+        "seq-mean-token-mean",
+        config,
+        rollout_is_weights,
+        tau_pos=config.tau_pos,
+        tau_neg=config.tau_neg,
+    )
+    return loss, _floats(torch.zeros_like(metrics["kl_old_k1"]), metrics["kl_old_k1"])
+
+
+def compute_policy_loss_cispo(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """ "cispo": −sg(clip(ρ))·A·logp (:func:`policy_loss`'s ``cispo``); the metric counts clips of either sign of A."""
+    low, high = _clip(config)
+    loss, metrics, live = _policy_loss(
+        "cispo",
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        eps_low=low,
+        eps_high=high,
+    )
+    with torch.no_grad():
+        ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0).exp()
+        clipped = _share((ratio < 1 - low) | (ratio > 1 + high), live)
+    return loss, _floats(clipped, metrics["kl_old_k1"])
+
+
+def compute_policy_loss_gpg(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """ "gpg": −logp·A (:func:`policy_loss`'s ``pg``); no metrics."""
+    tokens = (old_log_prob, log_prob, advantages, response_mask)
+    return _policy_loss("pg", tokens, loss_agg_mode, config, rollout_is_weights)[0], {}
+
+
+POLICY_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
+    "vanilla": compute_policy_loss_vanilla,
+    "gspo": compute_policy_loss_gspo,
+    "sapo": compute_policy_loss_sapo,
+    "cispo": compute_policy_loss_cispo,
+    "gpg": compute_policy_loss_gpg,
+}
+
+
+def _given(config: Any) -> Any:
+    if config is None:
+        raise ValueError("config: wanted verl's ActorConfig, got None")
+    return config
+
+
+def _clip(config: Any) -> tuple[float, float]:
+    _given(config)
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    return low, high
+
+
+def _policy_loss(
+    kind: str,
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor],
+    mode: str,
+    config: Any,
+    weights: Tensor | None,
+    **knobs: Any,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss, this library's metrics, and the live tokens."""
+    if mode not in _AGGREGATIONS:
+        raise ValueError(f"Invalid loss_agg_mode: {mode}")
+    old, now, advantages, mask = tokens
+    live = mask != 0
+    info = dict(_given(config).global_batch_info)
+    sequences, dp_size = info.get("global_batch_size"), info.get("dp_size", 1)
+    missing = {"token-mean": "batch_num_tokens", "token-sum": "dp_size"}.get(mode, "global_batch_size")
+    if dp_size > 1 and info.get(missing) is None:
+        raise ValueError(f"{missing}: wanted the global count with dp_size={dp_size}, got None")
+    if sequences is None and mode.startswith("seq-"):
+        sequences = live.any(-1).sum().to(torch.float32)  # verl leaves out sequences without a live token
+    loss, metrics = policy_loss(
+        now,
+        old,
+        advantages,
+        kind=kind,
+        mask=live,
+        aggregation=_AGGREGATIONS[mode],
+        num_tokens=info.get("batch_num_tokens"),
+        num_sequences=sequences,
+        dp_size=dp_size,
+        max_length=info.get("loss_scale_factor"),
+        token_weights=weights,
+        **knobs,
+    )
+    return loss, metrics, live
+
+
+def _share(chosen: Tensor, live: Tensor) -> Tensor:
+    return (chosen & live).sum().float() / live.sum().clamp(min=1)
+
+
+def _floats(clipped: Tensor, kl: Tensor, dual: Tensor | None = None) -> dict[str, float]:
+    """verl's metrics, read back in one go."""
+    values = [clipped.float(), kl.float(), *(() if dual is None else (dual,))]
+    clip_fraction, mean_kl, *lower = torch.stack(values).tolist()
+    return {
+        "actor/pg_clipfrac": clip_fraction,
+        "actor/ppo_kl": mean_kl,
+        "actor/pg_clipfrac_lower": lower[0] if lower else 0.0,
+    }
