@@ -50,7 +50,8 @@ class Prober:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                # Without kept blocks: a result's own memory is to be seen in every call (csrc/cpu/memory.cpp).
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "RL4LLM_FAST_CPU_CACHE_MIB": "0"},
                 cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
             )
         child = self._child

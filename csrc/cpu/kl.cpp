@@ -275,7 +275,6 @@ Tensor kl_divergence_bwd(Tensor logits, Tensor ref_logits, std::optional<Tensor>
                          Tensor row_max, Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad) {
   const KlArguments args(logits, ref_logits, mask, temperature, softcap, direction, beta);
   const Tensor dlogits = empty_like_of(logits, {args.policy.B, args.policy.T, args.policy.V}, args.policy.type);
-  prefer_huge_pages(dlogits.data_ptr(), dlogits.numel() * args.policy.element_size);
   run_bwd(dlogits, args, inner, row_max, log_sum, ref_row_max, ref_log_sum, grad);
   return dlogits;
 }

@@ -85,7 +85,6 @@ Tensor process_advantages(Tensor step_rewards, Tensor step_ends, std::optional<T
   const std::vector<int32_t> group_of = groups_of(group_ids, group_size, B);
   const ScalarType acc = accumulation_type(step_rewards.scalar_type());
   const Tensor out = empty_like_of(step_rewards, {B, length}, acc);
-  prefer_huge_pages(out.data_ptr(), B * length * int64_t(out.element_size()));
   if (acc == ScalarType::Double) {
     run(step_rewards, ends_ptr, group_of, length, epsilon, static_cast<double*>(out.data_ptr()));
   } else {

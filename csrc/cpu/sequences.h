@@ -102,9 +102,7 @@ class Sequences {
   }
 
   Tensor result(const Tensor& like, ScalarType type) const {
-    const Tensor out = cu_seqlens_ ? empty_like_of(like, {N}, type) : empty_like_of(like, {B, T}, type);
-    prefer_huge_pages(out.data_ptr(), N * int64_t(out.element_size()));
-    return out;
+    return cu_seqlens_ ? empty_like_of(like, {N}, type) : empty_like_of(like, {B, T}, type);
   }
 
  private:

@@ -4,12 +4,11 @@
 //   Rows             logits (B, T, V) with any strides over B and T
 //   read_scalar      a 0-d hyperparameter tensor as a double;  PerRow: a 0-d or (N,) one
 //   data_of<T>       a contiguous argument's pointer, after checking dtype and shape
-//   empty_like_of    a new tensor on the CPU;  prefer_huge_pages for a big one that was never touched
+//   empty_like_of    a new tensor on the CPU
 //   parallel_jobs    jobs handed to torch's threads one batch after the other
 //   fail             throws std::invalid_argument (ValueError in Python) from pieces of text
 #pragma once
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -156,19 +155,10 @@ struct Rows {
   char* at(int64_t n, int64_t v) const { return base_ptr + (n / T * stride_b + n % T * stride_t + v) * element_size; }
 };
 
+// A new tensor on the CPU; a large one in memory that an earlier one left (memory.cpp).
+Tensor empty_like_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
-}
-
-// Asks for 2 MiB pages under a large buffer that was never touched: a hundred times fewer page faults at its first use,
-// which otherwise cost more than the kernel. Harmless where the system refuses.
-inline void prefer_huge_pages(void* data_ptr, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data_ptr) + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data_ptr) + uintptr_t(bytes)) / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+  return empty_like_of(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
 }
 
 // Runs work(begin, end) over [0, jobs) in batches, on torch's threads. Which thread gets a batch is left to chance, so

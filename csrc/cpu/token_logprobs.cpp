@@ -241,7 +241,6 @@ Tensor token_logprobs_bwd(Tensor logits, Tensor token_ids, std::optional<Tensor>
                           std::optional<Tensor> entropy, std::optional<Tensor> grad_logp,
                           std::optional<Tensor> grad_entropy) {
   const Tensor dlogits = empty_like_of(logits, {logits.size(0), logits.size(1), logits.size(2)}, logits.scalar_type());
-  prefer_huge_pages(dlogits.data_ptr(), dlogits.numel() * int64_t(dlogits.element_size()));
   run_bwd(logits, dlogits, token_ids, mask, temperature, softcap, ignore_index, row_max, log_sum, entropy, grad_logp,
           grad_entropy);
   return dlogits;

@@ -2,9 +2,9 @@
 //
 // Computes: fwd: max z', Σ 2^x, Σ 2^x·x with x = (z' − max)·log2(e)/τ;  bwd: dL/dz of every logit.
 // Grid:     one call per part of kPart logits of one row; token_logprobs.cpp hands the parts to threads.
-// Traffic:  fwd reads the logits once (a block is summed while it lies in L1), bwd reads and writes them once.
-// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to the maximum so far; blocks in fp64, from
-//           the left (fp64 logits: fp64 throughout). −inf adds exactly 0 wherever it stands; NaN and +inf come out as a
+// Traffic:  fwd reads the logits once (a block with a new maximum again, from L1), bwd reads and writes them once.
+// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to about the maximum so far; blocks in fp64,
+//           in order (fp64 logits: fp64 throughout). −inf adds exactly 0 wherever it stands; NaN and +inf come out as a
 //           NaN sum, since max skips NaN but 2^x does not.
 // Gradient: p_v·(log2(p_v)·slope + intercept), the softcap's chain, rounded once; see RowGrad in hd.h.
 #include "cpu/token_logprobs.h"
@@ -15,63 +15,89 @@ namespace rl4llm {
 namespace RL4LLM_ISA {
 namespace {
 
+// How far, as a power of 2, a logit may rise above what the sums are relative to before they are made anew: little
+// enough that no digit of xsum is lost.
+constexpr double kHeadroom = 2;
+
+// A part is read as kStreams stretches side by side: a CPU's prefetcher follows each, and one alone would not keep the
+// memory busy.
+constexpr int kStreams = 4;
+
 template <bool kEntropy, bool kSoftcap, class T, class A>
 void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<double>* out) {
   typedef typename Element<T>::vec F;
-  constexpr int step = kVecs * F::width;  // logits an iteration
+  constexpr int neighbours = 2 * F::width, step = kStreams * neighbours;  // logits of a stream, of all, an iteration
   const F least = F::of(kLeast<F>);
   const Scale<A> scale = {A(kLog2E / temperature), A(temperature), part.softcap};
-  RowSum<double> row = {-infinity(double()), 0, 0};
+  RowSum<double> row = {-infinity(double()), 0, 0};  // relative to row.max, at most kHeadroom below the maximum
+  A highest = -infinity(A());
+  F top[kVecs], sum[kVecs], xsum[kVecs];
+  const auto softcapped = [&](A z) { return first_of(shifted_logit<kSoftcap>(F::of(z), part.softcap, A(0))); };
 
-  const auto add_block = [&](const T* z_ptr, int length) __attribute__((always_inline)) {
-    F top[kVecs];
+  // The logits [0, length) of every stream; streams begin `apart` logits after one another.
+  const auto maximum = [&](const T* z_ptr, int64_t apart, int length) __attribute__((always_inline)) {
     for (int i = 0; i < kVecs; ++i) top[i] = F::of(-infinity(A()));
-    for (int v = 0; v < length; v += step) {
-      F z[kVecs];
-      for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
-      for (int i = 0; i < kVecs; ++i) top[i] = max(z[i], top[i]);
-    }
-    A block_max = max_of(max4(top));
-    if (block_max == -infinity(A())) {  // nothing to add; but the maximum has skipped any NaN
-      for (int v = 0; v < length; v += 2 * F::width) {
+    bool nan = false;
+    for (int v = 0; v < length; v += neighbours) {
+      for (int s = 0; s < kStreams; ++s) {
         F a, b;
-        load2(z_ptr + v, a, b);
-        if (any_nan(a) || any_nan(b)) row.sum = not_a_number(double());
-      }
-      return;
-    }
-    block_max = first_of(shifted_logit<kSoftcap>(F::of(block_max), part.softcap, A(0)));
-    if (block_max > row.max) {
-      if (row.max == -infinity(double())) {
-        row.max = block_max;
-      } else {
-        row = rebase(row, double(block_max), DivideFirst{temperature});
+        load2(z_ptr + s * apart + v, a, b);
+        top[0] = max(a, top[0]), top[1] = max(b, top[1]);
+        nan |= any_nan(a) || any_nan(b);
       }
     }
+    if (nan) row.sum = not_a_number(double());  // which max skips
+    return max_of(max4(top));
+  };
+  const auto add = [&](const T* z_ptr, int64_t apart, int length) __attribute__((always_inline)) {
     const A origin = A(row.max);
-    F sum[kVecs], xsum[kVecs];
-    for (int i = 0; i < kVecs; ++i) sum[i] = xsum[i] = F::of(0);
-    for (int v = 0; v < length; v += step) {
-      F z[kVecs];
-      for (int i = 0; i < kVecs; i += 2) load2(z_ptr + v + i * F::width, z[i], z[i + 1]);
-      for (int i = 0; i < kVecs; ++i) {
-        const F x = max(least, exponent<kSoftcap>(z[i], scale, origin, A(0)));
-        const F e = exp2(x);
-        sum[i] = sum[i] + e;
-        if (kEntropy) xsum[i] = fma(e, x, xsum[i]);
+    for (int i = 0; i < kVecs; ++i) top[i] = F::of(-infinity(A())), sum[i] = xsum[i] = F::of(0);
+    for (int v = 0; v < length; v += neighbours) {
+      for (int s = 0; s < kStreams; ++s) {
+        F z[2];
+        load2(z_ptr + s * apart + v, z[0], z[1]);
+        for (int i = 0; i < 2; ++i) {
+          const int k = s % 2 * 2 + i;
+          top[k] = max(z[i], top[k]);
+          const F x = max(least, exponent<kSoftcap>(z[i], scale, origin, A(0)));
+          const F e = exp2(x);
+          sum[k] = sum[k] + e;
+          if (kEntropy) xsum[k] = fma(e, x, xsum[k]);
+        }
       }
+    }
+    return max_of(max4(top));
+  };
+  const auto add_block = [&](const T* z_ptr, int64_t apart, int length) __attribute__((always_inline)) {
+    if (row.max == -infinity(double())) {
+      const A block_max = maximum(z_ptr, apart, length);
+      if (block_max == -infinity(A())) return;
+      row.max = softcapped(block_max);
+    }
+    A block_max = add(z_ptr, apart, length);
+    while (first_of(exponent<kSoftcap>(F::of(block_max), scale, A(row.max), A(0))) > A(kHeadroom)) {
+      row = rebase(row, double(softcapped(block_max)), DivideFirst{temperature});
+      block_max = add(z_ptr, apart, length);
     }
     row.sum += sum4(sum);
     if (kEntropy) row.xsum += sum4(xsum);
+    if (block_max > highest) highest = block_max;
   };
 
   const T* logits_ptr = (const T*)part.logits_ptr;  // (length,)
-  const int64_t whole = part.length - part.length % step;
-  for (int64_t v = 0; v < whole; v += kBlock) add_block(logits_ptr + v, int(whole - v < kBlock ? whole - v : kBlock));
+  const int64_t whole = part.length - part.length % step, stream = whole / kStreams;
+  constexpr int block = kBlock / kStreams;
+  for (int64_t v = 0; v < stream; v += block) {
+    add_block(logits_ptr + v, stream, int(stream - v < block ? stream - v : block));
+  }
   if (whole < part.length) {
     T tail[step];
     load_tail(logits_ptr + whole, int(part.length - whole), step, tail);
-    add_block(tail, step);
+    add_block(tail, neighbours, neighbours);
+  }
+  if (highest > -infinity(A())) {
+    const double row_max = softcapped(highest);
+    if (row_max > row.max) row = rebase(row, row_max, DivideFirst{temperature});
   }
   *out = row;
 }

@@ -118,8 +118,7 @@ Tensor whiten_apply(Tensor x, std::optional<Tensor> mask, Tensor stats, Tensor e
   const double scale = live == 1 ? 0 : 1 / std::sqrt(variance + read_scalar(eps, "eps"));
   const double shift = shift_mean ? 0 : mean;
   const ScalarType acc = accumulation_type(x.scalar_type());
-  const Tensor out = torch::stable::new_empty(x, x.sizes(), acc);
-  prefer_huge_pages(out.data_ptr(), count * int64_t(out.element_size()));
+  const Tensor out = empty_like_of(x, x.sizes(), acc);
   with_reader(x, [&](const auto& read) {
     if (acc == ScalarType::Double) {
       normalise(read, mask_ptr, count, mean, scale, shift, static_cast<double*>(out.data_ptr()));
