@@ -5,25 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import math
-import pathlib
-import sys
 
 import pytest
 import torch
+from tiny_llama import END, PROMPTS, V, config, count_sevens, rewards, run, tiny_model, weights
 
 import rl4llm_fast as rf
-from rl4llm_fast import cli
-from rl4llm_fast.trainer import GRPOConfig, Task, load_config, load_task, sample, train_grpo
+from rl4llm_fast.trainer import GRPOConfig, sample
 from rl4llm_fast.trainer.compare import plain_token_logprobs
 from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.layout import plain_layout, shared_layout
 from rl4llm_fast.trainer.optimizer import MasterAdamW, learning_rate
 from rl4llm_fast.trainer.policy import Policy
-from rl4llm_fast.trainer.tasks import examples_of_step, last_number, prompt_token_ids
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-V, END = 32, 31
 
 
 @pytest.fixture(autouse=True)
@@ -33,44 +28,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object):
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": END, "bos_token_id": None,
-        "pad_token_id": END, "tie_word_embeddings": True, "initializer_range": 0.2, **changes,
-    }  # fmt: skip
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(dtype).eval()
-
-
-PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
-
-
-def count_sevens(example, answer: list[int]) -> float:
-    return answer.count(7) / 4
-
-
-def config(tmp_path, **changes) -> GRPOConfig:
-    settings = {
-        "output_dir": str(tmp_path), "precision": "fp32", "device": "cpu", "steps": 6, "prompts_per_step": 4,
-        "group_size": 8, "max_new_tokens": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "progress": False,
-        "save_model": False, **changes,
-    }  # fmt: skip
-    return GRPOConfig(**settings)
-
-
-def run(cfg: GRPOConfig, model=None, reward=count_sevens):
-    return train_grpo(cfg, model=tiny_model() if model is None else model, prompts=PROMPTS, reward=reward)
-
-
-def rewards(result) -> list[float]:
-    return [row["reward_mean"] for row in result.history]
-
-
-def weights(model) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 # It learns
@@ -401,133 +358,3 @@ def test_learning_rate_by_hand():
     # warm-up 1/2, 2/2; then from 1 down by 1/10 a step: step 3 has done 0 of 10, step 12 has done 9.
     assert [learning_rate(cfg, s) for s in (1, 2, 3, 8, 12)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.1])
     assert learning_rate(GRPOConfig(steps=10, learning_rate=1.0, lr_schedule="cosine"), 6) == pytest.approx(0.5)
-
-
-# Settings, tasks, errors
-
-
-def test_config_from_toml_and_overrides(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("steps = 3\nlearning_rate = 1\n[loss_options]\neps_high = 0.28\n")
-    cfg = load_config(path, ["steps=7", "task_options.max_terms=3", "output_dir=some/where", "adam_betas=[0.9, 0.95]"])
-    assert (cfg.steps, cfg.learning_rate, cfg.loss_options) == (7, 1.0, {"eps_high": 0.28})
-    assert (cfg.task_options, cfg.output_dir, cfg.adam_betas) == ({"max_terms": 3}, "some/where", (0.9, 0.95))
-
-
-def test_the_example_is_a_valid_config():
-    example = pathlib.Path(__file__).resolve().parent.parent / "examples" / "grpo_chain_sum.toml"
-    assert load_config(example).task == "chain_sum"
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("learnig_rate=1", "'learnig_rate'; the nearest is 'learning_rate'"),
-        ("task_option.x=1", "'task_option'; the nearest is 'task_options'"),
-        ("steps", "key=value"),
-        ("steps=1.5", "steps: wanted int, got 1.5"),
-        ("steps=true", "steps: wanted int"),
-        ("steps.x=1", "steps"),
-        ("steps=-1", "steps: wanted 0 or more"),
-        ("temperature=0", "temperature: wanted more than 0"),
-        ("top_p=1.5", "top_p"),
-        ("precision=int4", "precision: wanted one of bf16, autocast, fp32"),
-        ("adam_betas=[0.9]", "adam_betas: wanted 2 values"),
-        ("minibatches=99", "minibatches: wanted at most prompts_per_step"),
-    ],
-)
-def test_config_errors(override, message):
-    with pytest.raises(ValueError, match="(?s).*" + message.replace("[", r"\[")):
-        load_config(None, [override])
-
-
-def test_loss_settings_are_checked_before_any_work(tmp_path):
-    for changes, message in (
-        ({"loss": "grpoo"}, "grpoo"),
-        ({"loss_options": {"eps_hihg": 0.3}}, "eps_hihg"),
-        ({"aggregation": "average"}, "aggregation"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(config(tmp_path, **changes))
-    with pytest.raises(ValueError, match="prompts, reward"):
-        train_grpo(config(tmp_path), model=tiny_model(), prompts=PROMPTS)
-    with pytest.raises(ValueError, match="finite number, got nan"):
-        run(config(tmp_path), reward=lambda e, a: math.nan)
-    with pytest.raises(ValueError, match="tokenizer"):
-        prompt_token_ids("text", None)
-    with pytest.raises(ValueError, match="empty"):
-        prompt_token_ids({"prompt": []}, None)
-    with pytest.raises(TypeError, match="prompt: wanted"):
-        prompt_token_ids(3.5, None)
-
-
-def test_cli(capsys, tmp_path):
-    assert cli.main(["train", "grpo", "--set", "stepz=3"]) == 2
-    assert "the nearest is 'steps'" in capsys.readouterr().err
-    assert cli.main(["train", "grpo", str(tmp_path / "none.toml")]) == 2
-    assert "none.toml" in capsys.readouterr().err
-
-
-def test_missing_extra_names_the_command(monkeypatch, tmp_path):
-    import importlib.util
-
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else find(name, *a)
-    )
-    with pytest.raises(ImportError, match=r"pip install 'rl4llm_fast\[trainer\]'"):
-        run(config(tmp_path))
-
-
-def test_the_package_itself_needs_no_extra():
-    import subprocess
-
-    code = (
-        "import sys; sys.modules.update(transformers=None, tqdm=None, matplotlib=None, reasoning_gym=None)\n"
-        "import rl4llm_fast, rl4llm_fast.cli, rl4llm_fast.trainer"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_chain_sum_holds_questions_out():
-    pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
-    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    task = load_task("chain_sum", heldout=64, **options)
-    held = {e["prompt"] for e in task.heldout}
-    assert len(held) == 64
-    assert not held & {e["prompt"] for e in task.train}
-    example = task.heldout[0]
-    answer = example["entry"]["answer"]
-    assert task.reward(example, f"The answer is {answer}.") == 1
-    assert task.reward(example, "") == 0
-    assert task.reward(example, "no idea") == 0
-    with pytest.raises(ValueError, match="too few distinct questions"):
-        load_task("chain_sum", heldout=150 * 10, **options)
-    with pytest.raises(ValueError, match="chain_summ"):
-        load_task("chain_summ")
-
-
-def test_scorers_that_raise_score_zero():
-    pytest.importorskip("reasoning_gym", reason="needs the extra 'demo'")
-    task = load_task("chain_sum", heldout=2, size=8)
-    assert task.reward({"prompt": "broken", "entry": None}, "7") == 0.0  # its scorer reads the entry's answer
-
-
-def test_last_number():
-    assert [last_number(t) for t in ("4 - 1 = 3.", "-7", "1,234 or so", "none ")] == ["3", "-7", "1,234", "none"]
-
-
-def test_every_prompt_comes_once_a_pass():
-    train = list(range(10))
-    seen = [e for step in range(1, 6) for e in examples_of_step(train, step, 4, seed=3)]
-    assert sorted(seen[:10]) == train
-    assert sorted(seen[10:]) == train
-    assert seen[:10] != seen[10:]
-
-
-def test_evaluation_of_held_out_examples(tmp_path):
-    task = Task(train=PROMPTS, reward=count_sevens, heldout=[[1, 2], [3, 4]])
-    result = train_grpo(config(tmp_path, steps=30, eval_every=15), model=tiny_model(), task=task)
-    held = [row["heldout_reward"] for row in result.history if "heldout_reward" in row]
-    assert len(held) == 2
-    assert held[-1] > 0.5
