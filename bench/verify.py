@@ -31,7 +31,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {
     "token_loss": ("policy_loss", "kl_estimate"),
-    "groups": ("group_advantages",),
+    "groups": ("group_advantages", "process_advantages"),
+    "n_step": ("n_step_returns",),
+    "scan": ("gae", "vtrace"),
     "kl": ("kl_divergence",),
     "kl_fwd": ("kl_divergence",),
     "kl_bwd": ("kl_divergence",),
@@ -43,6 +45,7 @@ _TESTS = {
     "kl_estimate": "tests/test_kl_estimate.py",
     "kl_fwd": "tests/test_gpu_kl.py",
     "kl_bwd": "tests/test_gpu_kl.py",
+    **dict.fromkeys(("gae", "groups", "n_step", "scan", "vtrace", "whiten"), "tests/test_gpu_returns.py"),
 }
 _PYTEST_NO_TESTS = 5
 

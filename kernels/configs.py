@@ -88,3 +88,13 @@ def scan_block(length: int) -> tuple[int, int]:
         block //= 2
         warps = max(1, warps // 2)
     return block, warps
+
+
+# Group statistics: members that a program takes at once; a group has 4 to 64, one warp reads four to a lane.
+GROUP_BLOCK = 128
+# Steps and tokens at once of one answer: an answer has some ten steps. Not yet measured.
+PROCESS_BLOCK = (16, 128)
+# Elements of one part of whiten, warps: 8 elements a thread, two 16-byte loads of fp32. Not yet measured.
+WHITEN_BLOCK, WHITEN_WARPS = 1_024, 4
+WHITEN_JOIN_BLOCK = 1_024  # parts that are joined at a time
+N_STEP_BLOCK, N_STEP_WARPS = 1_024, 4

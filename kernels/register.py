@@ -6,7 +6,7 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import gae, kl, kl_estimate, token_logprobs, token_loss, vtrace
+from . import gae, groups, kl, kl_estimate, n_step, token_logprobs, token_loss, vtrace, whiten
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
@@ -22,6 +22,11 @@ LAUNCHERS = {
     "gae_fwd": gae.gae_fwd,
     "gae_bwd": gae.gae_bwd,
     "vtrace": vtrace.vtrace,
+    "n_step_returns": n_step.n_step_returns,
+    "group_advantages": groups.group_advantages,
+    "process_advantages": groups.process_advantages,
+    "whiten_stats": whiten.whiten_stats,
+    "whiten_apply": whiten.whiten_apply,
 }
 
 # "CUDA" is ROCm's key too. In the interpreter the same launchers take CPU tensors.

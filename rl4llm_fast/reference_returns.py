@@ -45,7 +45,7 @@ def gae(
         return rows[0][there], rows[1][there]
     if kl is not None:
         rewards = shape_rewards(rewards, kl, beta, mask, cu_seqlens)
-    layout, live, active = _tokens(rewards, mask, cu_seqlens, mask_mode)
+    layout, live, active = token_layout(rewards, mask, cu_seqlens, mask_mode)
     r = _rows(layout, rewards, live)
     last = _bootstrap(layout, bootstrap, r)
     discount, decay = gamma.to(r), (gamma * lam).to(r)
@@ -81,7 +81,7 @@ def vtrace(
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:
     """A_t = ρ_t(r_t + γ·v_{t+1} − V_t), v_t = V_t + ρ_t(r_t + γ·V_{t+1} − V_t) + γ·c_t(v_{t+1} − V_{t+1})."""
-    layout, live, active = _tokens(rewards, mask, cu_seqlens, mask_mode)
+    layout, live, active = token_layout(rewards, mask, cu_seqlens, mask_mode)
     r, v = _rows(layout, rewards, live), _rows(layout, values, live)
     ratio = (_rows(layout, logp, live) - _rows(layout, rollout_logp, live)).exp()  # 1 where a token is not live
     rho = torch.minimum(rho_max.to(r), ratio)
@@ -111,7 +111,7 @@ def n_step_returns(
     mask_mode: str,
 ) -> Tensor:
     """G^(n)_t = r_t + γ·G^(n−1)_{t+1} with G^(0) = V (21, 24); the bootstrap value follows the last live token."""
-    layout, live, active = _tokens(rewards, mask, cu_seqlens, mask_mode)
+    layout, live, active = token_layout(rewards, mask, cu_seqlens, mask_mode)
     r, result = _rows(layout, rewards, live), _rows(layout, values, live)
     last = _bootstrap(layout, bootstrap, r)
     # The active position after each, or `length` where the sequence has none: then the bootstrap value follows.
@@ -131,7 +131,7 @@ def n_step_returns(
 
 def shape_rewards(scores: Tensor, kl: Tensor, beta: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """r_t = −β·kl_t, plus the score of its prefix (81), or at the last live token that of the sequence (7)."""
-    layout, live, _ = _tokens(kl, mask, cu_seqlens, "skip")
+    layout, live, _ = token_layout(kl, mask, cu_seqlens, "skip")
     penalty = _rows(layout, kl, live)
     if scores.shape == kl.shape:
         score = _rows(layout, scores, live)
@@ -193,7 +193,7 @@ def whiten_apply(x: Tensor, mask: Tensor | None, stats: Tensor, eps: Tensor, shi
     return torch.where(live, result, torch.zeros_like(result)).to(accumulation_dtype(x.dtype))
 
 
-def _tokens(
+def token_layout(
     tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, mask_mode: str
 ) -> tuple[Sequences, Tensor, Tensor]:
     """The layout, and which positions are live and which active, as rows."""

@@ -31,6 +31,8 @@ def ragged_ids(count: int, groups: int) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("grouping", ["size", "ids"])
 def test_agrees_with_the_oracle(backend, dtype, mode, grouping):
+    if dtype == torch.float64 and backend not in ("eager", "cpu"):
+        pytest.skip("fp64 runs on the eager and CPU backends")
     rewards = torch.randn(120).to(dtype)
     by = {"group_size": 8} if grouping == "size" else {"group_ids": ragged_ids(120, 23)}
     got = rf.group_advantages(rewards, **by, **mode, backend=backend)
