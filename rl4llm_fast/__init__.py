@@ -17,6 +17,7 @@ from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
 from .formulas import token_loss
+from .fused import linear_policy_loss, linear_sft_loss
 from .info import info
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
@@ -37,6 +38,8 @@ __all__ = [
     "lambda_returns",
     "linear_kl_divergence",
     "linear_kl_estimate",
+    "linear_policy_loss",
+    "linear_sft_loss",
     "linear_token_logprobs",
     "n_step_returns",
     "policy_loss",

@@ -71,6 +71,40 @@ class PolicyLoss(torch.autograd.Function):
         return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
 
 
+class PrecomputedGradients(torch.autograd.Function):
+    """A loss whose gradient towards hidden, weight and bias is known already: backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grad_hidden: Tensor,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, grad_hidden, grad_weight, grad_bias)
+        ctx.backend = backend
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        factors, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        # A gradient that is handed on as it is stays untouched: autograd copies it while this node still holds it.
+        # Only where the value costs no synchronisation, and nobody differentiates again, which must raise.
+        looks = grad.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        unscaled = looks and grad.item() == 1
+        scaled = dispatch.ops(ctx.backend).scaled_gradient
+        found = [
+            (gradient if unscaled else scaled(grad, factor, gradient)) if needed else None
+            for factor, gradient, needed in zip(factors, gradients, ctx.needs_input_grad[1:4], strict=True)
+        ]
+        return None, *found, None, None, None, None
+
+
 @dataclass(frozen=True)
 class KlEstimateOptions:
     """What kl_estimate knows besides tensors."""

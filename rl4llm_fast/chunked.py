@@ -35,7 +35,7 @@ def chunk_rule(vocabulary: int, compute_dtype: torch.dtype, device: str) -> int:
     return max(tokens // 64 * 64, min(tokens, 64), 1)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The per-row inputs of one chunk, or of the live rows."""
 
     hidden: Tensor
@@ -44,14 +44,15 @@ class _Rows(NamedTuple):
     temperature: Tensor
 
 
-def _live(token_ids: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+def live_rows(token_ids: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """(N,) bool: the mask, and with one id a row also ignore_index."""
     if token_ids.dim() == 1:
         kept = token_ids != ignore_index
         return kept if mask is None else kept & mask
     return torch.ones(token_ids.shape[0], dtype=torch.bool, device=token_ids.device) if mask is None else mask
 
 
-def _select_live(rows: _Rows, live: Tensor) -> tuple[_Rows, Tensor | None]:
+def select_live(rows: Rows, live: Tensor) -> tuple[Rows, Tensor | None]:
     """Drop the rows that are not live where that costs no synchronisation; elsewhere zero them.
 
     Zeroing is needed because their gradient rows are zeros and 0·NaN would reach dW through the product.
@@ -62,16 +63,17 @@ def _select_live(rows: _Rows, live: Tensor) -> tuple[_Rows, Tensor | None]:
         return rows._replace(mask=None), None
     index = live.nonzero().squeeze(-1)
     tau = rows.temperature[index] if rows.temperature.dim() else rows.temperature
-    return _Rows(rows.hidden[index], rows.token_ids[index], None, tau), index
+    return Rows(rows.hidden[index], rows.token_ids[index], None, tau), index
 
 
-def _chunks(rows: _Rows, size: int) -> list[tuple[slice, _Rows]]:
+def chunks_of(rows: Rows, size: int) -> list[tuple[slice, Rows]]:
+    """The rows in chunks of ``size``, each with its place."""
     result = []
     for start in range(0, rows.hidden.shape[0], size):
         part = slice(start, start + size)
         tau = rows.temperature[part] if rows.temperature.dim() else rows.temperature
         mask = None if rows.mask is None else rows.mask[part]
-        result.append((part, _Rows(rows.hidden[part], rows.token_ids[part], mask, tau)))
+        result.append((part, Rows(rows.hidden[part], rows.token_ids[part], mask, tau)))
     return result
 
 
@@ -108,9 +110,9 @@ def _forward(
     keep_logits: bool,
 ) -> tuple[Tensor, ...]:
     rows_total, vocabulary = hidden.shape[0], weight.shape[0]
-    live = _live(token_ids, mask, ignore_index)
-    _check_ids(token_ids, live, ignore_index, vocabulary)
-    rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), live)
+    live = live_rows(token_ids, mask, ignore_index)
+    check_ids(token_ids, live, ignore_index, vocabulary)
+    rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     assert x is not None
     assert w is not None
@@ -120,7 +122,7 @@ def _forward(
     logp = x.new_empty((count, *token_ids.shape[1:]), dtype=acc)
     entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
     workspace = x.new_empty((min(chunk_tokens, rows_total), vocabulary))
-    for part, chunk in _chunks(rows, chunk_tokens):
+    for part, chunk in chunks_of(rows, chunk_tokens):
         logits = project(chunk.hidden, w, b, workspace[: chunk.hidden.shape[0]])
         outputs = kernels.token_logprobs_fwd(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
@@ -161,7 +163,7 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, index = _select_live(_Rows(hidden, token_ids, mask, temperature), _live(token_ids, mask, ignore_index))
+    rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live_rows(token_ids, mask, ignore_index))
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     assert x is not None
     assert w is not None
@@ -170,13 +172,11 @@ def _backward(
         t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
     ]
     count, vocabulary = x.shape[0], weight.shape[0]
-    grad_hidden = x.new_empty((count, x.shape[1]) if need_hidden else (0,))
-    grad_weight = WeightGradient(weight, compute_dtype, chunks=-(-count // chunk_tokens)) if need_weight else None
-    grad_bias = weight.new_zeros(vocabulary if need_bias else 0, dtype=schemas.accumulation_dtype(compute_dtype))
+    gradients = Gradients(x, w, weight.dtype, bias, -(-count // chunk_tokens), need_hidden, need_weight, need_bias)
     reuse = kept_logits is not None and kept_logits.shape[0] > 0
     workspace = kept_logits if reuse else x.new_empty((min(chunk_tokens, count), vocabulary))
     assert workspace is not None
-    for part, chunk in _chunks(rows, chunk_tokens):
+    for part, chunk in chunks_of(rows, chunk_tokens):
         logits = workspace[: chunk.hidden.shape[0]]
         if not reuse:
             project(chunk.hidden, w, b, logits)
@@ -184,25 +184,54 @@ def _backward(
         kernels.token_logprobs_bwd_(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
         )  # the logits are now dlogits
-        if need_hidden:
-            torch.mm(logits, w, out=grad_hidden[part])
-        if grad_weight is not None:
-            grad_weight.add(logits, chunk.hidden)
-        if need_bias:
-            grad_bias += logits.sum(0, dtype=grad_bias.dtype)
-    return (
-        scatter(grad_hidden, index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
-        grad_weight.result() if grad_weight is not None else weight.new_empty(0),
-        grad_bias if bias is None else grad_bias.to(bias.dtype),
-    )
+        gradients.add(part, logits)
+    return gradients.result(index, hidden)
+
+
+class Gradients:
+    """dx = dz·W, dW = Σ dzᵀ·x and db = Σ dz from the dlogits of one chunk after the other; only what is needed."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        weight_dtype: torch.dtype,
+        bias: Tensor | None,
+        chunks: int,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> None:
+        self.x, self.w, self.bias, self.weight_dtype = hidden, weight, bias, weight_dtype
+        acc = schemas.accumulation_dtype(hidden.dtype)
+        self.hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+        self.weight = WeightGradient(weight, weight_dtype, chunks) if need_weight else None
+        self.db = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=acc)
+        self.need_hidden, self.need_bias = need_hidden, need_bias
+
+    def add(self, part: slice, grad_logits: Tensor) -> None:
+        if self.need_hidden:
+            torch.mm(grad_logits, self.w, out=self.hidden[part])
+        if self.weight is not None:
+            self.weight.add(grad_logits, self.x[part])
+        if self.need_bias:
+            self.db += grad_logits.sum(0, dtype=self.db.dtype)
+
+    def result(self, index: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dW, db) in the dtypes of the factors, dx at its place among the rows of ``like``; (0,) for the rest."""
+        return (
+            scatter(self.hidden, index, like.shape[0]).to(like.dtype) if self.need_hidden else like.new_empty(0),
+            self.weight.result() if self.weight is not None else like.new_empty(0, dtype=self.weight_dtype),
+            self.db if self.bias is None else self.db.to(self.bias.dtype),
+        )
 
 
 class WeightGradient:
     """dW = Σ over chunks of dzᵀ·x, added up in fp32 (fp64 for fp64) whatever the products' dtype."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, chunks: int) -> None:
-        self.dtype, self.shape = weight.dtype, weight.shape
-        self.wide = schemas.accumulation_dtype(compute_dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int) -> None:
+        self.dtype, self.shape = dtype, weight.shape
+        self.wide = schemas.accumulation_dtype(weight.dtype)
         self.one_chunk = chunks == 1
         self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
 
@@ -226,7 +255,8 @@ class WeightGradient:
         return self.total.to(self.dtype)
 
 
-def _check_ids(token_ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+def check_ids(token_ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """IndexError for a live id outside the vocabulary, where looking costs no synchronisation."""
     if token_ids.device.type != "cpu":
         return
     wide_live = live if token_ids.dim() == 1 else live.unsqueeze(-1) & (token_ids != ignore_index)

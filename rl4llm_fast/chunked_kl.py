@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import schemas
-from .chunked import WeightGradient, cast, project, scatter
+from .chunked import Gradients, cast, project, scatter
 
 
 class _Head(NamedTuple):
@@ -135,26 +135,17 @@ def _backward(
         for t in (inner, row_max, log_sum, ref_row_max, ref_log_sum, grad)
     ]
     policy = problem.policy
-    grad_hidden = policy.hidden.new_empty(policy.hidden.shape if need_hidden else (0,))
-    grad_weight = WeightGradient(weight, compute_dtype, len(problem.chunks)) if need_weight else None
-    grad_bias = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=schemas.accumulation_dtype(compute_dtype))
+    gradients = Gradients(
+        policy.hidden, policy.weight, weight.dtype, bias, len(problem.chunks), need_hidden, need_weight, need_bias
+    )
     for part in problem.chunks:
         logits, ref_logits = problem.logits(part)
         live, tau = problem.per_row(part)
         kernels.kl_divergence_bwd_(
             logits.unsqueeze(0), ref_logits.unsqueeze(0), live, tau, softcap, direction, beta, *(t[part] for t in saved)
         )  # the logits are now dlogits
-        if need_hidden:
-            torch.mm(logits, policy.weight, out=grad_hidden[part])
-        if grad_weight is not None:
-            grad_weight.add(logits, policy.hidden[part])
-        if need_bias:
-            grad_bias += logits.sum(0, dtype=grad_bias.dtype)
-    return (
-        scatter(grad_hidden, problem.index, hidden.shape[0]).to(hidden.dtype) if need_hidden else grad_hidden,
-        grad_weight.result() if grad_weight is not None else weight.new_empty(0),
-        grad_bias if bias is None else grad_bias.to(bias.dtype),
-    )
+        gradients.add(part, logits)
+    return gradients.result(problem.index, hidden)
 
 
 def register(library: torch.library.Library, namespace: str) -> None:

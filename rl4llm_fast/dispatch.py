@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, chunked_kl, schemas
+from . import chunked, chunked_kl, chunked_losses, schemas
 from .errors import BackendError
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
@@ -30,6 +30,10 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "eager"),
     "cuda": ("triton", "cuda", "eager"),
 }
+
+_LINEAR_LOSS = (
+    "linear_policy_loss_fwd", "token_logprobs_fwd", "token_logprobs_bwd_", "policy_loss_fwd", "token_loss_bwd"
+)  # fmt: skip
 
 # What must be registered with torch.library before a public op can use a backend.
 OP_KERNELS: dict[str, tuple[str, ...]] = {
@@ -48,6 +52,8 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "whiten": ("whiten_stats", "whiten_apply"),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
+    "linear_policy_loss": _LINEAR_LOSS,
+    "linear_sft_loss": _LINEAR_LOSS,
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +100,7 @@ def _define(namespace: str) -> None:
             _refuse_double_backward(namespace, name, library, functional="!" not in op.schema)
     chunked.register(library, namespace)
     chunked_kl.register(library, namespace)
+    chunked_losses.register(library, namespace)
 
 
 def _load_extension() -> None:

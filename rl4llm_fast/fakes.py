@@ -85,6 +85,19 @@ def linear_token_logprobs_bwd(
     )
 
 
+def linear_policy_loss_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_entropy, compute_dtype = args[-6:-4]
+    logp = hidden.new_empty((hidden.shape[0],), dtype=accumulation_dtype(compute_dtype))
+    entropy = logp.new_empty((hidden.shape[0] if with_entropy else 0,))
+    return logp, entropy, *linear_token_logprobs_bwd(hidden, weight, bias, *args[-5:])
+
+
+def scaled_gradient(grad: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
 def kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     acc = wider_accumulation(logits.dtype, ref_logits.dtype)
     return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))

@@ -114,7 +114,7 @@ def policy_loss(
     tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "rollout_logp": rollout_logp}
     for name, tensor in (*tensors.items(), ("token_weights", token_weights)):
         check_like(name, tensor, logp)
-    formula, values = _formula(kind, knobs)
+    formula, values = formula_and_knobs(kind, knobs)
     sequence_level = formulas.FORMULAS[formula].sequence_level
     if not layout.known and (aggregation.startswith("seq_") or sequence_level or rollout_level == "sequence"):
         needs = f"kind={kind!r}" if sequence_level else f"aggregation={aggregation!r}, rollout_level={rollout_level!r}"
@@ -136,7 +136,7 @@ def policy_loss(
 
     now, old, live = rows(logp), fixed(old_logp), None if mask is None else layout.as_rows(mask).contiguous()
     adv, per_sequence = _advantages(advantages, logp, layout, dtype)
-    omega = _rollout_weights(
+    omega = rollout_weights(
         rollout_correction, rollout_level, rollout_cap, rollout_floor, now, old, fixed(rollout_logp), live, layout
     )
     weight = fixed(token_weights)
@@ -148,9 +148,9 @@ def policy_loss(
             weight = _sequence_mean(weight, live, layout).expand(layout.rows).contiguous()
     how = aggregation
     if layout.packed and aggregation.startswith("seq_"):
-        per_token = _packed_weights(aggregation, layout, live, now, num_sequences, max_length)
+        per_token = aggregation_weights(aggregation, layout, live, now, num_tokens, num_sequences, max_length)
         weight, how = per_token if weight is None else weight * per_token, "token_sum"
-    params = _pack(
+    params = pack_params(
         now,
         {
             "num_tokens": -1.0 if num_tokens is None else num_tokens,
@@ -180,7 +180,7 @@ def policy_loss(
     return loss, {k: v for k, v in metrics.items() if (clips or "clip" not in k) and not absent.get(k, False)}
 
 
-def _formula(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
+def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
     """The formula's name, and its knobs by name."""
     if kind not in formulas.KINDS:
         raise ValueError(f"kind: wanted one of {', '.join(formulas.KINDS)}, got {kind!r}")
@@ -217,7 +217,7 @@ def _backend(kind: str, formula: str, logp: Tensor, backend: str | None) -> str:
     return "eager"
 
 
-def _pack(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
+def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
     """Hyperparameters as one fp64 vector: on the CPU, or on the op's device if the user gave a tensor there."""
     room = len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers)
     plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers.values())
@@ -254,7 +254,7 @@ def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Te
     return layout.spread(total / layout.sums(live.to(values.dtype)).clamp(min=1)).contiguous()
 
 
-def _rollout_weights(
+def rollout_weights(
     correction: str | None,
     level: str,
     cap: Number,
@@ -282,33 +282,29 @@ def _rollout_weights(
         log_omega = torch.where(live, log_omega, torch.zeros((), dtype=now.dtype, device=now.device))
     if level == "sequence":
         log_omega = layout.spread(layout.sums(log_omega)).expand(layout.rows)
-    omega = log_omega.exp()
-    if correction == "truncate":
-        return torch.minimum(omega, upper).contiguous()
-    # Not multiplied by the condition: an ω that overflowed is to be 0, and inf·0 is not.
-    outside = (omega < lower) | (omega > upper)
-    return omega.masked_fill(outside, 0.0).contiguous()
+    return reference_losses.importance_weights(log_omega, correction, upper, lower).contiguous()
 
 
-def _packed_weights(
+def aggregation_weights(
     aggregation: str,
     layout: Sequences,
     live: Tensor | None,
     now: Tensor,
+    num_tokens: Number | None,
     num_sequences: Number | None,
     max_length: Number | None,
 ) -> Tensor:
-    """w_t of a per-sequence aggregation over packed tokens (1, N); padded ones have theirs made in the kernel."""
+    """w_t of an aggregation as rows like ``now``, where a kernel does not make them by itself."""
     alive = torch.ones_like(now) if live is None else live.to(now.dtype)
-    lengths = layout.sums(alive)
-    assert layout.cu_seqlens is not None
-    if max_length is None:
-        longest = layout.cu_seqlens.diff().amax().to(now) if layout.count else torch.ones_like(now.sum())
-    else:
+    seen = float(layout.count) if num_sequences is None else num_sequences
+    tokens = alive.sum() if num_tokens is None else checks.number("num_tokens", num_tokens, now).to(now.dtype)
+    if max_length is not None:
         longest = checks.number("max_length", max_length, now).to(now.dtype)
-    sequences_seen: Number = float(layout.count) if num_sequences is None else num_sequences
-    total = checks.number("num_sequences", sequences_seen, now).to(now.dtype)
-    # num_tokens has no part in these aggregations.
-    arguments: Sequence[Tensor] = (layout.spread(lengths), total, total, longest)
-    weight: Tensor = weights.AGGREGATIONS[aggregation](EagerMaths, *arguments)
+    elif layout.cu_seqlens is not None and layout.count:
+        longest = layout.cu_seqlens.diff().amax().to(now)
+    else:
+        longest = checks.number("max_length", float(layout.rows[1]), now).to(now.dtype)
+    count = checks.number("num_sequences", seen, now).to(now.dtype)
+    arguments: Sequence[Tensor] = (layout.spread(layout.sums(alive)), tokens, count, longest)
+    weight: Tensor | float = weights.AGGREGATIONS[aggregation](EagerMaths, *arguments)
     return torch.ones_like(alive) * weight

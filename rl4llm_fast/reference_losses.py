@@ -21,6 +21,15 @@ def kl_estimate(logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | No
     return _select(live, kl)
 
 
+def importance_weights(log_omega: Tensor, correction: str, cap: Tensor, floor: Tensor) -> Tensor:
+    """ω of docs/math.md section 5, "sampler mismatch": "truncate" min(ω, cap), "mask" 0 outside [floor, cap]."""
+    omega = log_omega.exp()
+    if correction == "truncate":
+        return torch.minimum(omega, cap.to(omega.dtype))
+    # Not multiplied by the condition: an ω that overflowed is to be 0, and inf·0 is not.
+    return omega.masked_fill((omega < floor) | (omega > cap), 0.0)
+
+
 def policy_loss(
     logp: Tensor,
     old: Tensor | None,

@@ -79,6 +79,21 @@ OPS: dict[str, Op] = {
         fakes.linear_token_logprobs_bwd,
         True,
     ),
+    # hidden, weight, bias as above; every other tensor per token (N,): token_ids int64, -100 for a token that is not
+    # live; omega the weights of the policy term, or with rollout_bounds (2,) the sampler's log-probabilities, of which
+    # ``correction`` makes them; token_weights w_t; params, formula, kl as in policy_loss_fwd, of the loss Σ w_t ℓ_t.
+    # -> logp (N,), entropy (N,) or (0,), dhidden, dweight, dbias; (0,) for what is not needed
+    "linear_policy_loss_fwd": Op(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
+        "Tensor? softcap, Tensor? old, Tensor advantages, Tensor? ref, Tensor? omega, Tensor token_weights, "
+        "Tensor params, Tensor? rollout_bounds, str formula, str kl, str correction, bool with_entropy, "
+        "ScalarType compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fakes.linear_policy_loss_fwd,
+    ),
+    # grad 0-d; gradient of the loss towards factor -> grad·gradient. The factor is not read: it is there so that
+    # differentiating again raises.
+    "scaled_gradient": Op("(Tensor grad, Tensor factor, Tensor gradient) -> Tensor", fakes.scaled_gradient, True),
     # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
     # direction "reverse"|"forward"|"jsd". -> kl, inner (what the gradient subtracts: KL(p‖q) for reverse, KL(p‖m) for
     # jsd, unspecified for forward), then row_max and log_sum of both sides as in token_logprobs_fwd; all (N,)

@@ -1,0 +1,280 @@
+"""Losses straight from hidden states: the logits never exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, chunked, dispatch, formulas
+from .autograd_losses import PrecomputedGradients
+from .checks import Number
+from .chunked_losses import IGNORED
+from .logprobs import check_linear, check_temperature, flat_ids, flat_rows, linear_token_logprobs
+from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
+from .schemas import accumulation_dtype
+from .sequences import sequences
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str = "ppo_clip",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    ignore_index: int = -100,
+    ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    entropy_coef: Number = 0.0,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Policy loss straight from hidden states: :func:`policy_loss` of the log-probabilities of :math:`x W^\top + b`.
+
+    .. math::
+        L = \sum_t w_t\,(\omega_t\,\ell_t + \beta\,\mathrm{kl}_t - c_2 H_t), \qquad
+        dx = dz\,W, \quad dW = dz^\top x, \quad db = \sum_n dz
+
+    with :math:`dz` of :func:`token_logprobs` for :math:`g = \partial L/\partial \log\pi_t` and
+    :math:`h = \partial L/\partial H_t` (survey (2), (10), (33), (82)). The logits exist for one chunk of tokens at a
+    time. Kinds that look at one token at a time make the gradient in the forward pass, while those logits are there:
+    three matrix products in all; the backward multiplies by the upstream gradient. Kinds that must see a whole sequence
+    first (gspo; rollout_level="sequence" without old_logp), aggregation="none" and formulas that run on the eager
+    backend only take two passes, of which the second makes the logits again, unless all tokens fit one chunk.
+
+    Args:
+        hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``. Under autocast the products run in its dtype.
+        weight: (V, D), the head (tied or not), in the dtype of ``hidden`` unless autocast is on.
+        token_ids: (B, T) or (N,), the tokens that were sampled. One that is ``ignore_index`` is not live.
+        old_logp, advantages, kind, mask, cu_seqlens: as in :func:`policy_loss`. Hidden states of tokens that are not
+            live may hold anything, NaN included, and reach no gradient.
+        bias: (V,) or None.
+        temperature, softcap: as in :func:`token_logprobs`.
+        ref_logp: the reference's log-probabilities; or they are made here, in chunks and without gradient, from
+            ref_hidden, ref_weight and ref_bias: (B, T, D') or (N, D'), (V, D'), (V,) or None.
+        entropy_coef: c₂ (33). Any but the number 0 makes entropies, their gradient, and the metric ``entropy``.
+        chunk_tokens: as in :func:`linear_token_logprobs`.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
+        **options: everything else that :func:`policy_loss` takes (kl_coef, kl_estimator, kl_gradient, kl_clamp, the
+            rollout arguments, aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights), and the
+            kind's knobs.
+
+    Returns:
+        The loss and the metrics of :func:`policy_loss`.
+
+    Raises:
+        As :func:`policy_loss` and :func:`linear_token_logprobs`; nothing has run by then but checks of the arguments.
+    """
+    compute_dtype = check_linear(hidden, weight, bias)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden: wanted (B, T, D), or packed (N, D); got {checks.shape(hidden)}")
+    lead = hidden.shape[:-1]
+    checks.is_integer("token_ids", token_ids)
+    checks.has_shape("token_ids", token_ids, lead, "hidden without D")
+    checks.same_device("token_ids", token_ids, hidden, "hidden")
+    if "entropy" in options:
+        raise ValueError("entropy: made here from the hidden states; entropy_coef asks for it")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
+    kept = token_ids != ignore_index
+    mask = kept if mask is None else kept & mask
+    tau = check_temperature(temperature, hidden)
+    cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
+    head: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    with_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
+    options = {"kind": kind, "mask": mask, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, **options}
+    options["backend"] = backend
+    _check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias)
+
+    # The loss of zeros: every other argument is checked by the function that it is meant for, before any product.
+    nothing = torch.zeros(lead, dtype=accumulation_dtype(compute_dtype), device=hidden.device)
+    if not torch.compiler.is_compiling():
+        stand_in = nothing if ref_hidden is not None else ref_logp
+        policy_loss(
+            nothing, old_logp, advantages, ref_logp=stand_in, entropy=nothing if with_entropy else None, **options
+        )
+    if ref_hidden is not None and ref_weight is not None:
+        with torch.no_grad():
+            ref_logp = linear_token_logprobs(
+                ref_hidden,
+                ref_weight,
+                token_ids,
+                ref_bias,
+                mask=mask,
+                ignore_index=ignore_index,
+                backend=backend,
+                **head,
+            )
+    options["ref_logp"] = ref_logp
+
+    chosen = dispatch.choose("linear_policy_loss", hidden, backend)
+    if chosen == "eager" or not _one_pass(old_logp, options):
+        head |= {"mask": mask, "ignore_index": ignore_index, "return_entropy": with_entropy, "backend": backend}
+        result = linear_token_logprobs(hidden, weight, token_ids, bias, **head)
+        logp, entropy = result if isinstance(result, tuple) else (result, None)
+        return policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
+
+    gradient = torch.is_grad_enabled()
+    need = [t is not None and t.requires_grad and gradient for t in (hidden, weight, bias)]
+    with torch.no_grad():
+        logp, entropy, *gradients = dispatch.ops(chosen).linear_policy_loss_fwd(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            flat_ids(token_ids.masked_fill(~kept, IGNORED), hidden),
+            *flat_rows(mask, tau),
+            cap,
+            *_per_token(nothing, old_logp, advantages, options),
+            with_entropy,
+            compute_dtype,
+            chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type),
+            *need,
+        )
+        logp = logp.reshape(lead)
+        entropy = entropy.reshape(lead) if with_entropy else None
+        loss, metrics = policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
+    if any(need):
+        grad_hidden = gradients[0].reshape(hidden.shape) if need[0] else gradients[0]
+        loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
+            loss, hidden, weight, bias, grad_hidden, *gradients[1:], chosen
+        )
+    return loss, metrics
+
+
+def linear_sft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    aggregation: str = "token_mean",
+    num_tokens: Number | None = None,
+    num_sequences: Number | None = None,
+    dp_size: Number = 1,
+    max_length: Number | None = None,
+    token_weights: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Supervised loss straight from hidden states: :math:`L = -\sum_t w_t \log p(y_t)` (survey (3)).
+
+    The gradient is made in the forward pass, as in :func:`linear_policy_loss`, whose kind ``pg`` at A = 1 this is.
+
+    Args:
+        hidden, weight, token_ids, bias, mask, cu_seqlens, temperature, softcap, ignore_index, chunk_tokens, backend: as
+            in :func:`linear_policy_loss`.
+        aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights: as in :func:`policy_loss`.
+
+    Returns:
+        The loss, 0-d in fp32 (fp64 for fp64 input), or like ``token_ids`` for aggregation="none".
+
+    Raises:
+        As :func:`linear_policy_loss`.
+    """
+    check_linear(hidden, weight, bias)
+    ones = torch.ones(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    loss, _ = linear_policy_loss(
+        hidden, weight, token_ids, None, ones, bias, kind="pg", mask=mask, cu_seqlens=cu_seqlens,
+        aggregation=aggregation, num_tokens=num_tokens, num_sequences=num_sequences, dp_size=dp_size,
+        max_length=max_length, token_weights=token_weights, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, chunk_tokens=chunk_tokens, backend=backend,
+    )  # fmt: skip
+    return loss
+
+
+def _check_reference(
+    hidden: Tensor,
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    if (ref_hidden is None) != (ref_weight is None):
+        given, missing = ("ref_hidden", "ref_weight") if ref_weight is None else ("ref_weight", "ref_hidden")
+        raise ValueError(f"{missing}: wanted beside {given}, got None")
+    if ref_hidden is None or ref_weight is None:
+        if ref_bias is not None:
+            raise ValueError("ref_bias: wanted beside ref_hidden and ref_weight, which are None")
+        return
+    if ref_logp is not None:
+        raise ValueError("ref_logp, ref_hidden: two sources of the reference's log-probabilities; give one of them")
+    check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden: wanted {checks.shape(hidden)[:-1]} tokens like hidden, got {checks.shape(ref_hidden)}"
+        )
+
+
+def _one_pass(old_logp: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether a token's gradient depends on no other token, so that it can be made with the chunk's logits at hand."""
+    formula, _ = formula_and_knobs(options["kind"], _knobs(options))
+    unknown_omega = old_logp is None and options.get("rollout_level") == "sequence"
+    function = formulas.FORMULAS[formula]
+    whole = function.sequence_level or options.get("aggregation") == "none"
+    return function.builtin and not whole and not (unknown_omega and options.get("rollout_correction"))
+
+
+# The arguments of policy_loss that are no knobs of a kind.
+_KEYWORDS = frozenset(policy_loss.__kwdefaults__ or ())
+
+
+def _knobs(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in _KEYWORDS}
+
+
+def _per_token(
+    nothing: Tensor, old_logp: Tensor | None, advantages: Tensor, options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The loss's arguments as ``linear_policy_loss_fwd`` takes them, from ``old`` to ``correction``."""
+    get = {**(policy_loss.__kwdefaults__ or {}), **options}
+    layout = sequences(nothing, get["cu_seqlens"])
+    live = layout.as_rows(get["mask"])
+
+    def rows(tensor: Tensor | None) -> Any:
+        return None if tensor is None else layout.as_rows(tensor.detach().to(nothing.dtype))
+
+    now, old, rollout = rows(nothing), rows(old_logp), rows(get["rollout_logp"])
+    correction, bounds, omega = get["rollout_correction"], None, None
+    if correction is not None and old is None:
+        limits = [checks.number(f"rollout_{name}", get[f"rollout_{name}"], now) for name in ("cap", "floor")]
+        bounds, omega = torch.stack([limit.to(nothing.device) for limit in limits]), rollout
+    elif correction is not None:
+        level, cap, floor = get["rollout_level"], get["rollout_cap"], get["rollout_floor"]
+        omega = rollout_weights(correction, level, cap, floor, now, old, rollout, live, layout)
+    adv = (
+        rows(advantages) if advantages.shape == nothing.shape else layout.spread(advantages.detach().to(nothing.dtype))
+    )
+    weight = aggregation_weights(
+        get["aggregation"], layout, live, now, get["num_tokens"], get["num_sequences"], get["max_length"]
+    )
+    if get["token_weights"] is not None:
+        weight = weight * rows(get["token_weights"])
+    formula, values = formula_and_knobs(get["kind"], _knobs(options))
+    numbers = {name: get[name] for name in ("dp_size", "kl_coef", "entropy_coef")}
+    # The aggregation is in the weights; its own numbers are not looked at.
+    params = pack_params(now, {"num_tokens": -1.0, "num_sequences": 1.0, "max_length": 1.0, **numbers, **values})
+    ref = rows(get["ref_logp"])
+    kl = "" if ref is None else formulas.kl_variant(get["kl_estimator"], get["kl_gradient"], bool(get["kl_clamp"]))
+
+    def flat(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor.expand(layout.rows).reshape(-1).contiguous()
+
+    per_token = [flat(t) for t in (old, adv, ref, omega, weight)]
+    return *per_token, params, bounds, formula, kl, correction or ""
