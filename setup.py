@@ -46,6 +46,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd -mfma -mf16c -mprefer-vector-width=512 "
         "-Wno-uninitialized -Wno-maybe-uninitialized"  # gcc 12 warns about its own headers
     )
+# How a kernel is compiled, by this build and later for a user's own formula (rl4llm_fast/user_losses.py).
+# Never -ffast-math: it breaks -inf, and at link time it turns on flush-to-zero for the whole process.
+# -ffp-contract=off: where a multiply-add is meant, the code says so; else the formulas round as eager does.
+CPU_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off"
 
 
 class Impossible(Exception):
@@ -212,19 +216,23 @@ def write_ninja_file(folder: Path, output: str) -> None:
     cxx = os.environ.get("CXX", "g++")
     csrc = ROOT / "csrc"
 
-    defines = {"RL4LLM_VERSION": version(), "RL4LLM_CPU_ISAS": ",".join(ISA_FLAGS), "RL4LLM_NO_CUDA": no_cuda}
+    defines = {
+        "RL4LLM_VERSION": version(),
+        "RL4LLM_CPU_ISAS": ",".join(ISA_FLAGS),
+        "RL4LLM_CPU_FLAGS": CPU_FLAGS,
+        "RL4LLM_ISA_FLAGS": ";".join(ISA_FLAGS.values()) + ";",
+        "RL4LLM_NO_CUDA": no_cuda,
+    }
     if cuda:
         defines |= {"RL4LLM_CUDA_VERSION": cuda.version, "RL4LLM_CUDA_ARCHS": ";".join(cuda.archs)}
     header = "".join(f'#define {name} "{value}"\n' for name, value in defines.items())
     if not (folder / "build_config.h").is_file() or (folder / "build_config.h").read_text() != header:
         (folder / "build_config.h").write_text(header)
 
-    # Never -ffast-math: it breaks -inf, and at link time it turns on flush-to-zero for the whole process.
-    # -ffp-contract=off: where a multiply-add is meant, the code says so; else the formulas round as eager does.
     # Paths inside the checkout are relative, so that a copy of it with its build folder need not compile again.
     include = f"-I{os.path.relpath(csrc, folder)}"
-    common = f"-O3 -DTORCH_TARGET_VERSION={TORCH_TARGET} {include} -isystem {torch}/include"
-    host = f"{common} -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unused-parameter"
+    common = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} {include} -isystem {torch}/include"
+    host = f"{CPU_FLAGS} {common} -Wall -Wextra -Wno-unused-parameter"
     ninja = NinjaFile(folder)
     ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {host} $flags -c $in -o $out", "compile $what")
     for source in sorted((csrc / "cpu").glob("*.cpp")):

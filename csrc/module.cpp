@@ -1,8 +1,9 @@
 // The Python module rl4llm_fast._C. Importing it registers the compiled ops with torch (csrc/cpu, csrc/cuda); what it
-// offers to Python itself is only build_info().
+// offers to Python itself is build_info() and the door for formulas that are compiled at run time.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "build_config.h"  // written by setup.py
 #include "cpu/isa.h"
+#include "cpu/token_loss.h"
 
 namespace py = pybind11;
 
@@ -36,6 +38,8 @@ py::dict build_info() {
   info["torch_target_abi"] =
       std::to_string(TORCH_TARGET_VERSION >> 56 & 255) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 255);
   info["cpu_instruction_sets"] = split(RL4LLM_CPU_ISAS, ',');
+  info["cpu_flags"] = RL4LLM_CPU_FLAGS;
+  info["cpu_instruction_set_flags"] = split(RL4LLM_ISA_FLAGS, ';');
   info["cpu_instruction_set_in_use"] = rl4llm::isa_name(rl4llm::chosen_isa());
 #ifdef RL4LLM_CUDA_VERSION
   info["cuda"] = RL4LLM_CUDA_VERSION;
@@ -57,4 +61,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_cpu_isa", [](std::optional<std::string> name) { rl4llm::force_isa(name ? name->c_str() : nullptr); },
       py::arg("name"), "For tests: run the CPU ops on 'avx512', 'avx2' or 'baseline'; None returns to the choice made");
+  m.def(
+      "register_policy_formula",
+      [](const std::string& name, const std::string& isa, std::uintptr_t fp32, std::uintptr_t fp64) {
+        rl4llm::register_policy_formula(name.c_str(), isa.c_str(),
+                                        reinterpret_cast<rl4llm::PolicyFunction<float>>(fp32),
+                                        reinterpret_cast<rl4llm::PolicyFunction<double>>(fp64));
+      },
+      py::arg("name"), py::arg("isa"), py::arg("fp32"), py::arg("fp64"),
+      "Hands over the addresses of a formula compiled for one instruction set (rl4llm_fast/user_losses.py)");
 }

@@ -41,7 +41,7 @@ struct KlToken {
 // (2, 4): −logp·A.
 struct pg {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
     const F loss = -logp * adv;
     const F d_loss = -adv;
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
@@ -53,7 +53,7 @@ struct pg {
 // (30): −ρ·A.
 struct cpi {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* /*knobs*/) {
     const F t = logp - old;
     const F log_rho = M::clamp(t, M::c(-20.0), M::c(20.0));
     const F rho = M::exp(log_rho);
@@ -68,7 +68,7 @@ struct cpi {
 // (10): −min(ρA, clip(ρ, 1−ε_lo, 1+ε_hi)·A), and where A < 0 at most −c·A (dual clip; c = inf: none).
 struct ppo_clip {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F dual_clip = M::c(knobs[2]);
@@ -101,7 +101,7 @@ struct ppo_clip {
 // −min(s·A, clip(s)·A), s = exp(log_s); each token of the sequence carries its own share of the gradient of s.
 struct gspo {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F log_s, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F log_s, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F rho = M::exp(M::clamp(log_s, M::c(-20.0), M::c(20.0)));
@@ -128,7 +128,7 @@ struct gspo {
 // −sg(clip(ρ, 1−ε_lo, 1+ε_hi))·A·logp.
 struct cispo {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F eps_low = M::c(knobs[0]);
     const F eps_high = M::c(knobs[1]);
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
@@ -147,7 +147,7 @@ struct cispo {
 // −sg(min(ρ, cap))·A·logp.
 struct cispo_cap {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F cap = M::c(knobs[0]);
     const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
     const F rho = M::exp(log_rho);
@@ -163,7 +163,7 @@ struct cispo_cap {
 // −(4/τ)·sigmoid(τ(ρ−1))·A, τ = τ_pos where A > 0, else τ_neg.
 struct sapo {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F tau_pos = M::c(knobs[0]);
     const F tau_neg = M::c(knobs[1]);
     const F tau = M::where(adv > M::c(0.0), tau_pos, tau_neg);
@@ -185,7 +185,7 @@ struct sapo {
 // (29, 31): −ρA + β·k3(old‖now), k3 = ρ − 1 − log ρ.
 struct kl_pen {
   template <class M, class F = typename M::F>
-  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F adv, F /*log_s*/, const typename M::S* knobs) {
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
     const F beta = M::c(knobs[0]);
     const F t = logp - old;
     const F log_rho = M::clamp(t, M::c(-20.0), M::c(20.0));
@@ -543,7 +543,7 @@ struct seq_mean_token_sum_norm {
   }
 };
 
-// 1; "none" has the same weight and no sum.
+// 1; 'none' has the same weight and no sum.
 struct token_sum {
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA F eval(F /*length*/, F /*num_tokens*/, F /*num_sequences*/, F /*max_length*/) {

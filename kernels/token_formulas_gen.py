@@ -31,12 +31,20 @@ def sigmoid(x):
 
 
 @triton.jit
+def logsigmoid(x):
+    # The logarithm of 1 + u that keeps the bits of a small u.
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    return minimum(x, 0.0) - tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0)))
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
 
 
 @triton.jit
-def pg(logp, old, adv, log_s, knobs):
+def pg(logp, old, ref, adv, log_s, knobs):
     """(2, 4): −logp·A."""
     loss = -logp * adv
     d_loss = -adv
@@ -46,7 +54,7 @@ def pg(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def cpi(logp, old, adv, log_s, knobs):
+def cpi(logp, old, ref, adv, log_s, knobs):
     """(30): −ρ·A."""
     t = logp - old
     log_rho = clamp(t, -20.0, 20.0)
@@ -59,7 +67,7 @@ def cpi(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def ppo_clip(logp, old, adv, log_s, knobs):
+def ppo_clip(logp, old, ref, adv, log_s, knobs):
     """(10): −min(ρA, clip(ρ, 1−ε_lo, 1+ε_hi)·A), and where A < 0 at most −c·A (dual clip; c = inf: none)."""
     eps_low = knobs[0]
     eps_high = knobs[1]
@@ -90,7 +98,7 @@ def ppo_clip(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def gspo(logp, old, adv, log_s, knobs):
+def gspo(logp, old, ref, adv, log_s, knobs):
     """−min(s·A, clip(s)·A), s = exp(log_s); each token of the sequence carries its own share of the gradient of s."""
     eps_low = knobs[0]
     eps_high = knobs[1]
@@ -115,7 +123,7 @@ def gspo(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def cispo(logp, old, adv, log_s, knobs):
+def cispo(logp, old, ref, adv, log_s, knobs):
     """−sg(clip(ρ, 1−ε_lo, 1+ε_hi))·A·logp."""
     eps_low = knobs[0]
     eps_high = knobs[1]
@@ -132,7 +140,7 @@ def cispo(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def cispo_cap(logp, old, adv, log_s, knobs):
+def cispo_cap(logp, old, ref, adv, log_s, knobs):
     """−sg(min(ρ, cap))·A·logp."""
     cap = knobs[0]
     log_rho = clamp(logp - old, -20.0, 20.0)
@@ -146,7 +154,7 @@ def cispo_cap(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def sapo(logp, old, adv, log_s, knobs):
+def sapo(logp, old, ref, adv, log_s, knobs):
     """−(4/τ)·sigmoid(τ(ρ−1))·A, τ = τ_pos where A > 0, else τ_neg."""
     tau_pos = knobs[0]
     tau_neg = knobs[1]
@@ -166,7 +174,7 @@ def sapo(logp, old, adv, log_s, knobs):
 
 
 @triton.jit
-def kl_pen(logp, old, adv, log_s, knobs):
+def kl_pen(logp, old, ref, adv, log_s, knobs):
     """(29, 31): −ρA + β·k3(old‖now), k3 = ρ − 1 − log ρ."""
     beta = knobs[0]
     t = logp - old
@@ -470,7 +478,7 @@ def seq_mean_token_sum_norm(length, num_tokens, num_sequences, max_length):
 
 @triton.jit
 def token_sum(length, num_tokens, num_sequences, max_length):
-    """1; "none" has the same weight and no sum."""
+    """1; 'none' has the same weight and no sum."""
     return 1.0
 
 

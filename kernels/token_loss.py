@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rl4llm_fast import user_losses
 from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
 
 from .configs import COMPILE
@@ -112,13 +113,15 @@ def policy_loss_fwd_kernel(
         param(params_ptr, params, NUM_PARAMS + 2),
         param(params_ptr, params, NUM_PARAMS + 3),
     )
-    loss, dlogp, ratio, clipped_low, clipped_high, k1, k3 = FORMULA(logp, old, adv, log_s, knobs)
+    ref = logp
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + n, mask=live, other=0.0)
+    loss, dlogp, ratio, clipped_low, clipped_high, k1, k3 = FORMULA(logp, old, ref, adv, log_s, knobs)
     if policy_weights_ptr is not None:
         omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0)
         loss *= omega
         dlogp *= omega
     if ref_ptr is not None:
-        ref = tl.load(ref_ptr + n, mask=live, other=0.0)
         kl, dkl = KL_FORMULA(logp, ref, old)
         kl_coef = param(params_ptr, params, KL_COEF)
         # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
@@ -280,6 +283,11 @@ def token_loss_bwd_kernel(
         tl.store(grad_entropy_ptr + n, tl.where(dentropy == 0.0, 0.0, grad * dentropy), mask=inside)
 
 
+def policy_formula(name: str) -> triton.JITFunction:
+    """A built-in formula, or one that a user registered."""
+    return POLICY[name] if name in POLICY else user_losses.triton_function(name)
+
+
 def cut(T: int) -> tuple[int, int]:
     """(tokens in a segment, segments of a row): by T alone."""
     block = min(SEGMENT, max(32, triton.next_power_of_2(T)))
@@ -330,7 +338,7 @@ def policy_loss_fwd(
             policy_loss_fwd_kernel[(grid,)](
                 logp, old, advantages, ref if kl else None, entropy, mask, policy_weights, token_weights, log_s,
                 params_ptr, numbers, loss if per_token else None, dlogp, dentropy if entropy_grad else None, partial, T,
-                segments, programs, FORMULA=POLICY[formula], KL_FORMULA=KL[kl or "k3_value"],
+                segments, programs, FORMULA=policy_formula(formula), KL_FORMULA=KL[kl or "k3_value"],
                 ONE_ADV=advantages.shape != (B, T), ONE_LOG_S=log_s is not None and log_s.shape != (B, T),
                 BLOCK_T=block, num_warps=WARPS, **REGISTERS, **COMPILE,
             )  # fmt: skip

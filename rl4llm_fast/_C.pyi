@@ -6,6 +6,8 @@ class BuildInfo(TypedDict):
     compiler: str
     torch_target_abi: str
     cpu_instruction_sets: list[str]
+    cpu_flags: str
+    cpu_instruction_set_flags: list[str]
     cpu_instruction_set_in_use: str
     cuda: str | None
     cuda_archs: list[str]
@@ -13,3 +15,4 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def force_cpu_isa(name: str | None) -> None: ...
+def register_policy_formula(name: str, isa: str, fp32: int, fp64: int) -> None: ...

@@ -16,13 +16,13 @@ from .advantages import group_advantages, process_advantages, whiten
 from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
-from .formulas import token_loss
 from .fused import linear_policy_loss, linear_sft_loss
 from .info import info
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from .losses import policy_loss
 from .returns import discounted_returns, gae, lambda_returns, n_step_returns, shape_rewards, vtrace
+from .user_losses import token_loss
 
 __all__ = [
     "AdaptiveKLController",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,39 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from . import formulas, weights
+from .languages import CALL, CPP, INFIX, LOGIC, PRECEDENCE, TAKEN, TRITON, UNARY, Language, spelled
 from .symbolic import Node, Trace
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON_FILE = ROOT / "kernels" / "token_formulas_gen.py"
 CPP_FILE = ROOT / "csrc" / "token_formulas_gen.h"
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
-_LOGIC = {"and": "&", "or": "|"}
-_PRECEDENCE = {"or": 1, "and": 1, "lt": 2, "le": 2, "gt": 2, "ge": 2, "eq": 2, "add": 3, "sub": 3, "mul": 4, "div": 4}
-_UNARY, _CALL = 5, 6
-_BOOLEAN = {*_LOGIC, "lt", "le", "gt", "ge", "eq"}
-
-
-@dataclass(frozen=True)
-class Language:
-    """How one language spells what a formula can say."""
-
-    const: Callable[[float], str]
-    call: Callable[[str, str], str]  # (operation, arguments)
-    declare: Callable[[Node, str, str], str]  # (node, name, expression) -> a statement
-
-
-_TRITON_CALLS = {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs", "where": "tl.where"}
-TRITON = Language(
-    const=lambda x: repr(x),
-    call=lambda op, args: f"{_TRITON_CALLS.get(op, op)}({args})",
-    declare=lambda node, name, text: f"{name} = {text}",
-)
-CPP = Language(
-    const=lambda x: f"M::c({x!r})",
-    call=lambda op, args: f"M::{op}({args})",
-    declare=lambda node, name, text: f"const {'auto' if node.op in _BOOLEAN else 'F'} {name} = {text};",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +39,7 @@ class Function:
     outputs: tuple[tuple[str, Node], ...]
 
     def uses(self, name: str) -> bool:
-        return any(n.op == "input" and n.value == name for n in _reachable([o for _, o in self.outputs]))
+        return any(name in inputs_of(output) for _, output in self.outputs)
 
     def body(self, language: Language) -> tuple[list[str], list[str]]:
         """The statements, and one expression for each output."""
@@ -89,6 +63,11 @@ def _reachable(outputs: Iterable[Node]) -> list[Node]:
     return order
 
 
+def inputs_of(output: Node) -> set[str]:
+    """The names of the inputs and knobs that a value is made from."""
+    return {str(node.value) for node in _reachable([output]) if node.op == "input"}
+
+
 def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]:
     outputs = [node for _, node in function.outputs]
     nodes = _reachable(outputs)
@@ -99,7 +78,7 @@ def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]
     for node in outputs:
         users[id(node)] = users.get(id(node), 0) + 1
 
-    taken = {*function.inputs, *function.knobs}
+    taken = {*map(spelled, function.inputs), *map(spelled, function.knobs), *TAKEN}
     names: dict[int, str] = {}
     size: dict[int, int] = {}  # operations within the expression that stands for the node
     statements: list[str] = []
@@ -108,20 +87,20 @@ def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]
         if id(node) in names:
             return names[id(node)]
         if node.op == "input":
-            return str(node.value)
+            return spelled(str(node.value))
         if node.op == "const":
             assert isinstance(node.value, float)
             return language.const(node.value)
         if node.op == "neg":
-            result, level = f"-{text(node.args[0], _UNARY)}", _UNARY
-        elif node.op in _LOGIC:
-            result, level = f" {_LOGIC[node.op]} ".join(text(a, _CALL) for a in node.args), _PRECEDENCE[node.op]
-        elif node.op in _INFIX:
-            level = _PRECEDENCE[node.op]
+            result, level = f"-{text(node.args[0], UNARY)}", UNARY
+        elif node.op in LOGIC:
+            result, level = f" {LOGIC[node.op]} ".join(text(a, CALL) for a in node.args), PRECEDENCE[node.op]
+        elif node.op in INFIX:
+            level = PRECEDENCE[node.op]
             left, other = node.args
-            result = f"{text(left, level)} {_INFIX[node.op]} {text(other, level, right=True)}"
+            result = f"{text(left, level)} {INFIX[node.op]} {text(other, level, right=True)}"
         else:
-            result, level = language.call(node.op, ", ".join(text(a, 0) for a in node.args)), _CALL
+            result, level = language.call(node.op, ", ".join(text(a, 0) for a in node.args)), CALL
         # Parentheses on the right of an equal operator: a − (b − c); the order as written is kept.
         return f"({result})" if level < above or (level == above and right) else result
 
@@ -142,24 +121,23 @@ def _emit(function: Function, language: Language) -> tuple[list[str], list[str]]
 
 
 def _summary(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+    """The first line of the docstring, in characters that end neither a string nor a comment of either language."""
+    return re.sub(r'[\\"]', "'", (inspect.getdoc(function) or "").partition("\n")[0])
+
+
+def policy_function(name: str, formula: formulas.PolicyFormula) -> Function:
+    trace = Trace()
+    inputs = formulas.POLICY_INPUTS
+    outputs = trace.run(formulas.policy_token, (*inputs, *formula.knobs), formula=formula)
+    slope = trace.derivative(outputs[0], "logp") or trace.const(0.0)
+    results = map(trace.strip, (outputs[0], slope, *outputs[1:]))
+    named = tuple(zip(("loss", "dlogp", *formulas.TOKEN_METRICS), results, strict=True))
+    return Function(name, _summary(formula.function), inputs, formula.knobs, named)
 
 
 @functools.cache
 def policy_functions() -> tuple[Function, ...]:
-    result = []
-    for formula in formulas.FORMULAS.values():
-        if not formula.builtin:
-            continue
-        trace = Trace()
-        inputs = ("logp", "old", "adv", "log_s")
-        outputs = trace.run(formulas.policy_token, (*inputs, *formula.knobs), formula=formula)
-        slope = trace.derivative(outputs[0], "logp") or trace.const(0.0)
-        named = zip(
-            ("loss", "dlogp", *formulas.TOKEN_METRICS), map(trace.strip, (outputs[0], slope, *outputs[1:])), strict=True
-        )
-        result.append(Function(formula.name, _summary(formula.function), inputs, formula.knobs, tuple(named)))
-    return tuple(result)
+    return tuple(policy_function(name, f) for name, f in formulas.FORMULAS.items() if f.builtin)
 
 
 @functools.cache
@@ -220,6 +198,14 @@ def sigmoid(x):
 
 
 @triton.jit
+def logsigmoid(x):
+    # The logarithm of 1 + u that keeps the bits of a small u.
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    return minimum(x, 0.0) - tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0)))
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
 '''
@@ -227,10 +213,24 @@ def sign(x):
 
 def _triton_function(function: Function, parameters: Sequence[str]) -> str:
     statements, results = function.body(TRITON)
-    knobs = [f"{name} = knobs[{i}]" for i, name in enumerate(function.knobs)]
+    knobs = [f"{spelled(name)} = knobs[{i}]" for i, name in enumerate(function.knobs)]
     lines = [f'"""{function.doc}"""', *knobs, *statements, f"return {', '.join(results)}"]
     head = f"@triton.jit\ndef {function.name}({', '.join(parameters)}):"
     return "\n".join([head, *(f"    {line}" for line in lines)])
+
+
+def user_triton_source(title: str, function: Function) -> str:
+    """The module of a user's own formula, as kernels/token_formulas_gen.py holds the built-in ones."""
+    return f'''"""{title}"""
+
+import triton
+import triton.language as tl
+
+from rl4llm_fast.kernels.token_formulas_gen import clamp, logsigmoid, maximum, minimum, sigmoid, sign
+
+
+{_triton_function(function, (*function.inputs, "knobs"))}
+'''
 
 
 def triton_source() -> str:
@@ -300,12 +300,27 @@ def _cpp_function(function: Function, result: str, knobs: bool = False) -> str:
     parameters = [f"F {name}" if function.uses(name) else f"F /*{name}*/" for name in function.inputs]
     if knobs:
         parameters.append("const typename M::S*" + (" knobs" if function.knobs else " /*knobs*/"))
-    lines = [f"const F {name} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
+    lines = [f"const F {spelled(name)} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
     lines += [*statements, f"return {{{', '.join(results)}}};" if "<" in result else f"return {results[0]};"]
     body = "\n".join(f"    {line}" for line in lines)
     return (
         f"// {function.doc}\nstruct {function.name} {{\n  template <class M, class F = typename M::F>\n"
         f"  RL4LLM_FORMULA {result} eval({', '.join(parameters)}) {{\n{body}\n  }}\n}};"
+    )
+
+
+def user_cpp_source(title: str, function: Function) -> str:
+    """The source of a user's own formula: the struct, and its two entry points."""
+    entries = "\n\n".join(
+        f'extern "C" __attribute__((visibility("default"))) void rl4llm_policy_{name}('
+        f"const PolicySegment<{scalar}>& segment, double* sums) {{\n"
+        f"  policy<Maths<{scalar}>, formulas::{function.name}>(segment, sums);\n}}"
+        for name, scalar in (("fp32", "float"), ("fp64", "double"))
+    )
+    return (
+        f'// {title}\n#include "cpu/token_loss_vec.h"\n\nnamespace rl4llm {{\nnamespace formulas {{\n\n'
+        f"{_cpp_function(function, 'PolicyToken<F>', knobs=True)}\n\n}}  // namespace formulas\n\n"
+        f"namespace RL4LLM_ISA {{\n\n{entries}\n\n}}  // namespace RL4LLM_ISA\n}}  // namespace rl4llm\n"
     )
 
 

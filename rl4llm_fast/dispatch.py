@@ -179,6 +179,11 @@ def _build_tables() -> None:
 _build_tables()
 
 
+def named(backend: str | None) -> str | None:
+    """The backend asked for by name, by the argument, ``use_backend`` or the environment; None: the choice is ours."""
+    return backend or _override or os.environ.get("RL4LLM_FAST_BACKEND") or None
+
+
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     """The backend that ``op`` takes for ``tensor``.
 
@@ -186,22 +191,22 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
         ValueError: the name is none of ``BACKENDS``.
         BackendError: a backend asked for by name cannot run here.
     """
-    named = backend or _override or os.environ.get("RL4LLM_FAST_BACKEND") or None
+    name = named(backend)
     device = tensor.device.type
-    if named is None:
+    if name is None:
         chosen = _AUTOMATIC.get((op, device), "eager")
         # fp64 is for gradient checks on the CPU; a GPU user who passes it gets the oracle.
         return "eager" if tensor.dtype == torch.float64 and chosen != "cpu" else chosen
-    if named not in BACKENDS:
-        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {named!r}")
-    if named == "eager":
-        return named
-    reason = _UNUSABLE.get((op, named, device), f"{op} has no {named} kernel for {device} tensors")
-    if reason is None and named != "cpu" and tensor.dtype not in _DTYPES:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "eager":
+        return name
+    reason = _UNUSABLE.get((op, name, device), f"{op} has no {name} kernel for {device} tensors")
+    if reason is None and name != "cpu" and tensor.dtype not in _DTYPES:
         reason = f"{op} takes fp32, bf16 and fp16 there, got {tensor.dtype}"
     if reason is not None:
-        raise BackendError(f"backend {named!r} cannot run {op}: {reason}")
-    return named
+        raise BackendError(f"backend {name!r} cannot run {op}: {reason}")
+    return name
 
 
 def ops(backend: str) -> Any:

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .symbolic import FormulaError, Trace
-
 POLICY_INPUTS = ("logp", "old", "ref", "adv", "log_s")
 MAX_KNOBS = 4  # what one call of the fused kernels has room for
 
@@ -172,19 +170,17 @@ class PolicyFormula:
     function: Callable[..., Any]
     clip_range: Callable[..., tuple[Any, Any]] | None = None
     builtin: bool = True
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    needs_ref: bool = False
+    # What the fused ops know it by; a user's holds a hash of its text, so that a name registered anew is another op's.
+    op_name: str = ""
+    inputs: tuple[str, ...] = field(init=False)
+    knobs: tuple[str, ...] = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return self.function.__name__
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(p for p in _parameters(self.function) if p in POLICY_INPUTS)
-
-    @property
-    def knobs(self) -> tuple[str, ...]:
-        return tuple(p for p in _parameters(self.function) if p not in POLICY_INPUTS)
+    def __post_init__(self) -> None:
+        names = list(inspect.signature(self.function).parameters)[1:]
+        object.__setattr__(self, "inputs", tuple(n for n in names if n in POLICY_INPUTS))
+        object.__setattr__(self, "knobs", tuple(n for n in names if n not in POLICY_INPUTS))
+        object.__setattr__(self, "op_name", self.op_name or self.function.__name__)
 
     @property
     def sequence_level(self) -> bool:
@@ -195,12 +191,8 @@ class PolicyFormula:
         return self.function(m, **named)
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)[1:]
-
-
 FORMULAS: dict[str, PolicyFormula] = {
-    f.name: f
+    f.op_name: f
     for f in (
         PolicyFormula(pg),
         PolicyFormula(cpi),
@@ -232,7 +224,7 @@ TOKEN_METRICS = ("ratio", "clipped_low", "clipped_high", "k1", "k3")
 
 
 def policy_token(
-    m: Any, logp: Any, old: Any, adv: Any, log_s: Any, *knobs: Any, formula: PolicyFormula, ref: Any = None
+    m: Any, logp: Any, old: Any, ref: Any, adv: Any, log_s: Any, *knobs: Any, formula: PolicyFormula
 ) -> tuple[Any, ...]:
     """(loss, *TOKEN_METRICS) of one token: what a kernel computes while the values are in registers."""
     token = {"logp": logp, "old": old, "ref": ref, "adv": adv, "log_s": log_s}
@@ -281,42 +273,3 @@ def formula_of(kind: str, knobs: Mapping[str, Any]) -> tuple[str, tuple[Any, ...
     if kind == "cispo" and knobs["cap"] is not None:
         return "cispo_cap", (knobs["cap"],)
     return kind, tuple(knobs[name] for name in FORMULAS[kind].knobs)
-
-
-def token_loss(
-    name: str, knobs: Mapping[str, float] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a token-level policy loss under ``policy_loss(kind=name)``.
-
-    The decorated function ``f(m, logp, old, ref, adv, *knobs)`` is written against the maths namespace ``m``: m.exp,
-    log, sigmoid, logsigmoid, abs, sign, minimum, maximum, clamp, where, detach, with_gradient, comparisons, + − * /.
-    Its inputs are found by name (any of logp, old, ref, adv), all others are knobs. It is traced and differentiated at
-    registration, so that what the namespace cannot say is an error there and not in the middle of a training run.
-
-    Args:
-        name: the kind; a name of the library's own is refused, registering one's own again replaces it.
-        knobs: the knobs' defaults. A knob may be a number or a 0-d tensor in every call.
-
-    Raises:
-        ValueError: an operation outside the namespace, a knob without a default, or a name that is taken.
-    """
-    defaults = dict(knobs or {})
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if name in KINDS and (name not in FORMULAS or FORMULAS[name].builtin):
-            raise ValueError(f"token_loss: {name!r} is the name of a built-in kind")
-        formula = PolicyFormula(function, builtin=False, defaults=defaults)
-        if set(formula.knobs) != set(defaults):
-            raise ValueError(
-                f"token_loss {name!r}: the function's knobs are {list(formula.knobs)}, defaults are given for "
-                f"{list(defaults)}; inputs are any of logp, old, ref, adv"
-            )
-        trace = Trace()
-        outputs = trace.run(function, (*_parameters(function),))
-        if len(outputs) != 1:
-            raise FormulaError(f"token_loss {name!r}: wanted one value per token, got {len(outputs)}")
-        trace.derivative(outputs[0], "logp")
-        FORMULAS[name], KINDS[name] = formula, dict(defaults)
-        return function
-
-    return register

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, formulas, reference_losses, weights
+from . import checks, dispatch, formulas, reference_losses, user_losses, weights
 from .autograd_losses import PolicyLoss, PolicyLossOptions
 from .checks import Number
-from .errors import BackendError
 from .formulas import EagerMaths
 from .kl import Estimator, Gradient, check_like
 from .schemas import accumulation_dtype
@@ -66,7 +65,7 @@ def policy_loss(
     kl_pen      −ρA + β·k3(old‖now) (29, 31); beta=0.01
     ========================================================================================================
 
-    and whatever :func:`token_loss` has registered.
+    and whatever :func:`~rl4llm_fast.token_loss` has registered.
 
     Args:
         logp: (B, T), or packed (N,) with ``cu_seqlens``; fp32, bf16, fp16; fp64 on the eager and CPU backends.
@@ -121,11 +120,15 @@ def policy_loss(
         raise ValueError(f"cu_seqlens: wanted with packed (N,) tokens for {needs}")
     checks.choice("kl_estimator", kl_estimator, formulas.ESTIMATORS)
     checks.choice("kl_gradient", kl_gradient, formulas.GRADIENTS)
+    if formulas.FORMULAS[formula].needs_ref and ref_logp is None:
+        raise ValueError(f"ref_logp: kind {kind!r} uses it, but it is None")
     _needs("kl_coef", kl_coef, "ref_logp", ref_logp)
     _needs("entropy_coef", entropy_coef, "entropy", entropy)
     mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
 
-    chosen = _backend(kind, formula, logp, backend)
+    chosen = dispatch.choose("policy_loss", logp, backend)
+    if not formulas.FORMULAS[formula].builtin:
+        chosen = user_losses.prepare(kind, chosen, dispatch.named(backend) is not None)
     dtype = accumulation_dtype(logp.dtype)
 
     def rows(tensor: Tensor | None) -> Any:
@@ -169,7 +172,7 @@ def policy_loss(
         loss, vector = reference_losses.policy_loss(*arguments)
     else:
         entropy_grad = entropy is not None and entropy.requires_grad
-        options = PolicyLossOptions(chosen, formula, variant, how, entropy_grad)
+        options = PolicyLossOptions(chosen, formulas.FORMULAS[formula].op_name, variant, how, entropy_grad)
         loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
             now, uncertainty, old, adv, ref, live, omega, weight, log_s, params, options
         )
@@ -205,16 +208,6 @@ def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, 
 def _needs(coefficient: str, value: Number, name: str, tensor: Tensor | None) -> None:
     if tensor is None and (isinstance(value, Tensor) or value != 0):
         raise ValueError(f"{coefficient}: needs {name}, which is None")
-
-
-def _backend(kind: str, formula: str, logp: Tensor, backend: str | None) -> str:
-    if formulas.FORMULAS[formula].builtin:
-        return dispatch.choose("policy_loss", logp, backend)
-    if backend not in (None, "eager"):
-        raise BackendError(
-            f"backend {backend!r} cannot run kind {kind!r}: registered formulas run on the eager backend"
-        )
-    return "eager"
 
 
 def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:

@@ -60,11 +60,11 @@ def policy_loss(
         EagerMaths,
         logp,
         old,
+        None if ref is None else _select(live, ref),
         adv,
-        _select(live, log_s) if log_s is not None else None,
+        None if log_s is None else _select(live, log_s),
         *knobs,
         formula=function,
-        ref=None if ref is None else _select(live, ref),
     )
     if policy_weights is not None:
         loss = loss * _select(live, policy_weights)

@@ -98,8 +98,10 @@ class TestWheel:
         tops = {name.split("/")[0] for name in names_in(wheel)}
         assert tops == {"rl4llm_fast", f"rl4llm_fast-{rl4llm_fast.__version__}.dist-info"}
 
-    def test_holds_no_sources_of_the_extension(self, wheel: Path) -> None:
-        assert not [n for n in names_in(wheel) if n.endswith((".cpp", ".cu", ".h", ".cuh", ".o")) or "csrc" in n]
+    def test_holds_what_a_users_loss_is_compiled_against_and_no_other_source(self, wheel: Path) -> None:
+        sources = {n for n in names_in(wheel) if n.endswith((".cpp", ".cu", ".h", ".cuh", ".o")) or "csrc" in n}
+        headers = rl4llm_fast.user_losses._header_files(Path("rl4llm_fast/csrc"))
+        assert sources == {h.as_posix() for h in headers}
 
     def test_version_is_written_once(self, wheel: Path) -> None:
         assert wheel.name.startswith(f"rl4llm_fast-{rl4llm_fast.__version__}-cp")
@@ -120,9 +122,12 @@ class TestWheel:
             ids = torch.tensor([5, 6, 7])
             ours = rf.token_logprobs(logits, ids, backend="cpu")
             torch.testing.assert_close(ours, logits.log_softmax(-1)[range(3), ids])
+            rf.token_loss("mine", knobs={"c": 1.0})(lambda m, logp, adv, c: -c * logp * adv)
+            loss, _ = rf.policy_loss(torch.ones(2, 3), None, torch.ones(2, 3), kind="mine", c=2.0, backend="cpu")
+            assert loss == -2
             print(rf.__file__, rl4llm_fast.kernels.__file__)
         """
-        printed = run_away_from_installs(script, tmp_path, tmp_path)
+        printed = run_away_from_installs(script, tmp_path, tmp_path, RL4LLM_FAST_CACHE_DIR=str(tmp_path / "cache"))
         assert printed.split() == [
             str(tmp_path / "rl4llm_fast" / "__init__.py"),
             str(tmp_path / "rl4llm_fast" / "kernels" / "__init__.py"),

@@ -3,6 +3,9 @@
 // Every segment of a row writes its sums; they are combined in order, in double, so that the result depends neither on
 // the number of threads nor on which thread did what.
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "cpu/tensor_args.h"
@@ -47,6 +50,30 @@ const TokenLossFunctions<S>& functions() {
     return token_loss_kernels().fp64;
   } else {
     return token_loss_kernels().fp32;
+  }
+}
+
+struct UserFormula {
+  PolicyFunction<float> fp32;
+  PolicyFunction<double> fp64;
+};
+
+std::mutex user_formulas_lock;
+// By name and instruction set. Never destroyed: a thread may still run at exit.
+auto& user_formulas = *new std::map<std::pair<std::string, std::string>, UserFormula>;
+
+template <class S>
+PolicyFunction<S> policy_function(const std::string& name) {
+  for (int i = 0; i < kPolicyFormulas; ++i) {
+    if (name == kPolicyNames[i]) return functions<S>().policy[i];
+  }
+  const std::lock_guard<std::mutex> lock(user_formulas_lock);
+  const auto found = user_formulas.find({name, isa_name(chosen_isa())});
+  if (found == user_formulas.end()) fail("formula: there is no formula ", name, " for ", isa_name(chosen_isa()));
+  if constexpr (sizeof(S) == sizeof(double)) {
+    return found->second.fp64;
+  } else {
+    return found->second.fp32;
   }
 }
 
@@ -153,8 +180,7 @@ template <class S>
 void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
   const int64_t B = a.logp.size(0), T = a.logp.size(1), N = B * T;
   const Cut cut(B, T);
-  const int formula = find_formula(kPolicyNames, a.formula, "formula");
-  const auto policy = functions<S>().policy[formula];
+  const auto policy = policy_function<S>(a.formula);
   const auto kl = a.ref && !a.kl.empty() ? functions<S>().kl[find_formula(kKlNames, "kl_" + a.kl, "kl")] : nullptr;
   const int64_t num_values = formulas::num_params + formulas::max_knobs;
   const double* params = data_of<double>(a.params, "params", num_values);
@@ -186,6 +212,7 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
     segment.mask_ptr = shift(mask_ptr, n);
     segment.logp_ptr = logp_ptr + n;
     segment.old_ptr = shift(old_ptr, n);
+    segment.ref_ptr = shift(ref_ptr, n);
     segment.adv_ptr = adv.at(row, t), segment.one_adv = adv.one;
     segment.log_s_ptr = log_s.at(row, t), segment.one_log_s = log_s.one;
     segment.policy_weights_ptr = shift(policy_weights_ptr, n);
@@ -280,6 +307,13 @@ std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optiona
 }
 
 }  // namespace
+
+void register_policy_formula(const char* name, const char* isa, PolicyFunction<float> fp32,
+                             PolicyFunction<double> fp64) {
+  const std::lock_guard<std::mutex> lock(user_formulas_lock);
+  user_formulas[{name, isa}] = {fp32, fp64};
+}
+
 }  // namespace rl4llm
 
 STABLE_TORCH_LIBRARY_IMPL(rl4llm_fast, CPU, m) {

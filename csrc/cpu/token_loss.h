@@ -34,6 +34,7 @@ struct PolicySegment {
   const uint8_t* mask_ptr;  // (length,), or null: every token is live. Null below: absent
   const S* logp_ptr;        // (length,)
   const S* old_ptr;         // (length,); null: logp
+  const S* ref_ptr;         // (length,); null: unused by the formula
   const S* adv_ptr;         // (length,), or one value
   const S* log_s_ptr;       // (length,), or one value; null: unused by the formula
   const S* policy_weights_ptr;
@@ -65,8 +66,11 @@ constexpr int kPolicyFormulas = 0 RL4LLM_POLICY_FORMULAS(RL4LLM_COUNT);
 constexpr int kKlFormulas = 0 RL4LLM_KL_FORMULAS(RL4LLM_COUNT);
 
 template <class S>
+using PolicyFunction = void (*)(const PolicySegment<S>& segment, double* sums);
+
+template <class S>
 struct TokenLossFunctions {
-  void (*policy[kPolicyFormulas])(const PolicySegment<S>& segment, double* sums);
+  PolicyFunction<S> policy[kPolicyFormulas];
   void (*kl[kKlFormulas])(const KlSegment<S>& segment);
   // out = g·d, with g one number times, where given, one per token; exactly 0 where d is 0.
   void (*scale)(int64_t length, S g, const S* grad_ptr, const S* d_ptr, S* out_ptr);
@@ -76,6 +80,11 @@ struct TokenLossKernels {
   TokenLossFunctions<float> fp32;
   TokenLossFunctions<double> fp64;
 };
+
+// A user's own formula, compiled for one instruction set: from then on policy_loss_fwd finds it by this name. Code that
+// was handed over stays loaded.
+void register_policy_formula(const char* name, const char* isa, PolicyFunction<float> fp32,
+                             PolicyFunction<double> fp64);
 
 }  // namespace rl4llm
 

@@ -126,11 +126,12 @@ __global__ void __launch_bounds__(kThreads)
       const float logp = a.logp_ptr[n], old = a.old_ptr ? a.old_ptr[n] : logp;
       const float adv = a.adv_ptr[a.one_adv ? row : n];
       const float log_s = a.log_s_ptr ? a.log_s_ptr[a.one_log_s ? row : n] : 0.0f;
-      const formulas::PolicyToken<float> token = Formula::template eval<DeviceMaths>(logp, old, adv, log_s, knobs);
+      const float ref = a.ref_ptr ? a.ref_ptr[n] : 0.0f;
+      const formulas::PolicyToken<float> token = Formula::template eval<DeviceMaths>(logp, old, ref, adv, log_s, knobs);
       loss = token.loss, dlogp = token.dlogp;
       if (a.policy_weights_ptr) loss *= a.policy_weights_ptr[n], dlogp *= a.policy_weights_ptr[n];
       if (a.ref_ptr) {
-        const formulas::KlToken<float> divergence = kl_token(kl, logp, a.ref_ptr[n], old);
+        const formulas::KlToken<float> divergence = kl_token(kl, logp, ref, old);
         sums[sum_kl] += divergence.kl;
         // With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
         if (kl_coef != 0) loss += kl_coef * divergence.kl, dlogp += kl_coef * divergence.dkl;
