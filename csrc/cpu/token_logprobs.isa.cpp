@@ -59,8 +59,9 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<do
         for (int i = 0; i < 2; ++i) {
           const int k = s % 2 * 2 + i;
           top[k] = max(z[i], top[k]);
-          const F x = max(least, exponent<kSoftcap>(z[i], scale, origin, A(0)));
-          const F e = exp2(x);
+          F x = exponent<kSoftcap>(z[i], scale, origin, A(0));
+          if (kEntropy) x = max(least, x);  // so that 0·x is 0
+          const F e = kEntropy ? exp2(x) : exp2_or_0(x);
           sum[k] = sum[k] + e;
           if (kEntropy) xsum[k] = fma(e, x, xsum[k]);
         }
@@ -106,8 +107,13 @@ void token_logprobs_fwd_kernel(LogitsPart<A> part, double temperature, RowSum<do
 template <bool kEntropy, bool kSoftcap, bool kChosen, class F, class A>
 RL4LLM_INLINE F dlogit(F z, const RowGrad<A>& row, F chosen) {
   const Scale<A> scale = {row.k, row.temperature, row.softcap};
-  const F x = max(F::of(kLeast<F>), exponent<kSoftcap>(z, scale, row.max, -row.log2_sum));
-  F du = kEntropy ? exp2(x) * fma(x, F::of(row.slope), F::of(row.intercept)) : exp2(x) * F::of(row.intercept);
+  F x = exponent<kSoftcap>(z, scale, row.max, -row.log2_sum), du;
+  if (kEntropy) {
+    x = max(F::of(kLeast<F>), x);  // so that 0·x is 0
+    du = exp2(x) * fma(x, F::of(row.slope), F::of(row.intercept));
+  } else {
+    du = exp2_or_0(x) * F::of(row.intercept);
+  }
   if (kChosen) du = du + chosen;
   if constexpr (!kSoftcap) return du;
   F shifted, t;

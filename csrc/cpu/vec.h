@@ -7,6 +7,7 @@
 //                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles);
 //                  load2_in_order, store2_in_order: in memory's order, for any of fp32's types
 //   exp2           2^x for x >= kLeast, relative error 1e-7; exactly 1 at 0, exactly 0 below −150, NaN for NaN
+//   exp2_or_0      the same for any x, −inf included
 //   log2           of normal numbers > 0 (Vec only)
 //   softcap        c·tanh(z/c) − origin and tanh(z/c)
 #pragma once
@@ -52,20 +53,22 @@ namespace RL4LLM_ISA {
 
 RL4LLM_VECTOR_OPERATORS(Vec)
 
-// 2^x by splitting x = n + f, |f| <= 1/2: a minimax polynomial of degree 6 for 2^f (its own relative error is 2e-9, so
+// 2^x by splitting x = n + f, 0 <= f < 1: a minimax polynomial of degree 6 for 2^f (its own relative error is 2e-9, so
 // that only fp32 rounding remains), exactly 1 at 0.
 RL4LLM_INLINE Vec exp2(Vec x) {
-  const Vec n = round_to_integer(x);
-  const Vec f = x - n;
-  Vec p = Vec::of(1.53473201e-4f);
-  p = fma(p, f, Vec::of(1.34001545e-3f));
-  p = fma(p, f, Vec::of(9.61848424e-3f));
-  p = fma(p, f, Vec::of(5.55032808e-2f));
-  p = fma(p, f, Vec::of(2.40226469e-1f));
-  p = fma(p, f, Vec::of(6.93147206e-1f));
+  Vec n, f;
+  split_integer(x, n, f);
+  Vec p = Vec::of(2.16129164e-4f);
+  p = fma(p, f, Vec::of(1.24678461e-3f));
+  p = fma(p, f, Vec::of(9.6754516e-3f));
+  p = fma(p, f, Vec::of(5.54852806e-2f));
+  p = fma(p, f, Vec::of(2.40229306e-1f));
+  p = fma(p, f, Vec::of(6.93147044e-1f));
   p = fma(p, f, Vec::of(1.0f));
   return scale_by_power_of_2(p, n, x);
 }
+// The same for any x, −inf included.
+RL4LLM_INLINE Vec exp2_or_0(Vec x) { return exp2(kExp2TakesAll ? x : max(Vec::of(kLeast<Vec>), x)); }
 
 // log2 of a normal x > 0 by x = m·2^e: f = m − 1 times a minimax polynomial of degree 8, relative error 5e-8 around 1
 // too, exactly 0 at 1; NaN for NaN.
@@ -129,6 +132,7 @@ RL4LLM_INLINE double max_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE double first_of(Vec64 a) { return a.v; }
 RL4LLM_INLINE bool any_nan(Vec64 a) { return a.v != a.v; }
 RL4LLM_INLINE Vec64 exp2(Vec64 x) { return {__builtin_exp2(x.v)}; }
+RL4LLM_INLINE Vec64 exp2_or_0(Vec64 x) { return exp2(x); }
 RL4LLM_INLINE void softcap(Vec64 z, double c, double origin, Vec64& shifted, Vec64& tanh) {
   tanh.v = __builtin_tanh(z.v / c);
   shifted.v = (__builtin_isinf(z.v) ? z.v : c * tanh.v) - origin;

@@ -22,8 +22,11 @@ RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {
 RL4LLM_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
-RL4LLM_INLINE Vec round_to_integer(Vec x) {
-  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+// x = n + f, n = floor(x)
+constexpr bool kExp2TakesAll = false;
+RL4LLM_INLINE void split_integer(Vec x, Vec& n, Vec& f) {
+  n.v = _mm256_round_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  f.v = x.v - n.v;
 }
 // Adds n to the exponent; below 2^-125 that would leave the normal numbers: 0 there. NaN stays NaN.
 RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec x) {

@@ -25,8 +25,11 @@ RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {
 RL4LLM_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
-RL4LLM_INLINE Vec round_to_integer(Vec x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+// x = floor(x) + f; vscalef takes the floor itself. Of −inf f is 0, and the power 0.
+constexpr bool kExp2TakesAll = true;
+RL4LLM_INLINE void split_integer(Vec x, Vec& n, Vec& f) {
+  n = x;
+  f.v = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec) { return {_mm512_scalef_ps(p.v, n.v)}; }
 // x = m·2^e for a normal x > 0, with m in [2/3, 4/3).

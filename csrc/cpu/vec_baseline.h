@@ -21,9 +21,13 @@ RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {
   return {(Floats)(((Ints)sign.v & int32_t(0x80000000u)) | (Ints)abs(size).v)};
 }
 RL4LLM_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {a.v < b.v ? yes.v : no.v}; }
-RL4LLM_INLINE Vec round_to_integer(Vec x) {
+// x = n + f, n = floor(x)
+constexpr bool kExp2TakesAll = false;
+RL4LLM_INLINE void split_integer(Vec x, Vec& n, Vec& f) {
   const float magic = 12582912.0f;  // 1.5·2^23: adding it leaves no room for a fraction
-  return {(x.v + magic) - magic};
+  const Floats nearest = (x.v + magic) - magic;
+  n.v = nearest > x.v ? nearest - 1.0f : nearest;
+  f.v = x.v - n.v;
 }
 // Adds n to the exponent; below 2^-125 that would leave the normal numbers: 0 there. NaN stays NaN.
 RL4LLM_INLINE Vec scale_by_power_of_2(Vec p, Vec n, Vec x) {
