@@ -6,7 +6,7 @@ differs from the rest of this library (values at masked tokens, groups of one, r
 wins, in here and nowhere else. Importing any of this imports none of those libraries and patches nothing.
 """
 
-from . import trl, verl
+from . import hf, openrlhf, trl, verl
 from .patching import Patch
 
-__all__ = ["Patch", "trl", "verl"]
+__all__ = ["Patch", "hf", "openrlhf", "trl", "verl"]
