@@ -16,8 +16,11 @@ _COLOURS = {
     "trl": "#8f5fa8",
     "liger": "#7a8450",
     "loop": "#9a9a9a",
-    "base": "#444444",
+    "base": "#7d8590",
 }
+
+# File name suffix -> ink and paper: for pages in light and in dark.
+_THEMES = {"": ("#1f2328", "#ffffff"), "-dark": ("#d1d7e0", "#0d1117")}
 
 _SHORTEST = 0.1
 
@@ -56,9 +59,14 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
     ):
         if not any(values.values()):
             continue
-        path = folder / f"{stem}-{key}.png"
-        _bars(plt, values, label, footer, path)
-        paths.append(path)
+        for suffix, (ink, paper) in _THEMES.items():
+            colours = dict.fromkeys(
+                ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink
+            )
+            path = folder / f"{stem}-{key}{suffix}.png"
+            with plt.rc_context({**colours, "figure.facecolor": paper, "axes.facecolor": paper}):
+                _bars(plt, values, label, footer, path)
+            paths.append(path)
     return paths
 
 
@@ -88,7 +96,7 @@ def _bars(plt: Any, values: dict[str, dict[str, float]], label: str, footer: str
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="upper right", ncols=len(names), fontsize=8, frameon=False)
-    figure.text(0.995, 0.005, footer, ha="right", fontsize=6, color="#666666")
+    figure.text(0.995, 0.005, footer, ha="right", fontsize=6, alpha=0.7)
     figure.tight_layout(rect=(0, 0.01, 1, 1 - 0.35 / figure.get_figheight()))
     figure.savefig(path)
     plt.close(figure)

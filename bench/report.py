@@ -170,6 +170,20 @@ def _mib(r: dict[str, Any]) -> str:
     return "-" if extra is None else f"{extra / MIB:,.0f} MiB"
 
 
+def pictures(stem: pathlib.Path, page: pathlib.Path) -> str:
+    """The plots beside a result, for a page that may be light or dark; nothing where they were not drawn."""
+    lines = []
+    for key in ("speed", "memory"):
+        light, dark = (stem.with_name(f"{stem.name}-{key}{theme}.png") for theme in ("", "-dark"))
+        if light.is_file() and dark.is_file():
+            source, image = (os.path.relpath(path, page.parent) for path in (dark, light))
+            lines.append(
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{source}">'
+                f'<img alt="{key} of each case, beside the peers" src="{image}"></picture>'
+            )
+    return "\n".join(lines)
+
+
 def rewrite_readme(path: pathlib.Path, blocks: Sequence[str]) -> None:
     """Put the blocks between the markers. Raises ValueError where the file has no such pair."""
     text = path.read_text(encoding="utf-8")
@@ -195,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from rl4llm_fast.info import ledger_lines
 
-    rewrite_readme(arguments.readme, [*(markdown(result) for result in results), "\n".join(ledger_lines(bullet="- "))])
+    blocks = [markdown(result) for result in results]
+    blocks += [pictures(path.with_suffix(""), arguments.readme) for path in files]
+    blocks.append("\n".join(ledger_lines(bullet="- ")))
+    rewrite_readme(arguments.readme, [block for block in blocks if block])
     print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in files)}")
     return 0
 

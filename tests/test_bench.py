@@ -361,3 +361,13 @@ def test_benchmark_token_logprobs(benchmark: object, mode: str) -> None:
     step = ops.step(case, peers.build(peers.OURS, case, "cpu"), inputs)
     result = benchmark(step.run, step.prepare())  # type: ignore[operator]
     assert all(error.within for error in ops.errors(case, inputs, {"x": result})["x"].values())
+
+
+def test_plots_come_for_light_and_dark_pages(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
+    paths = plots.draw(tiny_result(monkeypatch), tmp_path, "smoke-here")
+    assert {path.name for path in paths} >= {"smoke-here-speed.png", "smoke-here-speed-dark.png"}
+    text = report.pictures(tmp_path / "smoke-here", tmp_path / "README.md")
+    assert 'srcset="smoke-here-speed-dark.png"' in text
+    assert 'src="smoke-here-speed.png"' in text
+    assert report.pictures(tmp_path / "cpu-elsewhere", tmp_path / "README.md") == ""
