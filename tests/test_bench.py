@@ -244,7 +244,8 @@ def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     ours, eager = float(rows[peers.OURS]["median_ms"]), float(rows["eager"]["median_ms"])
     assert float(rows["eager"]["speedup"]) == pytest.approx(eager / ours)
     pytest.importorskip("matplotlib")
-    assert [path.name for path in paths[2:]] == [f"{stem}-speed.png", f"{stem}-memory.png"]
+    plotted = [f"{stem}-{key}{theme}.png" for key in ("speed", "memory") for theme in ("", "-dark")]
+    assert [path.name for path in paths[2:]] == plotted
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000 for path in paths[2:])
 
     text = report.table(result)
@@ -260,6 +261,8 @@ def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
     assert report.main([str(paths[0]), "--readme", str(readme)]) == 0
     block = readme.read_text()
+    assert f'srcset="{stem}-speed-dark.png"' in block
+    assert f'src="{stem}-memory.png"' in block
     assert block.startswith(f"above\n{report.BEGIN}\n| case | rl4llm_fast | eager | chunked |")
     assert block.endswith(f"{report.END}\nbelow\n")
     assert "old" not in block
@@ -361,13 +364,3 @@ def test_benchmark_token_logprobs(benchmark: object, mode: str) -> None:
     step = ops.step(case, peers.build(peers.OURS, case, "cpu"), inputs)
     result = benchmark(step.run, step.prepare())  # type: ignore[operator]
     assert all(error.within for error in ops.errors(case, inputs, {"x": result})["x"].values())
-
-
-def test_plots_come_for_light_and_dark_pages(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra 'bench'")
-    paths = plots.draw(tiny_result(monkeypatch), tmp_path, "smoke-here")
-    assert {path.name for path in paths} >= {"smoke-here-speed.png", "smoke-here-speed-dark.png"}
-    text = report.pictures(tmp_path / "smoke-here", tmp_path / "README.md")
-    assert 'srcset="smoke-here-speed-dark.png"' in text
-    assert 'src="smoke-here-speed.png"' in text
-    assert report.pictures(tmp_path / "cpu-elsewhere", tmp_path / "README.md") == ""
