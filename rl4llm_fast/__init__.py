@@ -12,6 +12,7 @@ if (_root / "kernels" / "__init__.py").is_file() and (_root / "csrc").is_dir():
     __path__.append(str(_root))
 del _pathlib, _root
 
+from . import compat
 from .advantages import group_advantages, process_advantages, whiten
 from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
@@ -29,6 +30,7 @@ __all__ = [
     "BackendError",
     "__version__",
     "backends",
+    "compat",
     "discounted_returns",
     "gae",
     "group_advantages",

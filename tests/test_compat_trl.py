@@ -199,6 +199,20 @@ class TestChunkedLogProbs:
                 assert got.dtype == wanted.dtype
                 assert_as_good_as_eager(got, oracle, wanted, dtype=dtype, name=name)
 
+    @pytest.mark.parametrize("outputs", [("entropy",), ("entropy", "mean_logits", "is_top1")])
+    def test_autocast_and_a_frozen_head(self, utils: Any, outputs: tuple[str, ...]) -> None:
+        hidden, weight, targets = torch.randn(70, 16), torch.randn(301, 16), torch.randint(301, (70,))
+        results = []
+        for function in (ours.ChunkedLogProbFunction, utils._ChunkedLogProbFunction):
+            leaf = hidden.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                values = function.apply(leaf, weight, None, targets, 1.0, 128, None, 1.0, outputs)
+            (values[0].sum() + values[1].sum()).backward()
+            results.append((values[0], values[1], leaf.grad))
+        for got, wanted in zip(*results, strict=True):
+            assert got.dtype == wanted.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+
     def test_chunks_of_tokens_add_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         everything = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         hidden, weight, targets = torch.randn(10, 8), torch.randn(33, 8), torch.randint(33, (10,))
