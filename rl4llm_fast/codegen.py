@@ -1,6 +1,6 @@
 """Writes the token formulas and their derivatives for Triton and for C++/CUDA, from their one Python source.
 
-    python -m rl4llm_fast.codegen            rewrite kernels/token_formulas_gen.py and csrc/token_formulas_gen.h
+    python -m rl4llm_fast.codegen            rewrite kernels/*_formulas_gen.py and csrc/*_formulas_gen.h
     python -m rl4llm_fast.codegen --check    exit 1 if they are not what the formulas give
 
 Equal operations become one; a temporary has the name of the local variable that held it in the formula, a derivative
@@ -347,8 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rl4llm_fast.codegen", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     check = parser.parse_args(arguments).check
+    from . import codegen_pairs  # which uses this module
+
     stale = 0
-    for path, source in ((TRITON_FILE, triton_source()), (CPP_FILE, cpp_source())):
+    for path, source in ((TRITON_FILE, triton_source()), (CPP_FILE, cpp_source()), *codegen_pairs.sources()):
         if path.is_file() and path.read_text() == source:
             continue
         stale += 1

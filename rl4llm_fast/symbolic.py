@@ -203,7 +203,9 @@ class Trace:
             return self.const(value)
         raise FormulaError(f"wanted a number or a value of the formula, got {type(value).__name__}")
 
-    def run(self, formula: Callable[..., Any], inputs: Sequence[str], /, **static: Any) -> tuple[Node, ...]:
+    def run(
+        self, formula: Callable[..., Any], inputs: Sequence[str], /, maths: type[Maths] = Maths, **static: Any
+    ) -> tuple[Node, ...]:
         """The outputs of ``formula(m, *inputs, **static)``; operations take the names of the locals that held them."""
 
         def name_locals(frame: FrameType, event: str, argument: Any) -> None:
@@ -217,7 +219,7 @@ class Trace:
         before = sys.getprofile()
         sys.setprofile(name_locals)
         try:
-            result = formula(Maths(self), *map(self.input, inputs), **static)
+            result = formula(maths(self), *map(self.input, inputs), **static)
         finally:
             sys.setprofile(before)
         return tuple(self.lift(r) for r in (result if isinstance(result, tuple) else (result,)))
@@ -282,6 +284,10 @@ class Trace:
             return self._times(node, dx)
         if op == "log":
             return self.node("div", dx, args[0])
+        if op == "log1p":
+            return self.node("div", dx, self.node("add", self.const(1.0), args[0]))
+        if op == "expm1":
+            return self._times(self.node("add", node, self.const(1.0)), dx)
         if op == "abs":
             return self._times(self.node("sign", args[0]), dx)
         if op == "sigmoid":
