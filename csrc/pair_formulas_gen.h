@@ -117,10 +117,10 @@ struct hinge {
   static constexpr bool token_nll = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* /*knobs*/) {
-    const F short = M::c(1.0) - beta * (chosen - rejected);
-    const auto t = short <= M::c(0.0);
-    const F d_short = -beta;
-    return {M::where(t, M::c(0.0), short), M::where(t, M::c(0.0), d_short), M::where(t, M::c(0.0), beta), M::c(0.0)};
+    const F missing = M::c(1.0) - beta * (chosen - rejected);
+    const auto t = missing <= M::c(0.0);
+    const F d_missing = -beta;
+    return {M::where(t, M::c(0.0), missing), M::where(t, M::c(0.0), d_missing), M::where(t, M::c(0.0), beta), M::c(0.0)};
   }
 };
 

@@ -199,6 +199,45 @@ struct kl_pen {
   }
 };
 
+// (5, 11, 12): (V − V_target)², times ½ or 1.
+struct value_mse {
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
+    const F scale = M::c(knobs[0]);
+    const F error = logp - adv;
+    const F loss = scale * (error * error);
+    const F d_loss = scale * (error + error);
+    const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
+    const F rho = M::exp(log_rho);
+    return {loss, d_loss, rho, M::c(0.0), M::c(0.0), -log_rho, rho - M::c(1.0) - log_rho};
+  }
+};
+
+// max((V − V_target)², (clip(V, V_old ± ε) − V_target)²), times ½ or 1.
+struct value_clipped {
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA PolicyToken<F> eval(F logp, F old, F /*ref*/, F adv, F /*log_s*/, const typename M::S* knobs) {
+    const F scale = M::c(knobs[0]);
+    const F clip = M::c(knobs[1]);
+    const F error = logp - adv;
+    const F square = error * error;
+    const F t = old - clip;
+    const F t2 = old + clip;
+    const F clipped_error = M::clamp(logp, t, t2) - adv;
+    const F clipped_square = clipped_error * clipped_error;
+    const F loss = scale * M::maximum(square, clipped_square);
+    const F d_square = error + error;
+    const F d_clipped_error = M::where((logp >= t) & (logp <= t2), M::c(1.0), M::c(0.0));
+    const F d_clipped_square = d_clipped_error * clipped_error + clipped_error * d_clipped_error;
+    const F t3 = M::where(square < clipped_square, d_clipped_square, M::c(0.5) * (d_square + d_clipped_square));
+    const F d_loss = scale * M::where(square > clipped_square, d_square, t3);
+    const F log_rho = M::clamp(logp - old, M::c(-20.0), M::c(20.0));
+    const F rho = M::exp(log_rho);
+    const F clipped_high = M::where(clipped_square > square, M::c(1.0), M::c(0.0));
+    return {loss, d_loss, rho, M::c(0.0), clipped_high, -log_rho, rho - M::c(1.0) - log_rho};
+  }
+};
+
 // k1 of ref against logp, gradient: value.
 struct kl_k1_value {
   template <class M, class F = typename M::F>
@@ -564,7 +603,9 @@ struct token_sum {
   X(cispo) \
   X(cispo_cap) \
   X(sapo) \
-  X(kl_pen)
+  X(kl_pen) \
+  X(value_mse) \
+  X(value_clipped)
 
 #define RL4LLM_KL_FORMULAS(X) \
   X(kl_k1_value) \

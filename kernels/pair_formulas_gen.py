@@ -108,10 +108,10 @@ def ipo(chosen, rejected, nll, per_pair, beta, knobs):
 @triton.jit
 def hinge(chosen, rejected, nll, per_pair, beta, knobs):
     """max(0, 1 − βh); at βh = 1 the gradient is 0."""
-    short = 1.0 - beta * (chosen - rejected)
-    t = short <= 0.0
-    d_short = -beta
-    return tl.where(t, 0.0, short), tl.where(t, 0.0, d_short), tl.where(t, 0.0, beta), 0.0
+    missing = 1.0 - beta * (chosen - rejected)
+    t = missing <= 0.0
+    d_missing = -beta
+    return tl.where(t, 0.0, missing), tl.where(t, 0.0, d_missing), tl.where(t, 0.0, beta), 0.0
 
 
 @triton.jit

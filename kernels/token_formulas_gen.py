@@ -189,6 +189,41 @@ def kl_pen(logp, old, ref, adv, log_s, knobs):
 
 
 @triton.jit
+def value_mse(logp, old, ref, adv, log_s, knobs):
+    """(5, 11, 12): (V − V_target)², times ½ or 1."""
+    scale = knobs[0]
+    error = logp - adv
+    loss = scale * (error * error)
+    d_loss = scale * (error + error)
+    log_rho = clamp(logp - old, -20.0, 20.0)
+    rho = tl.exp(log_rho)
+    return loss, d_loss, rho, 0.0, 0.0, -log_rho, rho - 1.0 - log_rho
+
+
+@triton.jit
+def value_clipped(logp, old, ref, adv, log_s, knobs):
+    """max((V − V_target)², (clip(V, V_old ± ε) − V_target)²), times ½ or 1."""
+    scale = knobs[0]
+    clip = knobs[1]
+    error = logp - adv
+    square = error * error
+    t = old - clip
+    t2 = old + clip
+    clipped_error = clamp(logp, t, t2) - adv
+    clipped_square = clipped_error * clipped_error
+    loss = scale * maximum(square, clipped_square)
+    d_square = error + error
+    d_clipped_error = tl.where((logp >= t) & (logp <= t2), 1.0, 0.0)
+    d_clipped_square = d_clipped_error * clipped_error + clipped_error * d_clipped_error
+    t3 = tl.where(square < clipped_square, d_clipped_square, 0.5 * (d_square + d_clipped_square))
+    d_loss = scale * tl.where(square > clipped_square, d_square, t3)
+    log_rho = clamp(logp - old, -20.0, 20.0)
+    rho = tl.exp(log_rho)
+    clipped_high = tl.where(clipped_square > square, 1.0, 0.0)
+    return loss, d_loss, rho, 0.0, clipped_high, -log_rho, rho - 1.0 - log_rho
+
+
+@triton.jit
 def kl_k1_value(logp, ref, old):
     """k1 of ref against logp, gradient: value."""
     diff = ref - logp
@@ -491,6 +526,8 @@ POLICY = {
     "cispo_cap": cispo_cap,
     "sapo": sapo,
     "kl_pen": kl_pen,
+    "value_mse": value_mse,
+    "value_clipped": value_clipped,
 }
 KL = {
     "k1_value": kl_k1_value,

@@ -22,8 +22,10 @@ from .info import info
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
 from .losses import policy_loss
+from .preference import kto_loss, preference_loss, ranked_reward_loss, reward_model_loss
 from .returns import discounted_returns, gae, lambda_returns, n_step_returns, shape_rewards, vtrace
 from .user_losses import token_loss
+from .value import sft_loss, value_loss
 
 __all__ = [
     "AdaptiveKLController",
@@ -37,6 +39,7 @@ __all__ = [
     "info",
     "kl_divergence",
     "kl_estimate",
+    "kto_loss",
     "lambda_returns",
     "linear_kl_divergence",
     "linear_kl_estimate",
@@ -45,13 +48,18 @@ __all__ = [
     "linear_token_logprobs",
     "n_step_returns",
     "policy_loss",
+    "preference_loss",
     "process_advantages",
+    "ranked_reward_loss",
+    "reward_model_loss",
+    "sft_loss",
     "shape_rewards",
     "token_entropy",
     "token_logprobs",
     "token_loss",
     "trust_region_exceeded",
     "use_backend",
+    "value_loss",
     "vtrace",
     "whiten",
 ]

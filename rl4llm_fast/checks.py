@@ -96,6 +96,23 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
     return torch.ones((), dtype=torch.float64) * value
 
 
+def numbers(values: dict[str, Number], room: int, reference: Tensor) -> Tensor:
+    """Hyperparameters as one fp64 vector (room,), zeros last: on the CPU, or on the device of a tensor among them."""
+    spare = room - len(values)
+    plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values.values())
+    if plain and not torch.compiler.is_compiling():
+        return torch.tensor([*values.values(), *(0.0,) * spare], dtype=torch.float64)
+    packed = [number(name, value, reference).double() for name, value in values.items()]
+    device = next((p.device for p in packed if p.device.type != "cpu"), None)
+    if device is not None:
+        # A fill, not a copy from the host: it can be captured in a CUDA graph and waits for nothing.
+        packed = [
+            p if p.device == device else torch.full((), float(v), dtype=torch.float64, device=device)
+            for p, v in zip(packed, values.values(), strict=True)
+        ]
+    return torch.cat([torch.stack(packed), packed[0].new_zeros(max(spare, 0))])
+
+
 def as_rows(logits: Tensor) -> Tensor:
     """Logits (..., V) as (B, T, V) with unit stride over V: a view wherever strides allow one, else a copy.
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import pair_formulas
-from .codegen import CPP, ROOT, TRITON, Function
+from .codegen import ROOT, Function
+from .languages import CPP, TRITON
 from .symbolic import Trace
 
 TRITON_FILE = ROOT / "kernels" / "pair_formulas_gen.py"
@@ -29,9 +30,7 @@ def pair_functions() -> tuple[Function, ...]:
     for formula in pair_formulas.FORMULAS.values():
         trace = Trace()
         knobs = formula.knobs
-        (loss,) = trace.run(
-            pair_formulas.pair_loss, (*_INPUTS, *knobs), maths=pair_formulas.PairMaths, formula=formula
-        )
+        (loss,) = trace.run(pair_formulas.pair_loss, (*_INPUTS, *knobs), maths=pair_formulas.PairMaths, formula=formula)
         slopes = [trace.derivative(loss, name) or trace.const(0.0) for name in pair_formulas.ANSWERS]
         names = ("loss", *(f"d_{name}" for name in pair_formulas.ANSWERS))
         outputs = tuple(zip(names, map(trace.strip, (loss, *slopes)), strict=True))

@@ -54,6 +54,11 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
     "linear_policy_loss": _LINEAR_LOSS,
     "linear_sft_loss": _LINEAR_LOSS,
+    "value_loss": ("policy_loss_fwd", "token_loss_bwd"),
+    "sft_loss": ("policy_loss_fwd", "token_loss_bwd"),
+    "preference_loss": ("preference_loss_fwd", "preference_loss_bwd"),
+    "kto_loss": ("preference_loss_fwd", "preference_loss_bwd"),
+    "reward_model_loss": ("preference_loss_fwd", "preference_loss_bwd"),
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas
+from . import formulas, pair_formulas
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -184,3 +184,17 @@ def token_loss_bwd(
     grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(dlogp), torch.empty_like(dentropy)
+
+
+def preference_loss_fwd(chosen: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cu_chosen = args[5]
+    pairs = chosen.shape[0] if cu_chosen is None else cu_chosen.shape[0] - 1
+    per_answer = chosen.new_empty((2, pairs))
+    metrics = chosen.new_empty((len(pair_formulas.METRICS),))
+    return chosen.new_empty(()), per_answer, torch.empty_like(per_answer), metrics
+
+
+def preference_loss_bwd(
+    grad: Tensor, slopes: Tensor, chosen: Tensor, rejected: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(chosen), chosen.new_empty((0,)) if rejected is None else torch.empty_like(rejected)

@@ -159,16 +159,43 @@ def kl_pen(m: Any, logp: Any, old: Any, adv: Any, beta: Any) -> Any:
     return -rho * adv + beta * (rho - 1.0 - log_rho)
 
 
+# Section 6: value losses. They run where the policy losses do: V comes as logp, V_old as old, the target as adv.
+
+
+def value_mse(m: Any, logp: Any, adv: Any, scale: Any) -> Any:
+    """(5, 11, 12): (V − V_target)², times ½ or 1."""
+    error = logp - adv
+    return scale * (error * error)
+
+
+def clipped_squares(m: Any, logp: Any, old: Any, adv: Any, clip: Any) -> tuple[Any, Any]:
+    """(V − V_target)², (clip(V, V_old ± ε) − V_target)²."""
+    error = logp - adv
+    clipped_error = m.clamp(logp, old - clip, old + clip) - adv
+    return error * error, clipped_error * clipped_error
+
+
+def value_clipped(m: Any, logp: Any, old: Any, adv: Any, scale: Any, clip: Any) -> Any:
+    """max((V − V_target)², (clip(V, V_old ± ε) − V_target)²), times ½ or 1."""
+    return scale * m.maximum(*clipped_squares(m, logp, old, adv, clip))
+
+
+def _value_is_clipped(m: Any, token: Mapping[str, Any], scale: Any, clip: Any) -> Any:
+    square, clipped_square = clipped_squares(m, token["logp"], token["old"], token["adv"], clip)
+    return m.where(clipped_square > square, 1.0, 0.0)
+
+
 def _one_plus_minus_eps(eps_low: Any, eps_high: Any, *others: Any) -> tuple[Any, Any]:
     return 1.0 - eps_low, 1.0 + eps_high
 
 
 @dataclass(frozen=True)
 class PolicyFormula:
-    """A token-level policy loss: the function, its knobs in order, and the ratios beyond which it clips (or None)."""
+    """A token-level loss: the function, its knobs in order, and the ratios beyond which it clips (or None)."""
 
     function: Callable[..., Any]
     clip_range: Callable[..., tuple[Any, Any]] | None = None
+    clipped: Callable[..., Any] | None = None  # where there is no such ratio: f(m, token, *knobs), 1 where it clips
     builtin: bool = True
     needs_ref: bool = False
     # What the fused ops know it by; a user's holds a hash of its text, so that a name registered anew is another op's.
@@ -203,6 +230,8 @@ FORMULAS: dict[str, PolicyFormula] = {
         PolicyFormula(cispo_cap, lambda cap: (-1.0, cap)),
         PolicyFormula(sapo),
         PolicyFormula(kl_pen),
+        PolicyFormula(value_mse),
+        PolicyFormula(value_clipped, clipped=_value_is_clipped),
     )
 }
 # The hyperparameters of one policy_loss call, as one fp64 vector; MAX_KNOBS knobs of the formula follow.
@@ -237,6 +266,8 @@ def policy_token(
         low, high = formula.clip_range(*knobs)
         clipped_low = m.where((ratio < low) & (adv < 0.0), 1.0, 0.0)
         clipped_high = m.where((ratio > high) & (adv > 0.0), 1.0, 0.0)
+    if formula.clipped is not None:
+        clipped_high = formula.clipped(m, token, *knobs)
     return loss, ratio, clipped_low, clipped_high, -log_rho, rho - 1.0 - log_rho
 
 

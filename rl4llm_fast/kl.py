@@ -80,12 +80,12 @@ def kl_estimate(
     return kl.reshape(logp.shape)
 
 
-def check_like(name: str, tensor: Tensor | None, logp: Tensor) -> None:
-    """A float tensor of logp's shape and device, or None."""
+def check_like(name: str, tensor: Tensor | None, tokens: Tensor, like: str = "logp") -> None:
+    """A float tensor of the tokens' shape and device, or None."""
     if tensor is not None:
         checks.is_float(name, tensor)
-        checks.has_shape(name, tensor, logp.shape, "logp")
-        checks.same_device(name, tensor, logp, "logp")
+        checks.has_shape(name, tensor, tokens.shape, like)
+        checks.same_device(name, tensor, tokens, like)
 
 
 class AdaptiveKLController:

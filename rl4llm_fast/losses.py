@@ -212,19 +212,7 @@ def _needs(coefficient: str, value: Number, name: str, tensor: Tensor | None) ->
 
 def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
     """Hyperparameters as one fp64 vector: on the CPU, or on the op's device if the user gave a tensor there."""
-    room = len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers)
-    plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers.values())
-    if plain and not torch.compiler.is_compiling():
-        return torch.tensor([*numbers.values(), *(0.0,) * room], dtype=torch.float64)
-    packed = [checks.number(name, value, logp).double() for name, value in numbers.items()]
-    device = next((p.device for p in packed if p.device.type != "cpu"), None)
-    if device is not None:
-        # A fill, not a copy from the host: it can be captured in a CUDA graph and waits for nothing.
-        packed = [
-            p if p.device == device else torch.full((), float(v), dtype=torch.float64, device=device)
-            for p, v in zip(packed, numbers.values(), strict=True)
-        ]
-    return torch.cat([torch.stack(packed), packed[0].new_zeros(max(room, 0))])
+    return checks.numbers(numbers, len(formulas.PARAMS) + formulas.MAX_KNOBS, logp)
 
 
 def _advantages(advantages: Tensor, logp: Tensor, layout: Sequences, dtype: torch.dtype) -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ tensors) and of one number per pair:
 
     chosen, rejected   x of either answer: π(y|x) less the reference's where there is one, the sum over its live tokens
                        or their mean; or its reward
-    nll                −Σπ_w·B/Σ|y_w|, whose mean over the batch is the mean negative log-likelihood of its chosen tokens
+    nll                −Σπ_w·B/Σ|y_w|, whose mean over the batch is the mean NLL of its chosen tokens
     prob, margin, desirable, weight   what a caller may give for each pair, at most one of them
     beta               β (τ of ipo), and then the formula's own knobs
 
@@ -85,8 +85,8 @@ def ipo(m: Any, chosen: Any, rejected: Any, prob: Any, beta: Any) -> Any:
 
 def hinge(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
     """max(0, 1 − βh); at βh = 1 the gradient is 0."""
-    short = 1.0 - beta * (chosen - rejected)
-    return m.where(short <= 0.0, 0.0, short)
+    missing = 1.0 - beta * (chosen - rejected)
+    return m.where(missing <= 0.0, 0.0, missing)
 
 
 def cpo(m: Any, chosen: Any, rejected: Any, beta: Any, alpha: Any) -> Any:

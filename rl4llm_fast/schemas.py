@@ -189,4 +189,24 @@ OPS: dict[str, Op] = {
         fakes.token_loss_bwd,
         True,
     ),
+    # chosen, rejected: (B, T) of any T each, or packed (N,) with cu_* (B+1,) int64 in [0, N]; ref_*, mask_* alike; all
+    # contiguous, in the accumulation dtype. rejected None: no pairs (kto). per_pair (B,): the formula's prob, margin, …
+    # params (len(PARAMS) + MAX_KNOBS,) fp64 as in policy_loss_fwd; formula: a name of pair_formulas.FORMULAS;
+    # average: means of the live tokens in place of sums.
+    # -> loss 0-d; slopes (2, B), the derivative in every live token of either answer; rewards (2, B), β·x of either;
+    #    metrics (len(pair_formulas.METRICS),)
+    "preference_loss_fwd": Op(
+        "(Tensor chosen, Tensor? rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? mask_chosen, "
+        "Tensor? mask_rejected, Tensor? cu_chosen, Tensor? cu_rejected, Tensor? per_pair, Tensor params, str formula, "
+        "bool average) -> (Tensor, Tensor, Tensor, Tensor)",
+        fakes.preference_loss_fwd,
+    ),
+    # grad 0-d -> dchosen, drejected ((0,) without): grad·slope at live tokens, 0 at others
+    # Of chosen and rejected only the shapes are read, as in token_loss_bwd.
+    "preference_loss_bwd": Op(
+        "(Tensor grad, Tensor slopes, Tensor chosen, Tensor? rejected, Tensor? mask_chosen, Tensor? mask_rejected, "
+        "Tensor? cu_chosen, Tensor? cu_rejected) -> (Tensor, Tensor)",
+        fakes.preference_loss_bwd,
+        True,
+    ),
 }

@@ -61,7 +61,14 @@ def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> 
         if len(shape) == 1:
             return Sequences(shape, (1, shape[0]), None, None, False)
         raise ValueError(f"{name}: wanted (B, T), or packed (N,) with cu_seqlens; got {shape}")
-    offsets = packed_offsets(tokens, cu_seqlens, name)
+    return layout_of(tokens, packed_offsets(tokens, cu_seqlens, name))
+
+
+def layout_of(tokens: Tensor, offsets: Tensor | None) -> Sequences:
+    """The layout of ``tokens`` (B, T), or (N,) with ``offsets`` as :func:`packed_offsets` gives them."""
+    shape = checks.shape(tokens)
+    if offsets is None:
+        return Sequences(shape, (shape[0], shape[1]), None, None, True)
     position = torch.arange(shape[0], device=tokens.device)
     index = torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
     return Sequences(shape, (1, shape[0]), offsets, index, True)

@@ -71,8 +71,8 @@ def token_loss(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         from . import codegen  # needed by no one who registers nothing
 
-        if name in KINDS and (name not in FORMULAS or FORMULAS[name].builtin):
-            raise ValueError(f"token_loss: {name!r} is the name of a built-in kind")
+        if (name in KINDS and name not in FORMULAS) or (name in FORMULAS and FORMULAS[name].builtin):
+            raise ValueError(f"token_loss: {name!r} is the name of a built-in loss")
         _check_signature(name, function, defaults)
         needs_ref = _check_formula(name, function, tuple(defaults))
         plain = PolicyFormula(function, builtin=False)

@@ -157,7 +157,17 @@ POINTS = [
         (-1.0, -21.0, -21.0, 2.0, 20.0),  # at exactly 20: kept
     ]
 ]
-KNOBS = {"eps_low": 0.2, "eps_high": 0.25, "dual_clip": 1.7, "cap": 1.3, "tau_pos": 1.0, "tau_neg": 1.05, "beta": 0.1}
+KNOBS = {
+    "scale": 0.5,
+    "clip": 0.3,
+    "eps_low": 0.2,
+    "eps_high": 0.25,
+    "dual_clip": 1.7,
+    "cap": 1.3,
+    "tau_pos": 1.0,
+    "tau_neg": 1.05,
+    "beta": 0.1,
+}
 
 
 @pytest.mark.parametrize("function", codegen.policy_functions(), ids=lambda f: f.name)

@@ -1,0 +1,214 @@
+// preference_loss and its backward on the CPU: checks, pairs and threads around preference.isa.cpp.
+//
+// A thread sums whole answers, so the result depends neither on the number of threads nor on the other pairs; what is
+// made of the sums is a few hundred numbers, in fp64 and in order.
+#include "cpu/preference.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/scalar_maths.h"
+#include "cpu/tensor_args.h"
+#include "pair_formulas_gen.h"
+
+namespace rl4llm {
+namespace {
+
+namespace pairs = pair_formulas;
+
+typedef pairs::PairLoss<double> (*PairFunction)(double chosen, double rejected, double nll, double per_pair,
+                                                double beta, const double* knobs);
+struct PairFormula {
+  const char* name;
+  bool token_nll;
+  PairFunction function;
+};
+const PairFormula kFormulas[] = {
+#define RL4LLM_PAIR(formula) {#formula, pairs::formula::token_nll, &pairs::formula::eval<ScalarMaths>},
+    RL4LLM_PAIR_FORMULAS(RL4LLM_PAIR)};
+
+const PairFormula& find_formula(const std::string& name) {
+  for (const PairFormula& formula : kFormulas) {
+    if (name == formula.name) return formula;
+  }
+  fail("formula: there is no formula ", name);
+}
+
+template <class S>
+const PreferenceFunctions<S>& functions() {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    return preference_kernels().fp64;
+  } else {
+    return preference_kernels().fp32;
+  }
+}
+
+// One side of all pairs: rows (B, T), or packed tokens with the offsets of every answer.
+template <class S>
+struct Answers {
+  const S* logp_ptr = nullptr;
+  const S* ref_ptr;
+  const uint8_t* mask_ptr;
+  const int64_t* offsets_ptr;
+  int64_t B, N, T;
+
+  Answers(const Tensor& logp, const std::optional<Tensor>& ref, const std::optional<Tensor>& mask,
+          const std::optional<Tensor>& cu_seqlens, const char* name) {
+    N = logp.numel();
+    logp_ptr = data_of<S>(logp, name, N);
+    ref_ptr = data_of<S>(ref, "ref", N);
+    mask_ptr = reinterpret_cast<const uint8_t*>(data_of<bool>(mask, "mask", N));
+    if (logp.dim() != (cu_seqlens ? 1 : 2)) {
+      fail(name, ": wanted (B, T), or packed (N,) with cu_seqlens; got ", shape_of(logp));
+    }
+    B = cu_seqlens ? cu_seqlens->numel() - 1 : logp.size(0);
+    T = cu_seqlens ? 0 : logp.size(1);
+    offsets_ptr = cu_seqlens ? data_of<int64_t>(*cu_seqlens, "cu_seqlens", B + 1) : nullptr;
+    if (!offsets_ptr) return;
+    if (B < 0 || offsets_ptr[0] != 0 || offsets_ptr[B] != N) {
+      fail("cu_seqlens: wanted offsets from 0 to the ", N, " tokens of ", name);
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      if (offsets_ptr[b] > offsets_ptr[b + 1]) {
+        fail("cu_seqlens: wanted offsets that never decrease, got ", offsets_ptr[b], ", ", offsets_ptr[b + 1],
+             " at position ", b);
+      }
+    }
+  }
+  int64_t begin(int64_t b) const { return offsets_ptr ? offsets_ptr[b] : b * T; }
+  int64_t length(int64_t b) const { return begin(b + 1) - begin(b); }
+  const uint8_t* mask_at(int64_t b) const { return mask_ptr ? mask_ptr + begin(b) : nullptr; }
+};
+
+// Answers handed to a thread at a time: some ten thousand tokens, worth its start.
+int64_t grain(int64_t tokens, int64_t answers) {
+  return std::max<int64_t>(1, (1 << 14) * answers / std::max<int64_t>(1, tokens));
+}
+
+struct Sums {
+  std::vector<double> sum;
+  std::vector<int64_t> length;  // live tokens, at least 1
+};
+
+template <class S>
+Sums sums_of(const Answers<S>& answers) {
+  Sums out = {std::vector<double>(size_t(answers.B)), std::vector<int64_t>(size_t(answers.B))};
+  torch::stable::parallel_for(0, answers.B, grain(answers.N, answers.B), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t n = answers.begin(b);
+      int64_t count;
+      functions<S>().sum(answers.length(b), answers.logp_ptr + n, answers.ref_ptr ? answers.ref_ptr + n : nullptr,
+                         answers.mask_at(b), &out.sum[size_t(b)], &count);
+      out.length[size_t(b)] = std::max<int64_t>(count, 1);
+    }
+  });
+  return out;
+}
+
+template <class S>
+void spread(const Answers<S>& answers, const S* slope_ptr, S grad, S* out_ptr) {
+  torch::stable::parallel_for(0, answers.B, grain(answers.N, answers.B), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      // A slope of 0 stays 0 whatever comes from above.
+      const S value = slope_ptr[b] == S(0) ? S(0) : grad * slope_ptr[b];
+      functions<S>().spread(answers.length(b), value, answers.mask_at(b), out_ptr + answers.begin(b));
+    }
+  });
+}
+
+template <class F>
+void for_dtype(const Tensor& tensor, const char* name, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    default:
+      fail(name, ": wanted float32 or float64, got ", torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
+    Tensor chosen, std::optional<Tensor> rejected, std::optional<Tensor> ref_chosen, std::optional<Tensor> ref_rejected,
+    std::optional<Tensor> mask_chosen, std::optional<Tensor> mask_rejected, std::optional<Tensor> cu_chosen,
+    std::optional<Tensor> cu_rejected, std::optional<Tensor> per_pair, Tensor params, std::string formula,
+    bool average) {
+  const PairFormula& pair_formula = find_formula(formula);
+  const int64_t B = cu_chosen ? cu_chosen->numel() - 1 : chosen.size(0);
+  const ScalarType type = chosen.scalar_type();
+  const Tensor loss_out = empty_like_of(chosen, {}, type), slopes = empty_like_of(chosen, {2, B}, type);
+  const Tensor rewards = empty_like_of(chosen, {2, B}, type);
+  const Tensor metrics_out = empty_like_of(chosen, {int64_t(pairs::num_metrics)}, type);
+  const double* params_ptr = data_of<double>(params, "params", int64_t(pairs::num_params) + pairs::max_knobs);
+  const double beta = params_ptr[pairs::param_beta], *knobs = params_ptr + pairs::num_params;
+
+  for_dtype(chosen, "chosen", [&](auto s) {
+    using S = decltype(s);
+    const S* per_pair_ptr = data_of<S>(per_pair, "per_pair", B);
+    const Sums won = sums_of(Answers<S>(chosen, ref_chosen, mask_chosen, cu_chosen, "chosen"));
+    Sums lost = {std::vector<double>(size_t(B)), std::vector<int64_t>(size_t(B), 1)};
+    if (rejected) lost = sums_of(Answers<S>(*rejected, ref_rejected, mask_rejected, cu_rejected, "rejected"));
+    if (int64_t(lost.sum.size()) != B) fail("rejected: wanted ", B, " answers, got ", lost.sum.size());
+    int64_t chosen_tokens = 0;
+    for (const int64_t length : won.length) chosen_tokens += length;
+    const double nll_scale = chosen_tokens ? double(B) / double(chosen_tokens) : 0;
+
+    S* slopes_ptr = static_cast<S*>(slopes.data_ptr());
+    S* rewards_ptr = static_cast<S*>(rewards.data_ptr());
+    double loss = 0, metrics[pairs::num_metrics] = {};
+    for (int64_t i = 0; i < B; ++i) {
+      const size_t k = size_t(i);
+      const double weight = average ? 1.0 / double(won.length[k]) : 1,
+                   other = average ? 1.0 / double(lost.length[k]) : 1;
+      const double x = average ? won.sum[k] / double(won.length[k]) : won.sum[k];
+      const double y = average ? lost.sum[k] / double(lost.length[k]) : lost.sum[k];
+      const double nll = pair_formula.token_nll ? -won.sum[k] * nll_scale : 0;
+      const double extra = per_pair_ptr ? double(per_pair_ptr[i]) : params_ptr[pairs::param_per_pair];
+      const auto pair = pair_formula.function(x, y, nll, extra, beta, knobs);
+      loss += pair.loss;
+      // No −0·scale: a formula without this nll has no slope in it.
+      const double through_nll = pair_formula.token_nll ? pair.d_nll * nll_scale : 0;
+      slopes_ptr[i] = S((pair.d_chosen * weight - through_nll) / double(B));
+      slopes_ptr[B + i] = S(pair.d_rejected * other / double(B));
+      const double better = beta * x, worse = beta * y;
+      rewards_ptr[i] = S(better), rewards_ptr[B + i] = S(worse);
+      metrics[pairs::metric_reward_chosen] += better;
+      metrics[pairs::metric_reward_rejected] += worse;
+      metrics[pairs::metric_accuracy] += better > worse;
+      metrics[pairs::metric_margin] += better - worse;
+    }
+    const double total = double(std::max<int64_t>(B, 1));
+    static_cast<S*>(loss_out.data_ptr())[0] = S(loss / total);
+    for (int k = 0; k < pairs::num_metrics; ++k) static_cast<S*>(metrics_out.data_ptr())[k] = S(metrics[k] / total);
+  });
+  return {loss_out, slopes, rewards, metrics_out};
+}
+
+std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tensor chosen,
+                                               std::optional<Tensor> rejected, std::optional<Tensor> mask_chosen,
+                                               std::optional<Tensor> mask_rejected, std::optional<Tensor> cu_chosen,
+                                               std::optional<Tensor> cu_rejected) {
+  const Tensor grad_chosen = torch::stable::empty_like(chosen);
+  const Tensor grad_rejected =
+      rejected ? torch::stable::empty_like(*rejected) : empty_like_of(chosen, {0}, chosen.scalar_type());
+  for_dtype(chosen, "chosen", [&](auto s) {
+    using S = decltype(s);
+    const Answers<S> won(chosen, std::nullopt, mask_chosen, cu_chosen, "chosen");
+    const S* slopes_ptr = data_of<S>(slopes, "slopes", 2 * won.B);
+    const S upstream = *data_of<S>(grad, "grad", 1);
+    spread(won, slopes_ptr, upstream, static_cast<S*>(grad_chosen.data_ptr()));
+    if (!rejected) return;
+    const Answers<S> lost(*rejected, std::nullopt, mask_rejected, cu_rejected, "rejected");
+    if (lost.B != won.B) fail("rejected: wanted ", won.B, " answers, got ", lost.B);
+    spread(lost, slopes_ptr + won.B, upstream, static_cast<S*>(grad_rejected.data_ptr()));
+  });
+  return {grad_chosen, grad_rejected};
+}
+
+}  // namespace
+}  // namespace rl4llm
+
+STABLE_TORCH_LIBRARY_IMPL(rl4llm_fast, CPU, m) {
+  m.impl("preference_loss_fwd", TORCH_BOX(&rl4llm::preference_loss_fwd));
+  m.impl("preference_loss_bwd", TORCH_BOX(&rl4llm::preference_loss_bwd));
+}
