@@ -27,7 +27,8 @@ class Target:
     """One threshold of a case.
 
     kind: ``speedup`` (at least ``value`` times faster than ``peer``), ``time_ms`` (at most), ``copy_fraction`` (at
-    least this part of the copy bandwidth of the same run) or ``extra_bytes`` (peak memory over the inputs, at most).
+    least this part of the copy bandwidth of the same run), ``extra_bytes`` (peak memory over the inputs, at most) or
+    ``memory`` (that, at most 1/``value`` of the peer's).
     device: the threshold speaks of devices with this in their name, and is not judged on others.
     """
 
@@ -43,6 +44,8 @@ class Target:
             text = f"<= {self.value:g} ms"
         elif self.kind == "copy_fraction":
             text = f">= {self.value:.0%} of copy"
+        elif self.kind == "memory":
+            text = f"extra <= 1/{self.value:g} of {self.peer}"
         else:
             text = f"extra <= {self.value / 2**20:.0f} MiB"
         return f"{text} on {self.device}" if self.device else text
@@ -149,7 +152,21 @@ def _kl_flops(case: Case) -> int:
     return rows * vocabulary * {FORWARD: 13, BACKWARD: 8}.get(case.mode, 21)
 
 
+def _linear_bytes(case: Case) -> int:
+    """Hidden states and head read in each of three passes, both gradients written: what no chunking can avoid."""
+    rows, width, vocabulary = case.shape
+    return 4 * (rows + vocabulary) * width * case.dtype.itemsize
+
+
+def _linear_flops(case: Case) -> int:
+    """Three products: logits, dx, dW."""
+    rows, width, vocabulary = case.shape
+    return 3 * 2 * rows * width * vocabulary
+
+
 _BYTES = {
+    "linear_token_logprobs": _linear_bytes,
+    "linear_policy_loss": _linear_bytes,
     "gae": _gae_bytes,
     "token_logprobs": _logits_bytes,
     "kl_divergence": _kl_bytes,
@@ -157,6 +174,8 @@ _BYTES = {
     "group_advantages": _group_bytes,
 }
 _FLOPS = {
+    "linear_token_logprobs": _linear_flops,
+    "linear_policy_loss": _linear_flops,
     "gae": _gae_flops,
     "token_logprobs": _logits_flops,
     "kl_divergence": _kl_flops,
@@ -218,6 +237,21 @@ def _cpu_small() -> Iterator[Case]:
     )
 
 
+def _cpu_linear() -> Iterator[Case]:
+    """From hidden states (N, D, V), with little memory and, "one chunk", with all logits kept for the backward."""
+    shape, suites = (2_048, 576, 49_152), ("cpu",)
+    rows: tuple[tuple[str, torch.dtype, str, float, float], ...] = (
+        ("linear_token_logprobs", torch.float32, "", 1.0, 7),
+        ("linear_token_logprobs", torch.float32, "one chunk", 1.1, 2),
+        ("linear_token_logprobs", torch.bfloat16, "", 1.9, 2.5),
+        ("linear_policy_loss", torch.float32, "grpo k3", 1.1, 7),
+        ("linear_policy_loss", torch.bfloat16, "grpo k3", 1.9, 4),
+    )
+    for op, dtype, variant, speedup, memory in rows:
+        targets = (_faster(speedup, "eager"), Target("memory", memory, "eager"))
+        yield Case(op, op, BOTH, dtype, shape, suites, targets, variant)
+
+
 def _cpu_gae() -> Iterator[Case]:
     """Padded 512 × 2,048, and the same tokens packed in ragged sequences; no mask, holes skipped, holes as zeros."""
     targets = (_faster(100, "loop"), Target("copy_fraction", 0.5))
@@ -256,7 +290,7 @@ def _gpu() -> Iterator[Case]:
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
 
 
-CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_gae(), *_gpu())
+CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_linear(), *_cpu_gae(), *_gpu())
 SUITES = ("smoke", "cpu", "gpu")
 
 

@@ -201,6 +201,12 @@ def judge(target: Target, record: dict[str, Any], device_name: str, copy_ceiling
     elif target.kind == "copy_fraction":
         got = ours["bytes_per_s"] / copy_ceiling
         shown, reached = f"{got:.0%}", got >= target.value
+    elif target.kind == "memory":
+        peer, extra = result_of(record, str(target.peer)), ours.get("extra_bytes")
+        if not extra or not peer.get("extra_bytes"):
+            return {**verdict, "reason": "memory was not measured"}
+        got = peer["extra_bytes"] / extra
+        shown, reached = f"1/{got:.1f}", got >= target.value
     else:
         got = ours.get("extra_bytes")
         if got is None:

@@ -7,11 +7,14 @@ A peer's function has the signature of its case's ``call``:
     token_logprobs_entropy(logits, token_ids) -> (logp, entropy), both differentiable
     group_advantages(rewards (B,), group_ids (B,)) -> advantages (B,)
     policy_loss(logp, old_logp, ref_logp (B, T), advantages (B,), mask (B, T)) -> (loss, metrics)
+    linear_token_logprobs(hidden (N, D), weight (V, D), token_ids (N,)) -> logp (N,)
+    linear_policy_loss(hidden, weight, token_ids, ref_logp, advantages (N,)) -> loss; on-policy GRPO with k3, β 0.04
     gae(rewards, values (B, T) or (N,), mask, mask_mode, cu_seqlens (B+1,)) -> (advantages, returns); γ 0.99, λ 0.95
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +63,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         return {"rewards": torch.randn(count, generator=generator, device=device), "group_ids": ids}
     if case.op == "gae":
         return _gae_inputs(case, device, generator)
+    if case.op.startswith("linear_"):
+        return _linear_inputs(case, device, generator)
     rows, positions = case.shape
     logp = -torch.rand(rows, positions, generator=generator, device=device) * 5
     noise = torch.randn(2, rows, positions, generator=generator, device=device) * 0.2
@@ -70,6 +75,21 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         "ref_logp": logp + noise[1],
         "advantages": torch.randn(rows, generator=generator, device=device),
         "mask": torch.arange(positions, device=device) < length,
+    }
+
+
+def _linear_inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    """Logits of about unit variance; on-policy, so that no ratio stands at a bound where a rounding would decide."""
+    rows, width, vocabulary = case.shape
+    hidden = torch.randn(rows, width, generator=generator, device=device)
+    weight = torch.randn(vocabulary, width, generator=generator, device=device).div_(width**0.5)
+    per_row = torch.randn(2, rows, generator=generator, device=device)
+    return {
+        "hidden": hidden.to(case.dtype),
+        "weight": weight.to(case.dtype),
+        "token_ids": torch.randint(vocabulary, (rows,), generator=generator, device=device),
+        "ref_logp": per_row[0] * 0.2 - math.log(vocabulary) - 0.5,
+        "advantages": per_row[1],
     }
 
 
@@ -125,6 +145,8 @@ def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool
         return Step(lambda: None, lambda _: {"advantages": function(inputs["rewards"], inputs["group_ids"])})
     if case.op == "policy_loss":
         return _policy_step(case, function, inputs)
+    if case.op.startswith("linear_"):
+        return _linear_step(case, function, inputs)
     if case.op == "gae":
         return _gae_step(case, function, inputs)
     return _logits_step(case, function, inputs, restore)
@@ -178,6 +200,21 @@ def _policy_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> St
             loss.backward()
             found["grad_logp"] = received[0]
         return found
+
+    return Step(lambda: None, run)
+
+
+def _linear_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
+    assert case.mode == BOTH
+    loss = case.op == "linear_policy_loss"
+    rest = [inputs[name] for name in (("token_ids", "ref_logp", "advantages") if loss else ("token_ids",))]
+
+    def run(_: object) -> Outputs:
+        leaves = [inputs[name].detach().requires_grad_() for name in ("hidden", "weight")]
+        result = function(*leaves, *rest)
+        result.backward(None if loss else inputs["advantages"].to(result.dtype))
+        gradients = {"grad_hidden": leaves[0].grad, "grad_weight": leaves[1].grad}
+        return {"loss" if loss else "logp": result.detach(), **gradients}  # type: ignore[dict-item]
 
     return Step(lambda: None, run)
 
@@ -257,13 +294,9 @@ def _blocks(case: Case, inputs: Inputs) -> Iterator[tuple[Any, Inputs]]:
 def _reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
     """The library's eager backend, in ``dtype``, on the same values."""
     cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-    if "logits" in inputs and dtype != torch.float64:
-        for name in inputs.keys() & {
-            "grad_logp",
-            "grad_entropy",
-            "grad_kl",
-        }:  # per-token numbers are fp32 whatever the logits are
-            cast[name] = inputs[name]
+    if dtype != torch.float64:  # per-token numbers are fp32 whatever logits and hidden states are
+        numbers = {"grad_logp", "grad_entropy", "grad_kl"} if "logits" in inputs else {"ref_logp", "advantages"}
+        cast |= {name: inputs[name] for name in inputs.keys() & numbers if "hidden" in inputs or "logits" in inputs}
     with rf.use_backend("eager"):
         plain = ours.build(case, inputs[next(iter(inputs))].device.type)
         made = step(case, plain, cast)

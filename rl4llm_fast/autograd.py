@@ -90,6 +90,7 @@ class LinearTokenLogprobsOptions:
     compute_dtype: torch.dtype
     chunk_tokens: int
     keep_logits: bool
+    group: str
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
@@ -120,6 +121,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             options.compute_dtype,
             options.chunk_tokens,
             options.keep_logits,
+            options.group,
         )
         ctx.save_for_backward(hidden, weight, bias, token_ids, mask, temperature, softcap, row_max, log_sum, entropy)
         ctx.options = options
@@ -160,6 +162,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             need[0],
             need[1],
             need[2],
+            options.group,
         )
         grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, need, strict=False))
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None

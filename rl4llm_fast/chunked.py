@@ -10,12 +10,13 @@ run to run but, unlike those of the streaming kernels, not independent of N.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference, schemas
+from . import reference, schemas, vocab_parallel
 
 MIB = 2**20
 
@@ -31,7 +32,7 @@ def chunk_rule(vocabulary: int, compute_dtype: torch.dtype, device: str) -> int:
         workspace = 512 * MIB
     else:
         workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
-    tokens = workspace // (vocabulary * compute_dtype.itemsize)
+    tokens = workspace // (max(vocabulary, 1) * compute_dtype.itemsize)  # a vocabulary-parallel rank may have no row
     return max(tokens // 64 * 64, min(tokens, 64), 1)
 
 
@@ -78,10 +79,14 @@ def chunks_of(rows: Rows, size: int) -> list[tuple[slice, Rows]]:
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """logits = x Wᵀ + b, written into the workspace."""
+    """logits = x Wᵀ + b, written into the workspace; −inf where it is wider than that."""
+    logits = out[:, : weight.shape[0]]
+    out[:, weight.shape[0] :] = -math.inf
     if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=logits)
+    return out
 
 
 def cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -108,8 +113,9 @@ def _forward(
     compute_dtype: torch.dtype,
     chunk_tokens: int,
     keep_logits: bool,
+    group: str,
 ) -> tuple[Tensor, ...]:
-    rows_total, vocabulary = hidden.shape[0], weight.shape[0]
+    rows_total, vocabulary = hidden.shape[0], vocab_parallel.width(weight.shape[0], group)
     live = live_rows(token_ids, mask, ignore_index)
     check_ids(token_ids, live, ignore_index, vocabulary)
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
@@ -123,7 +129,8 @@ def _forward(
     entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
     workspace = x.new_empty((min(chunk_tokens, rows_total), vocabulary))
     for part, chunk in chunks_of(rows, chunk_tokens):
-        logits = project(chunk.hidden, w, b, workspace[: chunk.hidden.shape[0]])
+        logits = workspace[: chunk.hidden.shape[0]]
+        project(chunk.hidden, w, b, logits)
         outputs = kernels.token_logprobs_fwd(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
         )
@@ -131,6 +138,16 @@ def _forward(
             if piece.shape[0]:
                 whole[part] = piece
     entropy = entropy if return_entropy else entropy[:0]
+    if group:
+        logp, entropy, row_max, log_sum = vocab_parallel.combine(
+            logp, entropy, row_max, log_sum, rows.temperature, group
+        )
+        dead = rows.token_ids == ignore_index
+        if rows.mask is not None:
+            dead_rows = ~rows.mask
+            dead = dead | (dead_rows if dead.dim() == 1 else dead_rows.unsqueeze(-1))
+            entropy = entropy.masked_fill(dead_rows, 0.0) if return_entropy else entropy
+        logp = logp.masked_fill(dead, 0.0)
     kept = workspace if keep_logits and rows_total <= chunk_tokens else workspace.new_empty(0)
     return (
         scatter(logp, index, rows_total),
@@ -162,6 +179,7 @@ def _backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live_rows(token_ids, mask, ignore_index))
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
@@ -171,7 +189,7 @@ def _backward(
     saved = [
         t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
     ]
-    count, vocabulary = x.shape[0], weight.shape[0]
+    count, vocabulary = x.shape[0], vocab_parallel.width(weight.shape[0], group)
     gradients = Gradients(x, w, weight.dtype, bias, -(-count // chunk_tokens), need_hidden, need_weight, need_bias)
     reuse = kept_logits is not None and kept_logits.shape[0] > 0
     workspace = kept_logits if reuse else x.new_empty((min(chunk_tokens, count), vocabulary))
@@ -184,7 +202,9 @@ def _backward(
         kernels.token_logprobs_bwd_(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
         )  # the logits are now dlogits
-        gradients.add(part, logits)
+        gradients.add(part, logits[:, : weight.shape[0]])
+    if group and need_hidden:
+        vocab_parallel.all_reduce(gradients.hidden, group)
     return gradients.result(index, hidden)
 
 
@@ -275,5 +295,6 @@ def register(library: torch.library.Library, namespace: str) -> None:
         return _backward(kernels, *args)
 
     for key in ("CPU", "CUDA"):
+        library.impl("vocab_parallel_ids", vocab_parallel.local_ids, key)
         library.impl("linear_token_logprobs_fwd", forward, key)
         library.impl("linear_token_logprobs_bwd", backward, key)

@@ -61,6 +61,7 @@ def linear_token_logprobs_fwd(
     compute_dtype: torch.dtype,
     chunk_tokens: int,
     keep_logits: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
     kept = (rows, weight.shape[0]) if keep_logits and rows <= chunk_tokens else (0,)
@@ -76,7 +77,19 @@ def linear_token_logprobs_fwd(
 def linear_token_logprobs_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype, _, need_hidden, need_weight, need_bias = args[-5:]
+    return _factor_gradients(hidden, weight, bias, *args[-6:-1])
+
+
+def _factor_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     bias_dtype = accumulation_dtype(compute_dtype) if bias is None else bias.dtype
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -85,13 +98,17 @@ def linear_token_logprobs_bwd(
     )
 
 
+def vocab_parallel_ids(token_ids: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(token_ids)
+
+
 def linear_policy_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with_entropy, compute_dtype = args[-6:-4]
     logp = hidden.new_empty((hidden.shape[0],), dtype=accumulation_dtype(compute_dtype))
     entropy = logp.new_empty((hidden.shape[0] if with_entropy else 0,))
-    return logp, entropy, *linear_token_logprobs_bwd(hidden, weight, bias, *args[-5:])
+    return logp, entropy, *_factor_gradients(hidden, weight, bias, *args[-5:])
 
 
 def scaled_gradient(grad: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
@@ -112,7 +129,7 @@ def linear_kl_divergence_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute_dtype, _, *rest = args[-6:]
-    return linear_token_logprobs_bwd(hidden, weight, bias, compute_dtype, *rest)
+    return _factor_gradients(hidden, weight, bias, compute_dtype, *rest)
 
 
 def kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:

@@ -37,6 +37,7 @@ def linear_policy_loss(
     ref_bias: Tensor | None = None,
     entropy_coef: Number = 0.0,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
     backend: str | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,8 +51,9 @@ def linear_policy_loss(
     :math:`h = \partial L/\partial H_t` (survey (2), (10), (33), (82)). The logits exist for one chunk of tokens at a
     time. Kinds that look at one token at a time make the gradient in the forward pass, while those logits are there:
     three matrix products in all; the backward multiplies by the upstream gradient. Kinds that must see a whole sequence
-    first (gspo; rollout_level="sequence" without old_logp), aggregation="none" and formulas that run on the eager
-    backend only take two passes, of which the second makes the logits again, unless all tokens fit one chunk.
+    first (gspo; rollout_level="sequence" without old_logp), aggregation="none", formulas of one's own and
+    vocabulary-parallel heads (whose ranks would have to meet at every chunk) take two passes, of which the second makes
+    the logits again, unless all tokens fit one chunk.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``. Under autocast the products run in its dtype.
@@ -64,7 +66,7 @@ def linear_policy_loss(
         ref_logp: the reference's log-probabilities; or they are made here, in chunks and without gradient, from
             ref_hidden, ref_weight and ref_bias: (B, T, D') or (N, D'), (V, D'), (V,) or None.
         entropy_coef: c₂ (33). Any but the number 0 makes entropies, their gradient, and the metric ``entropy``.
-        chunk_tokens: as in :func:`linear_token_logprobs`.
+        chunk_tokens, tp_group: as in :func:`linear_token_logprobs`; ref_weight is then a slice too.
         backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
         **options: everything else that :func:`policy_loss` takes (kl_coef, kl_estimator, kl_gradient, kl_clamp, the
             rollout arguments, aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights), and the
@@ -76,7 +78,7 @@ def linear_policy_loss(
     Raises:
         As :func:`policy_loss` and :func:`linear_token_logprobs`; nothing has run by then but checks of the arguments.
     """
-    compute_dtype = check_linear(hidden, weight, bias)
+    compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden: wanted (B, T, D), or packed (N, D); got {checks.shape(hidden)}")
     lead = hidden.shape[:-1]
@@ -92,11 +94,16 @@ def linear_policy_loss(
     mask = kept if mask is None else kept & mask
     tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
-    head: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    head: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap,
+        "chunk_tokens": chunk_tokens,
+        "tp_group": tp_group,
+    }
     with_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     options = {"kind": kind, "mask": mask, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, **options}
     options["backend"] = backend
-    _check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias)
+    _check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)
 
     # The loss of zeros: every other argument is checked by the function that it is meant for, before any product.
     nothing = torch.zeros(lead, dtype=accumulation_dtype(compute_dtype), device=hidden.device)
@@ -120,7 +127,7 @@ def linear_policy_loss(
     options["ref_logp"] = ref_logp
 
     chosen = dispatch.choose("linear_policy_loss", hidden, backend)
-    if chosen == "eager" or not _one_pass(old_logp, options):
+    if chosen == "eager" or tp_group is not None or not _one_pass(old_logp, options):
         head |= {"mask": mask, "ignore_index": ignore_index, "return_entropy": with_entropy, "backend": backend}
         result = linear_token_logprobs(hidden, weight, token_ids, bias, **head)
         logp, entropy = result if isinstance(result, tuple) else (result, None)
@@ -171,6 +178,7 @@ def linear_sft_loss(
     softcap: Number | None = None,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Supervised loss straight from hidden states: :math:`L = -\sum_t w_t \log p(y_t)` (survey (3)).
@@ -178,8 +186,8 @@ def linear_sft_loss(
     The gradient is made in the forward pass, as in :func:`linear_policy_loss`, whose kind ``pg`` at A = 1 this is.
 
     Args:
-        hidden, weight, token_ids, bias, mask, cu_seqlens, temperature, softcap, ignore_index, chunk_tokens, backend: as
-            in :func:`linear_policy_loss`.
+        hidden, weight, token_ids, bias, mask, cu_seqlens, temperature, softcap, ignore_index, chunk_tokens, tp_group,
+            backend: as in :func:`linear_policy_loss`.
         aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights: as in :func:`policy_loss`.
 
     Returns:
@@ -188,13 +196,13 @@ def linear_sft_loss(
     Raises:
         As :func:`linear_policy_loss`.
     """
-    check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, sharded=tp_group is not None)
     ones = torch.ones(hidden.shape[:-1], dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
     loss, _ = linear_policy_loss(
         hidden, weight, token_ids, None, ones, bias, kind="pg", mask=mask, cu_seqlens=cu_seqlens,
         aggregation=aggregation, num_tokens=num_tokens, num_sequences=num_sequences, dp_size=dp_size,
         max_length=max_length, token_weights=token_weights, temperature=temperature, softcap=softcap,
-        ignore_index=ignore_index, chunk_tokens=chunk_tokens, backend=backend,
+        ignore_index=ignore_index, chunk_tokens=chunk_tokens, tp_group=tp_group, backend=backend,
     )  # fmt: skip
     return loss
 
@@ -205,6 +213,7 @@ def _check_reference(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    sharded: bool,
 ) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_hidden", "ref_weight") if ref_weight is None else ("ref_weight", "ref_hidden")
@@ -215,7 +224,7 @@ def _check_reference(
         return
     if ref_logp is not None:
         raise ValueError("ref_logp, ref_hidden: two sources of the reference's log-probabilities; give one of them")
-    check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_", sharded=sharded)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"ref_hidden: wanted {checks.shape(hidden)[:-1]} tokens like hidden, got {checks.shape(ref_hidden)}"

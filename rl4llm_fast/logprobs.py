@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks, chunked, dispatch, reference
 from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
+from .vocab_parallel import GatheredRows
 
 
 @overload
@@ -168,6 +169,7 @@ def linear_token_logprobs(
     ignore_index: int = ...,
     return_entropy: Literal[False] = ...,
     chunk_tokens: int | None = ...,
+    tp_group: Any = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -185,6 +187,7 @@ def linear_token_logprobs(
     ignore_index: int = ...,
     return_entropy: Literal[True],
     chunk_tokens: int | None = ...,
+    tp_group: Any = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -201,6 +204,7 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
+    tp_group: Any = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities of chosen tokens straight from hidden states: :func:`token_logprobs` of :math:`x W^\top + b`.
@@ -216,6 +220,11 @@ def linear_token_logprobs(
         bias: (V,) or None.
         chunk_tokens: tokens per chunk. None: as many as fit 512 MiB of logits on a GPU, and on a CPU 64 MiB in fp32 or
             256 MiB in bf16 (``rl4llm_fast.chunked.chunk_rule``).
+        tp_group: a process group over whose ranks the rows of ``weight`` (and ``bias``) are split, in rank order, any
+            number each: the ids are those of the whole vocabulary, and everything but ``weight`` and ``bias`` is the
+            same on all ranks. So are the results, those of the whole vocabulary; d hidden comes back summed over the
+            group. One all-gather of 3 or 4 numbers a token forward (and one of the slices' sizes), one all-reduce
+            backward.
         temperature, softcap, mask, ignore_index, return_entropy, backend: as in :func:`token_logprobs`. Hidden states
             of masked rows may hold anything, NaN included, and reach no gradient.
 
@@ -226,8 +235,9 @@ def linear_token_logprobs(
         As :func:`token_logprobs`; also ValueError for shapes of ``hidden``, ``weight`` and ``bias`` that do not fit,
         and TypeError for dtypes that differ outside autocast.
     """
-    compute_dtype = check_linear(hidden, weight, bias)
+    compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     _check_ids_shape(token_ids, hidden, "hidden")
+    group = check_group(tp_group)
     lead = hidden.shape[:-1]
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
@@ -236,12 +246,19 @@ def linear_token_logprobs(
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
     chosen = dispatch.choose("linear_token_logprobs", hidden, backend)
     if chosen == "eager":
+        if group:
+            weight = GatheredRows.apply(weight, group)  # type: ignore[no-untyped-call]
+            bias = None if bias is None else GatheredRows.apply(bias, group)  # type: ignore[no-untyped-call]
         live = reference.live_rows(token_ids, hidden, mask, ignore_index)
         logits = reference.project(hidden, weight, bias, live)
         logp, entropy = reference.token_logprobs(logits, token_ids, mask, tau, cap, ignore_index, return_entropy)
         return logp if entropy is None else (logp, entropy)
 
-    if chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
+    ids, (flat_mask, flat_tau) = flat_ids(token_ids, hidden), flat_rows(mask, tau)
+    if group:
+        ids = dispatch.ops(chosen).vocab_parallel_ids(ids, flat_mask, weight.detach(), ignore_index, -100, group)
+        ignore_index = -100
+    elif chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
         _check_ids_on_device(token_ids, mask, ignore_index, hidden, weight.shape[0])
     chunk = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type)
     options = LinearTokenLogprobsOptions(
@@ -250,14 +267,16 @@ def linear_token_logprobs(
         return_entropy=return_entropy,
         compute_dtype=compute_dtype,
         chunk_tokens=chunk,
-        keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
+        keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling() and not group,
+        group=group,
     )
     logp, entropy = LinearTokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        flat_ids(token_ids, hidden),
-        *flat_rows(mask, tau),
+        ids,
+        flat_mask,
+        flat_tau,
         cap,
         options,
     )
@@ -265,13 +284,31 @@ def linear_token_logprobs(
     return (logp, entropy.reshape(lead)) if return_entropy else logp
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> torch.dtype:
+def check_group(tp_group: Any) -> str:
+    """The name by which ops know a process group, "" for none."""
+    if tp_group is None:
+        return ""
+    name = getattr(tp_group, "group_name", None)
+    if not isinstance(name, str):
+        raise TypeError(f"tp_group: wanted a torch.distributed process group or None, got {type(tp_group).__name__}")
+    return name
+
+
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", sharded: bool = False
+) -> torch.dtype:
     """Validate the factors of the logits; the dtype in which their product runs."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if hasattr(tensor, "to_local"):
+            raise TypeError(
+                f"{prefix}{name}: wanted a plain tensor, got a DTensor; pass {name}.to_local(), with tp_group if it is "
+                f"sharded over the vocabulary, or {name}.full_tensor()"
+            )
     checks.is_float(f"{prefix}hidden", hidden)
     checks.is_float(f"{prefix}weight", weight)
     if hidden.dim() == 0:
         raise ValueError(f"{prefix}hidden: wanted (..., D), got a 0-d tensor")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not sharded):
         raise ValueError(
             f"{prefix}weight: wanted (V, {hidden.shape[-1]}) to match {prefix}hidden {checks.shape(hidden)}, got "
             f"{checks.shape(weight)}"

@@ -67,17 +67,25 @@ OPS: dict[str, Op] = {
     "linear_token_logprobs_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, int chunk_tokens, "
-        "bool keep_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "bool keep_logits, str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_fwd,
     ),
+    # With a process group by its name the weight is this rank's slice, token_ids are those of vocab_parallel_ids, and
+    # the results are those of the whole vocabulary; "" for none, and then only keep_logits.
     # kept_logits are overwritten. -> dhidden, dweight, dbias; (0,) for what is not needed
     "linear_token_logprobs_bwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, "
         "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, int chunk_tokens, bool need_hidden, "
-        "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+        "bool need_weight, bool need_bias, str group) -> (Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_bwd,
         True,
+    ),
+    # Ids of the whole vocabulary, (N,) or (N, K), as ids of this rank's slice and its phantom (vocab_parallel.py);
+    # ignore_index becomes ``ignored``. Collective over the group.
+    "vocab_parallel_ids": Op(
+        "(Tensor token_ids, Tensor? mask, Tensor weight, int ignore_index, int ignored, str group) -> Tensor",
+        fakes.vocab_parallel_ids,
     ),
     # hidden, weight, bias as above; every other tensor per token (N,): token_ids int64, -100 for a token that is not
     # live; omega the weights of the policy term, or with rollout_bounds (2,) the sampler's log-probabilities, of which

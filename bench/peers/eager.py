@@ -30,6 +30,20 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def linear_token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    return token_logprobs(hidden @ weight.t(), token_ids)
+
+
+def linear_policy_loss(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logp: Tensor, advantages: Tensor
+) -> Tensor:
+    """GRPO with k3 to the reference, on-policy."""
+    logp = linear_token_logprobs(hidden, weight, token_ids)
+    ratio, to_ref = (logp - logp.detach()).exp(), ref_logp - logp
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (0.04 * (to_ref.exp() - to_ref - 1) - surrogate).mean()
+
+
 def group_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     _, group, size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     mean = torch.zeros(size.numel(), device=rewards.device).index_add_(0, group, rewards) / size
@@ -76,6 +90,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "kl_divergence": kl_divergence,
     "group_advantages": group_advantages,
     "policy_loss": policy_loss,
+    "linear_token_logprobs": linear_token_logprobs,
+    "linear_policy_loss": linear_policy_loss,
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..cases import Case
@@ -19,7 +20,20 @@ def version() -> str:
         raise ImportError("liger-kernel") from error
 
 
+def _linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logp: Tensor, advantages: Tensor) -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    # One sequence a token, so that its chunks, of sequences, are chunks of tokens like ours.
+    grpo = LigerFusedLinearGRPOLoss(beta=0.04, use_ref_model=True, compiled=False, chunk_size=256, loss_type="dapo")
+    columns = (t.unsqueeze(1) for t in (hidden, token_ids, ref_logp))
+    states, ids, ref = columns
+    loss, _ = grpo(states, weight, ids, torch.ones_like(ref), advantages, ref_per_token_logps=ref)
+    return loss
+
+
 def build(case: Case, device: str) -> Callable[..., Any]:
+    if case.op == "linear_policy_loss":
+        return _linear_policy_loss
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:

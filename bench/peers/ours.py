@@ -24,11 +24,23 @@ def _gae(rewards: Any, values: Any, mask: Any, mask_mode: Any, cu_seqlens: Any) 
     return rf.gae(rewards, values, gamma=0.99, lam=0.95, mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens)
 
 
+def _linear_policy_loss(hidden: Any, weight: Any, token_ids: Any, ref_logp: Any, advantages: Any) -> Any:
+    loss, _ = rf.linear_policy_loss(
+        hidden, weight, token_ids, None, advantages, kind="grpo", ref_logp=ref_logp, kl_coef=0.04
+    )
+    return loss
+
+
 def build(case: Case, device: str) -> Callable[..., Any]:
     if not hasattr(rf, case.op):
         raise Absent(f"rl4llm_fast {rf.__version__} has no {case.op}")
     if case.op == "token_logprobs":
         return functools.partial(rf.token_logprobs, return_entropy=case.entropy, inplace_backward=case.mode == IN_PLACE)
+    if case.op == "linear_token_logprobs":
+        chunk = case.shape[0] if case.variant == "one chunk" else None
+        return functools.partial(rf.linear_token_logprobs, chunk_tokens=chunk)
+    if case.op == "linear_policy_loss":
+        return _linear_policy_loss
     if case.op == "kl_divergence":
         return rf.kl_divergence
     if case.op == "group_advantages":

@@ -1,0 +1,113 @@
+"""Vocabulary-parallel heads: every rank of a group holds some rows of the weight, in rank order, any number of them.
+
+A rank reduces its own logits as it always does. What makes the numbers of the whole vocabulary out of that is one
+all-gather of three or four numbers a token, joined in rank order, so that all ranks get the same bits; the backward
+takes the joint maximum and log-sum, and adds up d hidden over the group. No rank ever sees another one's logits.
+
+Behind its own rows a rank has at least one phantom logit of −inf: chosen tokens that belong to another rank point
+there, which gives them log-probability −inf here, and the others their share −g·p of the gradient, by the same kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import debug
+
+_WIDTH = 16  # the phantoms round a row up to this many logits, so that its start stays aligned
+_NOWHERE = 2**62  # an id outside every vocabulary: kernels answer it with NaN
+
+
+def width(rows: int, group: str) -> int:
+    """How many logits a row has in the workspace: the slice, and its phantoms where there is a group."""
+    return rows // _WIDTH * _WIDTH + _WIDTH if group else rows
+
+
+def resolve(group: str) -> Any:
+    """The process group of a name: ops take strings."""
+    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+
+
+def _all_gather(tensor: Tensor, group: str) -> Tensor:
+    """(ranks, ...) in rank order."""
+    ranks = resolve(group)
+    parts = [torch.empty_like(tensor) for _ in range(ranks.size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=ranks)
+    return torch.stack(parts)
+
+
+def all_reduce(tensor: Tensor, group: str) -> None:
+    """The sum over the group, in place."""
+    torch.distributed.all_reduce(tensor, group=resolve(group))
+
+
+def local_ids(
+    token_ids: Tensor, mask: Tensor | None, weight: Tensor, ignore_index: int, ignored: int, group: str
+) -> Tensor:
+    """Ids of the whole vocabulary, (N,) or (N, K), as ids of this rank's workspace: the phantom for those of others."""
+    rows = weight.shape[0]
+    sizes = _all_gather(torch.tensor([rows], device=token_ids.device), group).flatten()
+    start = sizes[: resolve(group).rank()].sum()
+    total = sizes.sum()
+    kept = token_ids != ignore_index
+    live = kept if mask is None else kept & (mask if token_ids.dim() == 1 else mask.unsqueeze(-1))
+    invalid = live & ((token_ids < 0) | (token_ids >= total))
+    if token_ids.device.type == "cpu" or debug():
+        reference.check_token_ids(token_ids, invalid, int(total))
+    own = (token_ids >= start) & (token_ids < start + rows)
+    ids = torch.where(own, token_ids - start, rows).masked_fill(invalid, _NOWHERE)
+    return ids.masked_fill(~kept, ignored)
+
+
+def combine(
+    logp: Tensor, entropy: Tensor, row_max: Tensor, log_sum: Tensor, temperature: Tensor, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same four of the whole vocabulary; the entropy (0,) where it is.
+
+    With share_r the probability of rank r's slice: logp = logp_r + log share_r, H = Σ share_r (H_r − log share_r).
+    """
+    count, columns = row_max.shape[0], logp.reshape(row_max.shape[0], -1)
+    with_entropy = entropy.shape[0] == count and count > 0
+    own = [row_max.unsqueeze(1), log_sum.unsqueeze(1), entropy.reshape(count, -1) if with_entropy else columns[:, :0]]
+    gathered = _all_gather(torch.cat([*own, columns], 1), group)
+    maxima, sums = gathered[..., 0], gathered[..., 1]
+    chosen = gathered[..., 2 + with_entropy :]
+
+    joint_max = maxima.amax(0)
+    nothing = maxima == -math.inf  # no token of this slice can be drawn; the kernel calls its log-sum NaN
+    log_mass = (maxima - joint_max) / temperature.to(maxima.dtype) + sums
+    log_mass = log_mass.masked_fill(nothing & (joint_max > -math.inf), -math.inf)
+    joint_sum = torch.logsumexp(log_mass, 0)
+    log_share = log_mass - joint_sum
+    chosen = chosen.masked_fill(nothing.unsqueeze(-1), -math.inf) + log_share.unsqueeze(-1)
+    if with_entropy:
+        impossible = log_share == -math.inf
+        terms = log_share.exp() * (gathered[..., 2] - log_share)
+        entropy = terms.masked_fill(impossible, 0.0).sum(0)
+    return chosen.amax(0).reshape(logp.shape), entropy, joint_max, joint_sum
+
+
+class GatheredRows(torch.autograd.Function):
+    """Eager: the rows of all ranks as one tensor; backward hands each rank the gradient of its own.
+
+    Every rank computes with the whole vocabulary, so its gradients are whole and there is nothing to add up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: str) -> Tensor:
+        sizes = _all_gather(torch.tensor([rows.shape[0]], device=rows.device), group).flatten().tolist()
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        parts = _all_gather(padded, group)
+        start = sum(sizes[: resolve(group).rank()])
+        ctx.own = slice(start, start + rows.shape[0])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.own], None
