@@ -18,6 +18,7 @@ from .dispatch import backends, use_backend
 from .divergence import kl_divergence, linear_kl_divergence, linear_kl_estimate
 from .errors import BackendError
 from .fused import linear_policy_loss, linear_sft_loss
+from .fused_preference import linear_preference_loss
 from .info import info
 from .kl import AdaptiveKLController, kl_estimate, trust_region_exceeded
 from .logprobs import linear_token_logprobs, token_entropy, token_logprobs
@@ -44,6 +45,7 @@ __all__ = [
     "linear_kl_divergence",
     "linear_kl_estimate",
     "linear_policy_loss",
+    "linear_preference_loss",
     "linear_sft_loss",
     "linear_token_logprobs",
     "n_step_returns",

@@ -54,6 +54,13 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
     "linear_policy_loss": _LINEAR_LOSS,
     "linear_sft_loss": _LINEAR_LOSS,
+    "linear_preference_loss": (
+        "linear_token_logprobs_fwd",
+        "token_logprobs_fwd",
+        "token_logprobs_bwd_",
+        "preference_loss_fwd",
+        "preference_loss_bwd",
+    ),
     "value_loss": ("policy_loss_fwd", "token_loss_bwd"),
     "sft_loss": ("policy_loss_fwd", "token_loss_bwd"),
     "preference_loss": ("preference_loss_fwd", "preference_loss_bwd"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch, formulas
+from . import checks, chunked, dispatch, formulas, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED
@@ -51,9 +51,9 @@ def linear_policy_loss(
     :math:`h = \partial L/\partial H_t` (survey (2), (10), (33), (82)). The logits exist for one chunk of tokens at a
     time. Kinds that look at one token at a time make the gradient in the forward pass, while those logits are there:
     three matrix products in all; the backward multiplies by the upstream gradient. Kinds that must see a whole sequence
-    first (gspo; rollout_level="sequence" without old_logp), aggregation="none", formulas of one's own and
-    vocabulary-parallel heads (whose ranks would have to meet at every chunk) take two passes, of which the second makes
-    the logits again, unless all tokens fit one chunk.
+    first (gspo; rollout_level="sequence" without old_logp), aggregation="none", and vocabulary-parallel heads (whose
+    ranks would have to meet at every chunk) take two passes, of which the second makes the logits again, unless all
+    tokens fit one chunk.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``. Under autocast the products run in its dtype.
@@ -103,7 +103,7 @@ def linear_policy_loss(
     with_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     options = {"kind": kind, "mask": mask, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, **options}
     options["backend"] = backend
-    _check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)
+    check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)
 
     # The loss of zeros: every other argument is checked by the function that it is meant for, before any product.
     nothing = torch.zeros(lead, dtype=accumulation_dtype(compute_dtype), device=hidden.device)
@@ -127,7 +127,7 @@ def linear_policy_loss(
     options["ref_logp"] = ref_logp
 
     chosen = dispatch.choose("linear_policy_loss", hidden, backend)
-    if chosen == "eager" or tp_group is not None or not _one_pass(old_logp, options):
+    if chosen == "eager" or tp_group is not None or not _one_pass(old_logp, options, chosen):
         head |= {"mask": mask, "ignore_index": ignore_index, "return_entropy": with_entropy, "backend": backend}
         result = linear_token_logprobs(hidden, weight, token_ids, bias, **head)
         logp, entropy = result if isinstance(result, tuple) else (result, None)
@@ -207,7 +207,7 @@ def linear_sft_loss(
     return loss
 
 
-def _check_reference(
+def check_reference(
     hidden: Tensor,
     ref_logp: Tensor | None,
     ref_hidden: Tensor | None,
@@ -215,6 +215,7 @@ def _check_reference(
     ref_bias: Tensor | None,
     sharded: bool,
 ) -> None:
+    """Validate the two ways to give a reference: its log-probabilities, or what they are made from."""
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_hidden", "ref_weight") if ref_weight is None else ("ref_weight", "ref_hidden")
         raise ValueError(f"{missing}: wanted beside {given}, got None")
@@ -231,13 +232,17 @@ def _check_reference(
         )
 
 
-def _one_pass(old_logp: Tensor | None, options: dict[str, Any]) -> bool:
+def _one_pass(old_logp: Tensor | None, options: dict[str, Any], chosen: str) -> bool:
     """Whether a token's gradient depends on no other token, so that it can be made with the chunk's logits at hand."""
     formula, _ = formula_and_knobs(options["kind"], _knobs(options))
     unknown_omega = old_logp is None and options.get("rollout_level") == "sequence"
     function = formulas.FORMULAS[formula]
-    whole = function.sequence_level or options.get("aggregation") == "none"
-    return function.builtin and not whole and not (unknown_omega and options.get("rollout_correction"))
+    if function.sequence_level or options.get("aggregation") == "none":
+        return False
+    if unknown_omega and options.get("rollout_correction") is not None:
+        return False
+    named = dispatch.named(options["backend"]) is not None
+    return function.builtin or user_losses.prepare(options["kind"], chosen, named) == chosen
 
 
 # The arguments of policy_loss that are no knobs of a kind.
@@ -286,4 +291,4 @@ def _per_token(
         return None if tensor is None else tensor.expand(layout.rows).reshape(-1).contiguous()
 
     per_token = [flat(t) for t in (old, adv, ref, omega, weight)]
-    return *per_token, params, bounds, formula, kl, correction or ""
+    return *per_token, params, bounds, formulas.FORMULAS[formula].op_name, kl, correction or ""

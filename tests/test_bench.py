@@ -290,6 +290,19 @@ def test_no_speedup_is_printed_for_a_wrong_result(monkeypatch: pytest.MonkeyPatc
     assert plots.draw(result, tmp_path, "x") == []
 
 
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_policy_loss"])
+@pytest.mark.parametrize("peer", [peers.OURS, "eager"])
+def test_cases_from_hidden_states_are_judged_against_the_oracle(op: str, peer: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(op, op, BOTH, dtype, (16, 8, 60), ("smoke",))
+        inputs = ops.make_inputs(case, "cpu")
+        outputs = ops.first_run(ops.step(case, peers.build(peer, case, "cpu"), inputs))
+        judged = ops.errors(case, inputs, {peer: outputs})[peer]
+        assert judged.keys() == {"loss" if op == "linear_policy_loss" else "logp", "grad_hidden", "grad_weight"}
+        assert all(error.within for error in judged.values()), judged
+        assert (case.bytes, case.flops) == (4 * 76 * 8 * dtype.itemsize, 6 * 16 * 8 * 60)
+
+
 def test_a_peer_that_breaks_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     right = peers.build
 
@@ -305,7 +318,8 @@ def test_a_peer_that_breaks_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_of_time_bandwidth_and_memory() -> None:
     ours = {"implementation": peers.OURS, "status": "ok", "correct": True, "median_ms": 0.8, "bytes_per_s": 9e9}
-    record = {"results": [{**ours, "extra_bytes": 5 * 2**20}]}
+    eager = {"implementation": "eager", "status": "ok", "median_ms": 1.0, "extra_bytes": 35 * 2**20}
+    record = {"results": [{**ours, "extra_bytes": 5 * 2**20}, eager]}
 
     def verdict(target: Target, device: str = "NVIDIA H100 80GB HBM3") -> str:
         return str(measure.judge(target, record, device, copy_ceiling=1e10)["verdict"])
@@ -318,6 +332,9 @@ def test_targets_of_time_bandwidth_and_memory() -> None:
     assert verdict(Target("extra_bytes", 5 * 2**20)) == "reached"
     assert verdict(Target("extra_bytes", 4 * 2**20)) == "missed"
     assert verdict(Target("speedup", 2.0, "compile")) == "not judged"
+    assert verdict(Target("memory", 7, "eager")) == "reached"
+    assert verdict(Target("memory", 7.5, "eager")) == "missed"
+    assert verdict(Target("memory", 2, "compile")) == "not judged"
 
 
 def test_the_newest_results_are_chosen(tmp_path: pathlib.Path) -> None:
