@@ -213,6 +213,15 @@ class TestChunkedLogProbs:
             assert got.dtype == wanted.dtype == torch.float32
             torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
 
+    def test_a_negative_scale_is_trls_own(self, utils: Any) -> None:
+        theirs = utils._ChunkedLogProbFunction
+        arguments = (torch.randn(5, 8), torch.randn(33, 8), None, torch.randint(33, (5,)), 1.0, 64, None, -0.5, ())
+        wanted = theirs.apply(*arguments)[0]
+        assert torch.equal(ours.ChunkedLogProbFunction.apply(*arguments)[0], wanted)
+        with ours.patch():
+            assert utils._ChunkedLogProbFunction is not theirs
+            assert torch.equal(utils._ChunkedLogProbFunction.apply(*arguments)[0], wanted)
+
     def test_chunks_of_tokens_add_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         everything = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         hidden, weight, targets = torch.randn(10, 8), torch.randn(33, 8), torch.randint(33, (10,))
