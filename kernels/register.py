@@ -6,7 +6,7 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import gae, groups, kl, kl_estimate, n_step, token_logprobs, token_loss, vtrace, whiten
+from . import gae, groups, kl, kl_estimate, n_step, preference, token_logprobs, token_loss, vtrace, whiten
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
@@ -19,6 +19,8 @@ LAUNCHERS = {
     "policy_loss_fwd": token_loss.policy_loss_fwd,
     "kl_estimate_fwd": kl_estimate.kl_estimate_fwd,
     "token_loss_bwd": token_loss.token_loss_bwd,
+    "preference_loss_fwd": preference.preference_loss_fwd,
+    "preference_loss_bwd": preference.preference_loss_bwd,
     "gae_fwd": gae.gae_fwd,
     "gae_bwd": gae.gae_bwd,
     "vtrace": vtrace.vtrace,
