@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {
     "token_loss": ("policy_loss", "kl_estimate"),
+    "preference": ("preference_loss",),
     "groups": ("group_advantages", "process_advantages"),
     "n_step": ("n_step_returns",),
     "scan": ("gae", "vtrace"),
@@ -43,6 +44,7 @@ _TESTS = {
     "token_logprobs": "tests/test_gpu.py",
     "token_loss": "tests/test_losses.py",
     "kl_estimate": "tests/test_kl_estimate.py",
+    "preference": "tests/test_preference.py",
     "kl_fwd": "tests/test_gpu_kl.py",
     "kl_bwd": "tests/test_gpu_kl.py",
     **dict.fromkeys(("gae", "groups", "n_step", "scan", "vtrace", "whiten"), "tests/test_gpu_returns.py"),

@@ -351,6 +351,30 @@ class TestGolden:
         assert {k: v.item() for k, v in metrics.items()} == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize(("kind", "knobs"), KINDS, ids=IDS)
+def test_on_a_gpu(backend, kind, knobs):
+    for pairs, chosen, rejected in ((4, 12, 17), (300, 2500, 100)):
+        arguments = sample(kind, knobs, pairs, chosen, rejected)
+        check(arguments, backend, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton"])
+def test_kto_on_a_gpu_reads_its_numbers_there(backend):
+    logp, ref, desirable = -torch.rand(300, 70), -torch.rand(300, 70), torch.rand(300) > 0.5
+    wanted, _ = rf.kto_loss(logp, ref, desirable, kl=0.25, backend="eager")
+    on_gpu = [t.cuda() for t in (logp, ref, desirable)]
+    kl = torch.full((), 0.25, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = rf.kto_loss(*on_gpu, kl=kl, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss.cpu(), wanted)
+
+
 def test_kto():
     """βx − z = ln 3 for a desirable answer and −ln 3 for an undesirable one: 1 − v = ¼ for both."""
     for backend in BACKENDS:

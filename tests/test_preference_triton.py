@@ -1,0 +1,103 @@
+"""The Triton kernels of the preference losses without a GPU: interpreted, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rl4llm_fast import pair_formulas
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REGISTERS = 128  # two programs of 256 threads an SM; the finishing program is alone anyway
+
+
+@pytest.mark.slow
+def test_in_the_interpreter():
+    """TRITON_INTERPRET=1 must be set before Triton is imported: a process of its own runs the ops' tests."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", "not trl and not liger",
+         "tests/test_preference.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) > 60, done.stdout[-2000:]
+
+
+def kernel_cases():
+    pytest.importorskip("triton", reason="triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing")
+    from rl4llm_fast.kernels import preference as k
+
+    sides = ("chosen", "rejected")
+    masks = {f"mask_{side}_ptr": "*i1" for side in sides}
+    packed = {f"cu_{side}_ptr": "*i64" for side in sides}
+    sizes = dict.fromkeys(("B", "T_chosen", "T_rejected"), "i32")
+    tokens = dict.fromkeys([f"{n}{side}_ptr" for n in ("", "ref_") for side in sides], "*fp32")
+    sums = tokens | masks | sizes | {"sums_ptr": "*fp64"}
+    yield "sums", k.preference_sums_kernel, sums, {"BLOCK": k.BLOCK_T}, k.WARPS
+    yield "sums packed", k.preference_sums_kernel, sums | packed, {"BLOCK": k.BLOCK_T}, k.WARPS
+    outputs = dict.fromkeys(("loss_ptr", "slopes_ptr", "rewards_ptr", "metrics_ptr", "per_pair_ptr"), "*fp32")
+    numbers = ("fp32",) * (len(pair_formulas.PARAMS) + pair_formulas.MAX_KNOBS)
+    finish = outputs | {"sums_ptr": "*fp64", "B": "i32"}
+    for name, formula in k.PAIR.items():
+        nll = pair_formulas.FORMULAS[name].token_nll
+        how = {"FORMULA": formula, "TOKEN_NLL": nll, "AVERAGE": True, "PAIRS": name != "kto", "TILE": k.TILE_B}
+        yield name, k.preference_finish_kernel, finish | {"params": numbers}, how, k.FINISH_WARPS
+    yield "on device", k.preference_finish_kernel, finish | {"params_ptr": "*fp64"}, how, k.FINISH_WARPS
+    grads = dict.fromkeys(("grad_ptr", "slopes_ptr", "grad_chosen_ptr", "grad_rejected_ptr"), "*fp32")
+    yield "spread", k.preference_spread_kernel, grads | masks | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS
+    yield "spread packed", k.preference_spread_kernel, grads | masks | packed | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS
+
+
+def compile_kernel(kernel, types, constants, warps, target):
+    import triton
+    from rl4llm_fast.kernels import configs, preference
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {n: types.get(n, "constexpr") for n in names},
+        constexprs={n: constants.get(n) for n in names if n not in types},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if str(t).startswith("*")},
+    )
+    options = {"num_warps": warps, **configs.COMPILE}
+    if kernel is preference.preference_finish_kernel and target[0] == "cuda":
+        options |= preference.FINISH_REGISTERS
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_spills(arch, tmp_path):
+    for name, kernel, types, constants, warps in kernel_cases():
+        compiled = compile_kernel(kernel, types, constants, warps, ("cuda", arch, 32))
+        import triton
+
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+        assert int(stack) == 0, f"{name} sm_{arch} spills {stack} bytes"
+        assert int(registers) <= REGISTERS, f"{name} sm_{arch}: {registers} registers, budget {REGISTERS}"
+
+
+def test_compiles_for_amd():
+    for name, kernel, types, constants, warps in kernel_cases():
+        compiled = compile_kernel(kernel, types, constants, warps, ("hip", "gfx942", 64))
+        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert spills is not None
+        assert int(spills.group(1)) == 0, name
