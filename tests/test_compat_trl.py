@@ -99,6 +99,23 @@ class TestSelectiveLogSoftmax:
         assert ours.entropy_from_logits(logits[:, :0]).shape == (2, 0)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_compiles_as_one_graph(self, dtype: torch.dtype) -> None:
+        logits, index = torch.randn(2, 6, 33).to(dtype), torch.randint(33, (2, 6))
+
+        def both(z: Tensor) -> Tensor:
+            logp, entropy = ours.selective_log_softmax_and_entropy(z, index, True, 0.7)
+            return logp.float() + 0.1 * entropy.float()
+
+        results = []
+        for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+            leaf = logits.clone().requires_grad_()
+            value = function(leaf)
+            value.sum().backward()
+            results.append((value.detach(), leaf.grad))
+        for plain, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, plain)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_bad_input(self, dtype: torch.dtype) -> None:
         logits, index = torch.randn(2, 7).to(dtype), torch.tensor([0, -100])
         with pytest.raises(ValueError, match="temperature must be positive"):
