@@ -17,7 +17,7 @@ namespace rl4llm {
 namespace formulas {
 
 // The hyperparameters of a call, in the order of the vector that holds them; knob k is at num_params + k.
-enum Param { param_num_tokens, param_num_sequences, param_max_length, param_dp_size, param_kl_coef, param_entropy_coef, num_params };
+enum Param { param_num_tokens, param_num_sequences, param_max_length, param_dp_size, param_kl_coef, param_entropy_coef, param_rollout_cap, param_rollout_floor, num_params };
 constexpr int max_knobs = 4;
 
 // The metrics of a call, in the order of the vector that they leave in.
@@ -590,6 +590,23 @@ struct token_sum {
   }
 };
 
+// min(ω, cap).
+struct rollout_truncate {
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F log_omega, F cap, F /*floor*/) {
+    return M::minimum(M::exp(log_omega), cap);
+  }
+};
+
+// ω within [floor, cap], else 0.
+struct rollout_mask {
+  template <class M, class F = typename M::F>
+  RL4LLM_FORMULA F eval(F log_omega, F cap, F floor) {
+    const F omega = M::exp(log_omega);
+    return M::where((omega < floor) | (omega > cap), M::c(0.0), omega);
+  }
+};
+
 }  // namespace formulas
 }  // namespace rl4llm
 
@@ -639,3 +656,7 @@ struct token_sum {
   X(seq_mean_token_sum) \
   X(seq_mean_token_sum_norm) \
   X(token_sum)
+
+#define RL4LLM_CORRECTION_FORMULAS(X) \
+  X(rollout_truncate) \
+  X(rollout_mask)

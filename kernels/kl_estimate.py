@@ -8,7 +8,7 @@ from torch import Tensor
 from .configs import COMPILE
 from .rows import check_grid, on_device
 from .token_formulas_gen import KL
-from .token_loss import SEGMENT, WARPS, check_fp32
+from .token_loss import SEGMENT, WARPS, check_rows
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -50,7 +50,7 @@ def kl_estimate_fwd(
     logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | None, variant: str
 ) -> tuple[Tensor, Tensor]:
     """schemas.OPS["kl_estimate_fwd"]: (kl, dkl)."""
-    check_fp32("kl_estimate_fwd", logp=logp, ref=ref, old=old)
+    check_rows("kl_estimate_fwd", (torch.float32,), logp=logp, ref=ref, old=old)
     kl, dkl = torch.empty_like(logp), torch.empty_like(logp)
     grid = check_grid("kl_estimate_fwd", triton.cdiv(logp.numel(), SEGMENT))
     if logp.numel():

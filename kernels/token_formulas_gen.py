@@ -517,6 +517,19 @@ def token_sum(length, num_tokens, num_sequences, max_length):
     return 1.0
 
 
+@triton.jit
+def rollout_truncate(log_omega, cap, floor):
+    """min(ω, cap)."""
+    return minimum(tl.exp(log_omega), cap)
+
+
+@triton.jit
+def rollout_mask(log_omega, cap, floor):
+    """ω within [floor, cap], else 0."""
+    omega = tl.exp(log_omega)
+    return tl.where((omega < floor) | (omega > cap), 0.0, omega)
+
+
 POLICY = {
     "pg": pg,
     "cpi": cpi,
@@ -561,4 +574,8 @@ WEIGHTS = {
     "seq_mean_token_sum": seq_mean_token_sum,
     "seq_mean_token_sum_norm": seq_mean_token_sum_norm,
     "token_sum": token_sum,
+}
+CORRECTIONS = {
+    "truncate": rollout_truncate,
+    "mask": rollout_mask,
 }

@@ -4,6 +4,8 @@ The formulas are generated (token_formulas_gen.py); here stand the loads, the su
 segments, each segment's sums are written, and one program joins them in order: no atomics, so the same bits every time.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +15,8 @@ from rl4llm_fast import user_losses
 from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
 
 from .configs import COMPILE
-from .rows import check_grid, on_device
-from .token_formulas_gen import KL, POLICY, WEIGHTS
+from .rows import DTYPES, check_grid, on_device
+from .token_formulas_gen import CORRECTIONS, KL, POLICY, WEIGHTS
 
 # Where each hyperparameter stands in params; knob k of the formula is at NUM_PARAMS + k.
 NUM_TOKENS = tl.constexpr(PARAMS.index("num_tokens"))
@@ -23,6 +25,8 @@ MAX_LENGTH = tl.constexpr(PARAMS.index("max_length"))
 DP_SIZE = tl.constexpr(PARAMS.index("dp_size"))
 KL_COEF = tl.constexpr(PARAMS.index("kl_coef"))
 ENTROPY_COEF = tl.constexpr(PARAMS.index("entropy_coef"))
+ROLLOUT_CAP = tl.constexpr(PARAMS.index("rollout_cap"))
+ROLLOUT_FLOOR = tl.constexpr(PARAMS.index("rollout_floor"))
 NUM_PARAMS = tl.constexpr(len(PARAMS))
 
 # What is summed up over the live tokens of a segment; the last two are the least and the largest ratio.
@@ -60,7 +64,7 @@ def policy_loss_fwd_kernel(
     ref_ptr,  # (B, T) or None
     entropy_ptr,  # (B, T) or None
     mask_ptr,  # (B, T) or None
-    policy_weights_ptr,  # (B, T) or None
+    policy_weights_ptr,  # (B, T) or None; with a CORRECTION the sampler's log-probabilities
     token_weights_ptr,  # (B, T) or None
     log_s_ptr,  # (B, T) or (B, 1) or None
     params_ptr,  # (NUM_PARAMS + knobs,) or None
@@ -74,6 +78,7 @@ def policy_loss_fwd_kernel(
     programs,
     FORMULA: tl.constexpr,
     KL_FORMULA: tl.constexpr,
+    CORRECTION: tl.constexpr,
     ONE_ADV: tl.constexpr,
     ONE_LOG_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -82,7 +87,7 @@ def policy_loss_fwd_kernel(
 
     Computes: w_t·(ω_t·ℓ_t + β·kl_t − c₂·H_t) without the weight of the sequence, and its derivatives in logp and H
     Grid: (B·segments,), program -> (row, segment); T alone decides the cut
-    Traffic: 4 bytes a token for each input given and each derivative written, 1 for the mask
+    Traffic: 2 or 4 bytes a token for each input given, 4 for each derivative written, 1 for the mask
     Numerics: fp32; dead tokens are not loaded, their results exactly 0; a segment's sums in one tree
     Gradient: dloss/dlogp comes with the value from the generated formula; dloss/dH = −c₂·w_t
     """
@@ -93,20 +98,20 @@ def policy_loss_fwd_kernel(
     live = inside
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
-    logp = tl.load(logp_ptr + n, mask=live, other=0.0)
+    logp = tl.load(logp_ptr + n, mask=live, other=0.0).to(tl.float32)
     old = logp
     if old_ptr is not None:
-        old = tl.load(old_ptr + n, mask=live, other=0.0)
+        old = tl.load(old_ptr + n, mask=live, other=0.0).to(tl.float32)
     if ONE_ADV:
-        adv = tl.where(live, tl.load(adv_ptr + row), 0.0)
+        adv = tl.where(live, tl.load(adv_ptr + row).to(tl.float32), 0.0)
     else:
-        adv = tl.load(adv_ptr + n, mask=live, other=0.0)
+        adv = tl.load(adv_ptr + n, mask=live, other=0.0).to(tl.float32)
     log_s = logp
     if log_s_ptr is not None:
         if ONE_LOG_S:
             log_s = tl.where(live, tl.load(log_s_ptr + row), 0.0)
         else:
-            log_s = tl.load(log_s_ptr + n, mask=live, other=0.0)
+            log_s = tl.load(log_s_ptr + n, mask=live, other=0.0).to(tl.float32)
     knobs = (
         param(params_ptr, params, NUM_PARAMS),
         param(params_ptr, params, NUM_PARAMS + 1),
@@ -115,10 +120,13 @@ def policy_loss_fwd_kernel(
     )
     ref = logp
     if ref_ptr is not None:
-        ref = tl.load(ref_ptr + n, mask=live, other=0.0)
+        ref = tl.load(ref_ptr + n, mask=live, other=0.0).to(tl.float32)
     loss, dlogp, ratio, clipped_low, clipped_high, k1, k3 = FORMULA(logp, old, ref, adv, log_s, knobs)
     if policy_weights_ptr is not None:
-        omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0)
+        omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
+        if CORRECTION is not None:
+            cap = param(params_ptr, params, ROLLOUT_CAP)
+            omega = CORRECTION(old - omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
         loss *= omega
         dlogp *= omega
     if ref_ptr is not None:
@@ -132,9 +140,9 @@ def policy_loss_fwd_kernel(
         store_sum(partial_ptr, 7, programs, live, 0.0)
     weight = tl.where(live, 1.0, 0.0)
     if token_weights_ptr is not None:
-        weight = tl.load(token_weights_ptr + n, mask=live, other=0.0)
+        weight = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
     if entropy_ptr is not None:
-        entropy = tl.load(entropy_ptr + n, mask=live, other=0.0)
+        entropy = tl.load(entropy_ptr + n, mask=live, other=0.0).to(tl.float32)
         entropy_coef = param(params_ptr, params, ENTROPY_COEF)
         loss -= tl.where(entropy_coef != 0.0, entropy_coef * entropy, 0.0)
         store_sum(partial_ptr, 8, programs, live, entropy)
@@ -262,7 +270,7 @@ def token_loss_bwd_kernel(
 
     Computes: g·scale_i·dloss/dlogp, and the same for the entropy
     Grid: (B·segments,), program -> (row, segment)
-    Traffic: 8 bytes a token, 16 with the entropy, 4 more with a gradient per token
+    Traffic: 6 or 8 bytes a token, twice that with the entropy, 4 more with a gradient per token
     Numerics: fp32; a derivative of 0 stays exactly 0, whatever g is
     Gradient: none: a second derivative raises
     """
@@ -294,10 +302,10 @@ def cut(T: int) -> tuple[int, int]:
     return block, triton.cdiv(T, block)
 
 
-def check_fp32(op: str, **tensors: Tensor | None) -> None:
+def check_rows(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
-            raise TypeError(f"{op}: {name} must be contiguous fp32 on this backend, got {tensor.dtype}")
+        if tensor is not None and not (tensor.dtype in dtypes and tensor.is_contiguous()):
+            raise TypeError(f"{op}: {name} must be contiguous and one of {dtypes} here, got {tensor.dtype}")
 
 
 def policy_loss_fwd(
@@ -314,21 +322,22 @@ def policy_loss_fwd(
     formula: str,
     kl: str,
     aggregation: str,
+    correction: str,
     entropy_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """schemas.OPS["policy_loss_fwd"]: (loss, dlogp, dentropy, scale, metrics)."""
-    check_fp32("policy_loss_fwd", logp=logp, old=old, advantages=advantages, ref=ref, entropy=entropy, log_s=log_s,
-               policy_weights=policy_weights, token_weights=token_weights)  # fmt: skip
+    check_rows("policy_loss_fwd", DTYPES, logp=logp, old=old, advantages=advantages, ref=ref, entropy=entropy,
+               log_s=log_s, policy_weights=policy_weights, token_weights=token_weights)  # fmt: skip
     B, T = logp.shape
     per_token = aggregation == "none"
-    loss = logp.new_empty((B, T) if per_token else ())
-    dlogp = torch.empty_like(logp)
-    dentropy = logp.new_empty((B, T) if entropy_grad else (0,))
-    scale, metrics = logp.new_empty((B,)), logp.new_empty((len(METRICS),))
+    fp32 = functools.partial(logp.new_empty, dtype=torch.float32)
+    loss, dlogp = fp32((B, T) if per_token else ()), fp32((B, T))
+    dentropy = fp32((B, T) if entropy_grad else (0,))
+    scale, metrics = fp32((B,)), fp32((len(METRICS),))
     block, segments = cut(T)
     programs = B * segments
     (grid,) = check_grid("policy_loss_fwd", programs)
-    partial = logp.new_empty((NUM_PARTIALS, programs))
+    partial = fp32((NUM_PARTIALS, programs))
     # On the CPU they are read here, without a synchronisation; on the device, when the kernels run.
     host = params.device.type == "cpu"
     params_ptr, numbers = (None, tuple(params.tolist())) if host else (params, None)
@@ -339,6 +348,7 @@ def policy_loss_fwd(
                 logp, old, advantages, ref if kl else None, entropy, mask, policy_weights, token_weights, log_s,
                 params_ptr, numbers, loss if per_token else None, dlogp, dentropy if entropy_grad else None, partial, T,
                 segments, programs, FORMULA=policy_formula(formula), KL_FORMULA=KL[kl or "k3_value"],
+                CORRECTION=CORRECTIONS[correction] if correction else None,
                 ONE_ADV=advantages.shape != (B, T), ONE_LOG_S=log_s is not None and log_s.shape != (B, T),
                 BLOCK_T=block, num_warps=WARPS, **REGISTERS, **COMPILE,
             )  # fmt: skip
@@ -351,11 +361,12 @@ def policy_loss_fwd(
 
 
 def token_loss_bwd(
-    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
+    grad: Tensor, logp: Tensor, entropy: Tensor | None, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """schemas.OPS["token_loss_bwd"]: (grad_logp, grad_entropy)."""
-    check_fp32("token_loss_bwd", grad=grad, scale=scale, dlogp=dlogp, dentropy=dentropy)
-    grad_logp, grad_entropy = torch.empty_like(dlogp), torch.empty_like(dentropy)
+    check_rows("token_loss_bwd", (torch.float32,), grad=grad, scale=scale, dlogp=dlogp, dentropy=dentropy)
+    grad_logp = torch.empty_like(dlogp, dtype=logp.dtype)
+    grad_entropy = torch.empty_like(dentropy, dtype=dentropy.dtype if entropy is None else entropy.dtype)
     if dlogp.numel():
         B = 1 if scale is None else dlogp.shape[0]
         block, segments = cut(dlogp.numel() // B)

@@ -19,6 +19,7 @@ class PolicyLossOptions:
     formula: str
     kl: str
     aggregation: str
+    correction: str
     entropy_grad: bool
 
 
@@ -54,19 +55,23 @@ class PolicyLoss(torch.autograd.Function):
             options.formula,
             options.kl,
             options.aggregation,
+            options.correction,
             options.entropy_grad,
         )
-        ctx.save_for_backward(logp, dlogp, dentropy, scale)
+        ctx.save_for_backward(logp, entropy if options.entropy_grad else None, dlogp, dentropy, scale)
         ctx.options = options
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # zeros for the metrics' gradient would be a launch
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_metrics: Tensor) -> Any:
-        logp, dlogp, dentropy, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_metrics: Tensor | None) -> Any:
+        if grad_loss is None:
+            return (None,) * 11
+        logp, entropy, dlogp, dentropy, scale = ctx.saved_tensors
         options: PolicyLossOptions = ctx.options
         grad_logp, grad_entropy = dispatch.ops(options.backend).token_loss_bwd(
-            grad_loss.contiguous(), logp, scale, dlogp, dentropy
+            grad_loss.contiguous(), logp, entropy, scale, dlogp, dentropy
         )
         return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
 
@@ -130,5 +135,7 @@ class KlEstimate(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
         logp, dkl = ctx.saved_tensors
         nothing = dkl.new_empty((0,))
-        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(grad_kl.contiguous(), logp, None, dkl, nothing)
+        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(
+            grad_kl.contiguous(), logp, None, None, dkl, nothing
+        )
         return grad_logp, None, None, None, None

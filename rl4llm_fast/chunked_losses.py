@@ -100,11 +100,11 @@ def _policy_gradients(
     rows = [None if t is None else t.unsqueeze(0).contiguous() for t in tokens]
     logp, entropy, old, advantages, ref, mask, omega, weights = rows
     _, dlogp, dentropy, scale, _ = kernels.policy_loss_fwd(
-        logp, old, advantages, ref, entropy, mask, omega, weights, None, params, formula, kl, "token_sum",
+        logp, old, advantages, ref, entropy, mask, omega, weights, None, params, formula, kl, "token_sum", "",
         entropy is not None,
     )  # fmt: skip
     one = torch.ones_like(scale[0])
-    grad_logp, grad_entropy = kernels.token_loss_bwd(one, logp, scale, dlogp, dentropy)
+    grad_logp, grad_entropy = kernels.token_loss_bwd(one, logp, entropy, scale, dlogp, dentropy)
     return grad_logp[0], None if entropy is None else grad_entropy[0]
 
 

@@ -183,13 +183,14 @@ def whiten_apply(x: Tensor, *args: Any) -> Tensor:
 
 
 def policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    aggregation, entropy_grad = args[-2:]
+    aggregation, _, entropy_grad = args[-3:]
+    dtype = accumulation_dtype(logp.dtype)
     return (
-        logp.new_empty(logp.shape if aggregation == "none" else ()),
-        torch.empty_like(logp),
-        logp.new_empty(logp.shape if entropy_grad else (0,)),
-        logp.new_empty((logp.shape[0],)),
-        logp.new_empty((len(formulas.METRICS),)),
+        logp.new_empty(logp.shape if aggregation == "none" else (), dtype=dtype),
+        logp.new_empty(logp.shape, dtype=dtype),
+        logp.new_empty(logp.shape if entropy_grad else (0,), dtype=dtype),
+        logp.new_empty((logp.shape[0],), dtype=dtype),
+        logp.new_empty((len(formulas.METRICS),), dtype=dtype),
     )
 
 
@@ -198,9 +199,10 @@ def kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def token_loss_bwd(
-    grad: Tensor, logp: Tensor, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
+    grad: Tensor, logp: Tensor, entropy: Tensor | None, scale: Tensor | None, dlogp: Tensor, dentropy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dlogp), torch.empty_like(dentropy)
+    entropy_dtype = dentropy.dtype if entropy is None else entropy.dtype
+    return torch.empty_like(dlogp, dtype=logp.dtype), torch.empty_like(dentropy, dtype=entropy_dtype)
 
 
 def preference_loss_fwd(chosen: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

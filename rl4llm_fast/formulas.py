@@ -234,9 +234,37 @@ FORMULAS: dict[str, PolicyFormula] = {
         PolicyFormula(value_clipped, clipped=_value_is_clipped),
     )
 }
+
+
+# Sampler mismatch: the weight ω of the policy term, from log ω = old − rollout.
+
+
+def truncate(m: Any, log_omega: Any, cap: Any, floor: Any) -> Any:
+    """min(ω, cap)."""
+    return m.minimum(m.exp(log_omega), cap)
+
+
+def mask(m: Any, log_omega: Any, cap: Any, floor: Any) -> Any:
+    """ω within [floor, cap], else 0."""
+    omega = m.exp(log_omega)
+    # Not multiplied by the condition: an ω that overflowed is to be 0, and inf·0 is not.
+    return m.where((omega < floor) | (omega > cap), 0.0, omega)
+
+
+CORRECTIONS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (truncate, mask)}
+
 # The hyperparameters of one policy_loss call, as one fp64 vector; MAX_KNOBS knobs of the formula follow.
 # num_tokens < 0: count the live tokens.
-PARAMS = ("num_tokens", "num_sequences", "max_length", "dp_size", "kl_coef", "entropy_coef")
+PARAMS = (
+    "num_tokens",
+    "num_sequences",
+    "max_length",
+    "dp_size",
+    "kl_coef",
+    "entropy_coef",
+    "rollout_cap",
+    "rollout_floor",
+)
 METRICS = (
     "clip_fraction",
     "clip_fraction_low",

@@ -281,7 +281,7 @@ def _per_token(
     if get["token_weights"] is not None:
         weight = weight * rows(get["token_weights"])
     formula, values = formula_and_knobs(get["kind"], _knobs(options))
-    numbers = {name: get[name] for name in ("dp_size", "kl_coef", "entropy_coef")}
+    numbers = {name: get[name] for name in ("dp_size", "kl_coef", "entropy_coef", "rollout_cap", "rollout_floor")}
     # The aggregation is in the weights; its own numbers are not looked at.
     params = pack_params(now, {"num_tokens": -1.0, "num_sequences": 1.0, "max_length": 1.0, **numbers, **values})
     ref = rows(get["ref_logp"])

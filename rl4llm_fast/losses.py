@@ -126,32 +126,43 @@ def policy_loss(
     _needs("entropy_coef", entropy_coef, "entropy", entropy)
     mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
 
+    _check_rollout(rollout_correction, rollout_level, rollout_logp)
     chosen = dispatch.choose("policy_loss", logp, backend)
     if not formulas.FORMULAS[formula].builtin:
         chosen = user_losses.prepare(kind, chosen, dispatch.named(backend) is not None)
     dtype = accumulation_dtype(logp.dtype)
 
     def rows(tensor: Tensor | None) -> Any:
-        return None if tensor is None else layout.as_rows(tensor.to(dtype)).contiguous()
+        if tensor is None:
+            return None
+        # Triton's kernels read and write every dtype themselves; a cast is a launch.
+        fits = chosen == "triton" and tensor.dtype != torch.float64
+        return layout.as_rows(tensor if fits else tensor.to(dtype)).contiguous()
 
     def fixed(tensor: Tensor | None) -> Any:
         return None if tensor is None else rows(tensor.detach())
 
+    def current() -> Tensor:
+        """logp in the accumulation dtype, for what is made outside of the kernels."""
+        return layout.as_rows(logp.detach().to(dtype))
+
     now, old, live = rows(logp), fixed(old_logp), None if mask is None else layout.as_rows(mask).contiguous()
-    adv, per_sequence = _advantages(advantages, logp, layout, dtype)
-    omega = rollout_weights(
-        rollout_correction, rollout_level, rollout_cap, rollout_floor, now, old, fixed(rollout_logp), live, layout
-    )
+    adv, per_sequence = _advantages(advantages, layout, rows, logp)
+    omega, correction = fixed(rollout_logp), rollout_correction or ""
+    if correction and rollout_level == "sequence":
+        bounds = (rollout_cap, rollout_floor)
+        omega = rollout_weights(correction, rollout_level, *bounds, current(), old, omega, live, layout)
+        correction = ""
     weight = fixed(token_weights)
     log_s = None
     if sequence_level:
-        log_s = _sequence_mean(now.detach() - (now.detach() if old is None else old), live, layout)
+        log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
         if per_sequence and weight is not None:
             # With one A per sequence every token's share of the loss moves the one ratio: only the mean weight counts.
-            weight = _sequence_mean(weight, live, layout).expand(layout.rows).contiguous()
+            weight = _sequence_mean(weight.to(dtype), live, layout).expand(layout.rows).contiguous()
     how = aggregation
     if layout.packed and aggregation.startswith("seq_"):
-        per_token = aggregation_weights(aggregation, layout, live, now, num_tokens, num_sequences, max_length)
+        per_token = aggregation_weights(aggregation, layout, live, current(), num_tokens, num_sequences, max_length)
         weight, how = per_token if weight is None else weight * per_token, "token_sum"
     params = pack_params(
         now,
@@ -162,6 +173,8 @@ def policy_loss(
             "dp_size": dp_size,
             "kl_coef": kl_coef,
             "entropy_coef": entropy_coef,
+            "rollout_cap": rollout_cap,
+            "rollout_floor": rollout_floor,
             **values,
         },
     )
@@ -169,10 +182,10 @@ def policy_loss(
     ref, uncertainty = fixed(ref_logp), rows(entropy)
     if chosen == "eager":
         arguments = (now, old, adv, ref, uncertainty, live, omega, weight, log_s, params, formula, variant, how)
-        loss, vector = reference_losses.policy_loss(*arguments)
+        loss, vector = reference_losses.policy_loss(*arguments, correction)
     else:
         entropy_grad = entropy is not None and entropy.requires_grad
-        options = PolicyLossOptions(chosen, formulas.FORMULAS[formula].op_name, variant, how, entropy_grad)
+        options = PolicyLossOptions(chosen, formulas.FORMULAS[formula].op_name, variant, how, correction, entropy_grad)
         loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
             now, uncertainty, old, adv, ref, live, omega, weight, log_s, params, options
         )
@@ -212,20 +225,34 @@ def _needs(coefficient: str, value: Number, name: str, tensor: Tensor | None) ->
 
 def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
     """Hyperparameters as one fp64 vector: on the CPU, or on the op's device if the user gave a tensor there."""
-    return checks.numbers(numbers, len(formulas.PARAMS) + formulas.MAX_KNOBS, logp)
+    knobs = {name: value for name, value in numbers.items() if name not in formulas.PARAMS}
+    ordered = {name: numbers.get(name, 0.0) for name in formulas.PARAMS} | knobs
+    return checks.numbers(ordered, len(formulas.PARAMS) + formulas.MAX_KNOBS, logp)
 
 
-def _advantages(advantages: Tensor, logp: Tensor, layout: Sequences, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def _advantages(advantages: Tensor, layout: Sequences, rows: Any, logp: Tensor) -> tuple[Tensor, bool]:
     """Advantages as rows, (B, T) or (B, 1), and whether there is one per sequence."""
     checks.is_float("advantages", advantages)
     checks.same_device("advantages", advantages, logp, "logp")
-    adv = advantages.detach().to(dtype)
+    adv = advantages.detach()
     if adv.shape == logp.shape:
-        return layout.as_rows(adv).contiguous(), False
+        return rows(adv), False
     if layout.known and adv.dim() == 1 and adv.shape[0] == layout.count:
-        return layout.spread(adv).contiguous(), True
+        spread = layout.spread(adv)
+        return (rows(spread) if layout.packed else spread.to(accumulation_dtype(logp.dtype)).contiguous()), True
     per_sequence = f", or {(layout.count,)} for one value per sequence" if layout.known else ""
     raise ValueError(f"advantages: wanted {checks.shape(logp)} like logp{per_sequence}; got {checks.shape(advantages)}")
+
+
+def _check_rollout(correction: str | None, level: str, rollout: Tensor | None) -> None:
+    checks.choice("rollout_level", level, ("token", "sequence"))
+    if correction is None:
+        if rollout is not None:
+            raise ValueError("rollout_correction: wanted 'truncate' or 'mask' beside rollout_logp, got None")
+        return
+    checks.choice("rollout_correction", correction, tuple(formulas.CORRECTIONS))
+    if rollout is None:
+        raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
 
 
 def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Tensor:
@@ -236,25 +263,17 @@ def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Te
 
 
 def rollout_weights(
-    correction: str | None,
+    correction: str,
     level: str,
     cap: Number,
     floor: Number,
     now: Tensor,
     old: Tensor | None,
-    rollout: Tensor | None,
+    rollout: Tensor,
     live: Tensor | None,
     layout: Sequences,
-) -> Tensor | None:
-    """ω of docs/math.md section 5, "sampler mismatch", as rows (B, T); None for ω = 1."""
-    checks.choice("rollout_level", level, ("token", "sequence"))
-    if correction is None:
-        if rollout is not None:
-            raise ValueError("rollout_correction: wanted 'truncate' or 'mask' beside rollout_logp, got None")
-        return None
-    checks.choice("rollout_correction", correction, ("truncate", "mask"))
-    if rollout is None:
-        raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
+) -> Tensor:
+    """ω of docs/math.md section 5, "sampler mismatch", as rows (B, T), where the kernel does not make it by itself."""
     # Numbers stay 0-d tensors on the CPU, which mix with any device: moving them would wait for a GPU.
     bounds = (("rollout_cap", cap), ("rollout_floor", floor))
     upper, lower = (checks.number(name, value, now).to(now.dtype) for name, value in bounds)

@@ -23,11 +23,9 @@ def kl_estimate(logp: Tensor, ref: Tensor, old: Tensor | None, mask: Tensor | No
 
 def importance_weights(log_omega: Tensor, correction: str, cap: Tensor, floor: Tensor) -> Tensor:
     """ω of docs/math.md section 5, "sampler mismatch": "truncate" min(ω, cap), "mask" 0 outside [floor, cap]."""
-    omega = log_omega.exp()
-    if correction == "truncate":
-        return torch.minimum(omega, cap.to(omega.dtype))
-    # Not multiplied by the condition: an ω that overflowed is to be 0, and inf·0 is not.
-    return omega.masked_fill((omega < floor) | (omega > cap), 0.0)
+    bounds = (bound.to(log_omega.dtype) for bound in (cap, floor))
+    omega: Tensor = formulas.CORRECTIONS[correction](EagerMaths, log_omega, *bounds)
+    return omega
 
 
 def policy_loss(
@@ -44,6 +42,7 @@ def policy_loss(
     formula: str,
     kl: str,
     aggregation: str,
+    correction: str = "",
 ) -> tuple[Tensor, Tensor]:
     """docs/math.md section 5 on (B, T): the loss, and the metrics in the order of ``formulas.METRICS``."""
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
@@ -67,7 +66,10 @@ def policy_loss(
         formula=function,
     )
     if policy_weights is not None:
-        loss = loss * _select(live, policy_weights)
+        omega = _select(live, policy_weights)
+        if correction:
+            omega = importance_weights(old - omega, correction, param["rollout_cap"], param["rollout_floor"])
+        loss = loss * omega.detach()
     divergence = torch.zeros_like(logp)
     if ref is not None and kl:
         divergence = kl_estimate(logp, ref, old, live, kl)

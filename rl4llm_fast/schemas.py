@@ -176,14 +176,16 @@ OPS: dict[str, Op] = {
         "(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", fakes.whiten_apply
     ),
     # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
-    # bool; all contiguous, in the accumulation dtype. params (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or
-    # on the op's device. formula: a name of formulas.FORMULAS; kl: one of formulas.kl_variants(), "" without ref.
+    # bool; all contiguous, in the accumulation dtype, or for Triton in any dtype. policy_weights are ω, or with a
+    # correction (one of formulas.CORRECTIONS, else "") the sampler's log-probabilities, from which ω is made. params
+    # (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or on the op's device. formula: a name of formulas.FORMULAS,
+    # or the op_name of a registered one; kl: one of formulas.kl_variants(), "" without ref.
     # -> loss 0-d ((B, T) for "none"); dlogp (B, T) and dentropy (B, T) or (0,), without the weight of their sequence,
     #    which is in scale (B,); metrics (len(formulas.METRICS),)
     "policy_loss_fwd": Op(
         "(Tensor logp, Tensor? old, Tensor advantages, Tensor? ref, Tensor? entropy, Tensor? mask, "
         "Tensor? policy_weights, Tensor? token_weights, Tensor? log_s, Tensor params, str formula, str kl, "
-        "str aggregation, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "str aggregation, str correction, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.policy_loss_fwd,
     ),
     # logp, ref, old, mask (N,); variant: one of formulas.kl_variants() -> kl, dkl/dlogp (N,)
@@ -191,9 +193,10 @@ OPS: dict[str, Op] = {
         "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", fakes.kl_estimate_fwd
     ),
     # grad 0-d, or like dlogp; scale (B,) for dlogp (B, T), or None -> grad·scale·dlogp, grad·scale·dentropy
-    # logp is not read: it is there so that differentiating again, of which dlogp knows nothing, raises.
+    # in the dtypes of logp and entropy. Those are not read otherwise, but there: so that differentiating again, of
+    # which dlogp knows nothing, raises.
     "token_loss_bwd": Op(
-        "(Tensor grad, Tensor logp, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)",
+        "(Tensor grad, Tensor logp, Tensor? entropy, Tensor? scale, Tensor dlogp, Tensor dentropy) -> (Tensor, Tensor)",
         fakes.token_loss_bwd,
         True,
     ),

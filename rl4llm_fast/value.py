@@ -106,7 +106,7 @@ def value_loss(
         arguments = (now, old, target, None, None, live, None, weight, None, params, formula, "", how)
         loss, vector = reference_losses.policy_loss(*arguments)
     else:
-        options = PolicyLossOptions(chosen, formula, "", how, False)
+        options = PolicyLossOptions(chosen, formula, "", how, "", False)
         loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
             now, None, old, target, None, live, None, weight, None, params, options
         )

@@ -282,7 +282,7 @@ def test_opcheck():
     *factors, ids, s = inputs(torch.float32)
     hidden, weight, bias = factors
     one = torch.ones((), dtype=torch.float64)
-    params = torch.tensor([-1.0, 3, 20, 1, 0.1, 0.01, 0.2, 0.2, math.inf, 0], dtype=torch.float64)
+    params = torch.tensor([-1.0, 3, 20, 1, 0.1, 0.01, 2.0, 0.0, 0.2, 0.2, math.inf, 0], dtype=torch.float64)
     flat = {n: t.flatten() for n, t in s.items()}
     ops = torch.ops.rl4llm_fast
     common = (hidden.flatten(0, 1), weight, bias, ids.flatten(), flat["mask"], one, None)

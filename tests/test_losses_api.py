@@ -31,13 +31,15 @@ def sample(B, T):
 class TestRegistration:
     def test_opcheck(self):
         ops, s = torch.ops.rl4llm_fast, sample(3, 20)
-        params = torch.tensor([-1.0, 3, 20, 1, 0.1, 0.01, 0.2, 0.2, INF, 0], dtype=torch.float64)
+        params = torch.tensor([-1.0, 3, 20, 1, 0.1, 0.01, 2.0, 0.0, 0.2, 0.2, INF, 0], dtype=torch.float64)
         tensors = [s[n] for n in ("logp", "old_logp", "advantages", "ref_logp", "entropy", "mask")]
-        arguments = (*tensors, None, torch.rand(3, 20), None, params, "ppo_clip", "k3_value", "token_mean", True)
+        arguments = (*tensors, None, torch.rand(3, 20), None, params, "ppo_clip", "k3_value", "token_mean", "", True)
         torch.library.opcheck(ops.policy_loss_fwd.default, arguments)
-        torch.library.opcheck(ops.policy_loss_fwd.default, (*arguments[:-2], "none", False))
+        torch.library.opcheck(ops.policy_loss_fwd.default, (*arguments[:-3], "none", "", False))
         _, dlogp, dentropy, scale, _ = ops.policy_loss_fwd(*arguments)
-        torch.library.opcheck(ops.token_loss_bwd.default, (torch.ones(()), s["logp"], scale, dlogp, dentropy))
+        torch.library.opcheck(
+            ops.token_loss_bwd.default, (torch.ones(()), s["logp"], s["entropy"], scale, dlogp, dentropy)
+        )
 
     def test_double_backward_raises(self):
         logp = torch.randn(2, 3, requires_grad=True)

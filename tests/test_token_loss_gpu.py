@@ -56,7 +56,13 @@ def kernel_cases():
     everything = dict.fromkeys(("logp_ptr", "old_ptr", "adv_ptr", "ref_ptr", "entropy_ptr", "policy_weights_ptr",
                                 "token_weights_ptr", "dlogp_ptr", "dentropy_ptr", "partial_ptr"), FP32)  # fmt: skip
     policy = everything | row | {"mask_ptr": "*i1", "params": numbers, "programs": "i32"}
-    choices = {"ONE_ADV": True, "ONE_LOG_S": True, "BLOCK_T": k.SEGMENT, "KL_FORMULA": k.KL["k3_importance_clamp"]}
+    choices = {
+        "ONE_ADV": True,
+        "ONE_LOG_S": True,
+        "CORRECTION": k.CORRECTIONS["mask"],
+        "BLOCK_T": k.SEGMENT,
+        "KL_FORMULA": k.KL["k3_importance_clamp"],
+    }
     for name, formula in k.POLICY.items():
         yield f"policy_{name}", k.policy_loss_fwd_kernel, policy, choices | {"FORMULA": formula}, k.WARPS, REGISTERS
     finish = {"partial_ptr": FP32, "loss_ptr": FP32, "scale_ptr": FP32, "metrics_ptr": FP32, "B": "i32",
@@ -142,7 +148,7 @@ Params = struct("Params", ("ptr", Pointer), ("values", Double * (len(formulas.PA
 Policy = struct(
     "Policy", ("B", Int64), ("T", Int64),
     *((n, Pointer) for n in ("logp", "old", "adv", "ref", "entropy", "mask", "omega", "weights", "log_s")),
-    ("one_adv", Bool), ("one_log_s", Bool), ("loss", Pointer), ("loss_per_token", Bool),
+    ("one_adv", Bool), ("one_log_s", Bool), ("correction", ctypes.c_int), ("loss", Pointer), ("loss_per_token", Bool),
     *((n, Pointer) for n in ("dlogp", "dentropy", "scale", "metrics", "partial")),
 )  # fmt: skip
 Grads = struct(
@@ -203,15 +209,19 @@ def test_cuda_on_a_cpu(emulated, name, B, T, aggregation):
     entropy, omega, weight = torch.rand(B, T).requires_grad_(), torch.rand(B, T), torch.rand(B, T)
     adv, log_s, mask = torch.randn(B, 1), 0.3 * torch.randn(B, 1), torch.rand(B, T) > 0.3
     knobs = {"eps_low": 0.2, "eps_high": 0.3, "dual_clip": 1.5, "cap": 1.2, "tau_pos": 1.0, "tau_neg": 1.1, "beta": 0.1}
-    numbers = [-1.0, B, T, 2.0, 0.1, 0.05, *(knobs[k] for k in formula.knobs)]
+    numbers = [-1.0, B, T, 2.0, 0.1, 0.05, 2.0, 0.3, *(knobs[k] for k in formula.knobs)]
     numbers += [0.0] * (len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers))
+
+    # What ω is made from in one case of two: one of each correction.
+    correction = {70: 0, 1100: 1}.get(T, -1)
+    how_corrected = [*formulas.CORRECTIONS, ""][correction]
 
     def oracle(dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (logp, entropy)]
         o, a, r, w, t, s = (x.to(dtype) for x in (old, adv, ref, omega, weight, log_s))
         params = torch.tensor(numbers, dtype=torch.float64)
         loss, metrics = reference_losses.policy_loss(
-            leaves[0], o, a, r, leaves[1], mask, w, t, s, params, name, "k3_value", aggregation
+            leaves[0], o, a, r, leaves[1], mask, w, t, s, params, name, "k3_value", aggregation, how_corrected
         )
         loss.sum().backward()
         return loss.detach(), metrics, leaves[0].grad, leaves[1].grad
@@ -221,8 +231,8 @@ def test_cuda_on_a_cpu(emulated, name, B, T, aggregation):
     scale, metrics = fresh(B), fresh(len(formulas.METRICS))
     partial = fresh(emulated.emulated_partials(B, T))
     tensors = Policy(
-        B, T, *map(pointer, (logp, old, adv, ref, entropy, mask, omega, weight, log_s)), True, True, pointer(loss),
-        per_token, *map(pointer, (dlogp, dentropy, scale, metrics, partial)),
+        B, T, *map(pointer, (logp, old, adv, ref, entropy, mask, omega, weight, log_s)), True, True, correction,
+        pointer(loss), per_token, *map(pointer, (dlogp, dentropy, scale, metrics, partial)),
     )  # fmt: skip
     params = Params(None, (Double * len(numbers))(*numbers))
     positions = [n for n, f in formulas.FORMULAS.items() if f.builtin].index(name)

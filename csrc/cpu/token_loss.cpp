@@ -18,6 +18,7 @@ const char* const kPolicyNames[] = {
 #define RL4LLM_NAME(formula) #formula,
     RL4LLM_POLICY_FORMULAS(RL4LLM_NAME)};
 const char* const kKlNames[] = {RL4LLM_KL_FORMULAS(RL4LLM_NAME)};
+const char* const kCorrectionNames[] = {RL4LLM_CORRECTION_FORMULAS(RL4LLM_NAME)};
 
 template <int count>
 int find_formula(const char* const (&names)[count], const std::string& name, const char* argument) {
@@ -121,7 +122,7 @@ struct PolicyLossArgs {
   Tensor advantages;
   std::optional<Tensor> ref, entropy, mask, policy_weights, token_weights, log_s;
   Tensor params;
-  std::string formula, kl, aggregation;
+  std::string formula, kl, aggregation, correction;
 };
 
 struct PolicyLossResult {
@@ -182,6 +183,8 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
   const Cut cut(B, T);
   const auto policy = policy_function<S>(a.formula);
   const auto kl = a.ref && !a.kl.empty() ? functions<S>().kl[find_formula(kKlNames, "kl_" + a.kl, "kl")] : nullptr;
+  const int correction =
+      a.correction.empty() ? -1 : find_formula(kCorrectionNames, "rollout_" + a.correction, "correction");
   const int64_t num_values = formulas::num_params + formulas::max_knobs;
   const double* params = data_of<double>(a.params, "params", num_values);
   S knobs[formulas::max_knobs];
@@ -219,6 +222,9 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
     segment.token_weights_ptr = shift(token_weights_ptr, n);
     if (kl) segment.kl_ptr = kl_values, segment.dkl_ptr = dkl_values;
     segment.entropy_ptr = shift(entropy_ptr, n);
+    segment.correction = correction;
+    segment.rollout_cap = S(params[formulas::param_rollout_cap]);
+    segment.rollout_floor = S(params[formulas::param_rollout_floor]);
     segment.kl_coef = S(params[formulas::param_kl_coef]);
     segment.entropy_coef = S(params[formulas::param_entropy_coef]);
     segment.knobs = knobs;
@@ -247,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     Tensor logp, std::optional<Tensor> old, Tensor advantages, std::optional<Tensor> ref, std::optional<Tensor> entropy,
     std::optional<Tensor> mask, std::optional<Tensor> policy_weights, std::optional<Tensor> token_weights,
     std::optional<Tensor> log_s, Tensor params, std::string formula, std::string kl, std::string aggregation,
-    bool entropy_grad) {
+    std::string correction, bool entropy_grad) {
   if (logp.dim() != 2) fail("logp: wanted (B, T), got ", shape_of(logp));
   const int64_t B = logp.size(0), T = logp.size(1);
   const ScalarType type = logp.scalar_type();
@@ -256,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
       empty_like_of(logp, {B, T}, type),
       entropy_grad ? empty_like_of(logp, {B, T}, type) : empty_like_of(logp, {0}, type), empty_like_of(logp, {B}, type),
       empty_like_of(logp, {int64_t(formulas::num_metrics)}, type)};
-  const PolicyLossArgs args = {logp,          old,   advantages, ref,     entropy, mask,       policy_weights,
-                               token_weights, log_s, params,     formula, kl,      aggregation};
+  const PolicyLossArgs args = {logp,          old,   advantages, ref,     entropy, mask,        policy_weights,
+                               token_weights, log_s, params,     formula, kl,      aggregation, correction};
   for_dtype(logp, "logp", [&](auto s) { run_policy_loss<decltype(s)>(args, out); });
   return {out.loss, out.dlogp, out.dentropy, out.scale, out.metrics};
 }
@@ -281,8 +287,8 @@ std::tuple<Tensor, Tensor> kl_estimate_fwd(Tensor logp, Tensor ref, std::optiona
 }
 
 // grad·scale·d for dlogp, and for dentropy where it is not empty.
-std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp,
-                                          Tensor dentropy) {
+std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> entropy,
+                                          std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
   const Tensor grad_logp = torch::stable::empty_like(dlogp), grad_entropy = torch::stable::empty_like(dentropy);
   const int64_t B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : dlogp.numel() / B;
   for_dtype(dlogp, "dlogp", [&](auto s) {

@@ -31,19 +31,20 @@ enum Sum {
 template <class S>
 struct PolicySegment {
   int64_t length;
-  const uint8_t* mask_ptr;  // (length,), or null: every token is live. Null below: absent
-  const S* logp_ptr;        // (length,)
-  const S* old_ptr;         // (length,); null: logp
-  const S* ref_ptr;         // (length,); null: unused by the formula
-  const S* adv_ptr;         // (length,), or one value
-  const S* log_s_ptr;       // (length,), or one value; null: unused by the formula
-  const S* policy_weights_ptr;
+  const uint8_t* mask_ptr;      // (length,), or null: every token is live. Null below: absent
+  const S* logp_ptr;            // (length,)
+  const S* old_ptr;             // (length,); null: logp
+  const S* ref_ptr;             // (length,); null: unused by the formula
+  const S* adv_ptr;             // (length,), or one value
+  const S* log_s_ptr;           // (length,), or one value; null: unused by the formula
+  const S* policy_weights_ptr;  // ω; with a correction: the sampler's log-probabilities
   const S* token_weights_ptr;
   const S* kl_ptr;  // (length,), 0 at tokens that are not live
   const S* dkl_ptr;
   const S* entropy_ptr;
   bool one_adv, one_log_s;
-  S kl_coef, entropy_coef;
+  int correction;  // its place in RL4LLM_CORRECTION_FORMULAS, or −1
+  S rollout_cap, rollout_floor, kl_coef, entropy_coef;
   const S* knobs;
   S* loss_ptr;      // (length,), or null
   S* dlogp_ptr;     // (length,)

@@ -163,6 +163,16 @@ RL4LLM_INLINE double sum_of(typename M::F value) {
   return result;
 }
 
+// ω from log ω.
+template <class M>
+RL4LLM_INLINE typename M::F corrected(int correction, typename M::F log_omega, typename M::S cap, typename M::S floor) {
+  int i = 0;
+#define RL4LLM_CORRECT(formula) \
+  if (correction == i++) return formulas::formula::eval<M>(log_omega, M::c(cap), M::c(floor));
+  RL4LLM_CORRECTION_FORMULAS(RL4LLM_CORRECT)
+  return log_omega;
+}
+
 // A whole segment in one loop; formula and metrics share what they have in common.
 template <class M, class Formula>
 void policy(const PolicySegment<typename M::S>& s, double* sums) {
@@ -186,7 +196,8 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
     const formulas::PolicyToken<F> token = Formula::template eval<M>(logp, old, ref, adv, log_s, s.knobs);
     F loss = token.loss, dlogp = token.dlogp;
     if (s.policy_weights_ptr) {
-      const F weight = input(s.policy_weights_ptr);
+      F weight = input(s.policy_weights_ptr);
+      if (s.correction >= 0) weight = corrected<M>(s.correction, old - weight, s.rollout_cap, s.rollout_floor);
       loss *= weight, dlogp *= weight;
     }
     if (s.kl_ptr) {

@@ -62,6 +62,15 @@ __device__ __forceinline__ formulas::KlToken<float> kl_token(int kl, float logp,
   return {not_a_number(0.0f), not_a_number(0.0f)};
 }
 
+// ω from log ω.
+__device__ __forceinline__ float corrected(int correction, float log_omega, float cap, float floor) {
+  int i = 0;
+#define RL4LLM_CORRECT(formula) \
+  if (correction == i++) return formulas::formula::eval<DeviceMaths>(log_omega, cap, floor);
+  RL4LLM_CORRECTION_FORMULAS(RL4LLM_CORRECT)
+  return not_a_number(0.0f);
+}
+
 __device__ __forceinline__ float sequence_weight(int weight, float length, float num_tokens, float num_sequences,
                                                  float max_length) {
   int i = 0;
@@ -115,6 +124,8 @@ __global__ void __launch_bounds__(kThreads)
   const float kl_coef = read_param(params, formulas::param_kl_coef);
   const float entropy_coef = read_param(params, formulas::param_entropy_coef);
   const float dp_size = read_param(params, formulas::param_dp_size);
+  const float rollout_cap = read_param(params, formulas::param_rollout_cap);
+  const float rollout_floor = read_param(params, formulas::param_rollout_floor);
   float sums[num_partials] = {};
   sums[least_ratio] = infinity(0.0f), sums[largest_ratio] = -infinity(0.0f);
 
@@ -129,7 +140,11 @@ __global__ void __launch_bounds__(kThreads)
       const float ref = a.ref_ptr ? a.ref_ptr[n] : 0.0f;
       const formulas::PolicyToken<float> token = Formula::template eval<DeviceMaths>(logp, old, ref, adv, log_s, knobs);
       loss = token.loss, dlogp = token.dlogp;
-      if (a.policy_weights_ptr) loss *= a.policy_weights_ptr[n], dlogp *= a.policy_weights_ptr[n];
+      if (a.policy_weights_ptr) {
+        float omega = a.policy_weights_ptr[n];
+        if (a.correction >= 0) omega = corrected(a.correction, old - omega, rollout_cap, rollout_floor);
+        loss *= omega, dlogp *= omega;
+      }
       if (a.ref_ptr) {
         const formulas::KlToken<float> divergence = kl_token(kl, logp, ref, old);
         sums[sum_kl] += divergence.kl;

@@ -25,10 +25,11 @@ struct PolicyLossTensors {
   const float* ref_ptr;   // (B, T) or null, here and below: absent
   const float* entropy_ptr;
   const bool* mask_ptr;
-  const float* policy_weights_ptr;
+  const float* policy_weights_ptr;  // ω; with a correction: the sampler's log-probabilities
   const float* token_weights_ptr;
   const float* log_s_ptr;  // (B, T) or (B, 1)
   bool one_adv, one_log_s;
+  int correction;   // its place in RL4LLM_CORRECTION_FORMULAS, or −1
   float* loss_ptr;  // () or (B, T)
   bool loss_per_token;
   float* dlogp_ptr;     // (B, T)

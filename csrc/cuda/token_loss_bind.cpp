@@ -10,6 +10,7 @@ namespace {
 #define RL4LLM_NAME(formula) #formula,
 const char* const kPolicyNames[] = {RL4LLM_POLICY_FORMULAS(RL4LLM_NAME)};
 const char* const kKlNames[] = {RL4LLM_KL_FORMULAS(RL4LLM_NAME)};
+const char* const kCorrectionNames[] = {RL4LLM_CORRECTION_FORMULAS(RL4LLM_NAME)};
 const char* const kWeightNames[] = {RL4LLM_WEIGHT_FORMULAS(RL4LLM_NAME)};
 
 template <int count>
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     Tensor logp, std::optional<Tensor> old, Tensor advantages, std::optional<Tensor> ref, std::optional<Tensor> entropy,
     std::optional<Tensor> mask, std::optional<Tensor> policy_weights, std::optional<Tensor> token_weights,
     std::optional<Tensor> log_s, Tensor params, std::string formula, std::string kl, std::string aggregation,
-    bool entropy_grad) {
+    std::string correction, bool entropy_grad) {
   constexpr const char* kOp = "policy_loss_fwd";
   if (logp.dim() != 2) fail("logp: wanted (B, T), got ", shape_of(logp));
   const int64_t B = logp.size(0), T = logp.size(1), N = B * T;
@@ -55,26 +56,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   const Tensor metrics = empty_like_of(logp, {int64_t(formulas::num_metrics)}, fp32);
   const Tensor partial = empty_like_of(logp, {token_loss_partials(B, T)}, fp32);
   const bool with_kl = ref && !kl.empty();
-  const PolicyLossTensors tensors = {B,
-                                     T,
-                                     data_of<float>(logp, "logp", N),
-                                     data_of<float>(old, "old", N),
-                                     data_of<float>(advantages, "advantages", one_adv ? B : N),
-                                     with_kl ? data_of<float>(ref, "ref", N) : nullptr,
-                                     data_of<float>(entropy, "entropy", N),
-                                     data_of<bool>(mask, "mask", N),
-                                     data_of<float>(policy_weights, "policy_weights", N),
-                                     data_of<float>(token_weights, "token_weights", N),
-                                     data_of<float>(log_s, "log_s", one_log_s ? B : N),
-                                     one_adv,
-                                     one_log_s,
-                                     floats(loss),
-                                     per_token,
-                                     floats(dlogp),
-                                     entropy_grad ? floats(dentropy) : nullptr,
-                                     floats(scale),
-                                     floats(metrics),
-                                     floats(partial)};
+  const PolicyLossTensors tensors = {
+      B,
+      T,
+      data_of<float>(logp, "logp", N),
+      data_of<float>(old, "old", N),
+      data_of<float>(advantages, "advantages", one_adv ? B : N),
+      with_kl ? data_of<float>(ref, "ref", N) : nullptr,
+      data_of<float>(entropy, "entropy", N),
+      data_of<bool>(mask, "mask", N),
+      data_of<float>(policy_weights, "policy_weights", N),
+      data_of<float>(token_weights, "token_weights", N),
+      data_of<float>(log_s, "log_s", one_log_s ? B : N),
+      one_adv,
+      one_log_s,
+      correction.empty() ? -1 : find(kCorrectionNames, "rollout_" + correction, "correction"),
+      floats(loss),
+      per_token,
+      floats(dlogp),
+      entropy_grad ? floats(dentropy) : nullptr,
+      floats(scale),
+      floats(metrics),
+      floats(partial)};
   check_launch(kOp, policy_loss_fwd(tensors, params_of(params), find(kPolicyNames, formula, "formula"),
                                     with_kl ? find(kKlNames, "kl_" + kl, "kl") : -1,
                                     find(kWeightNames, per_token ? "token_sum" : aggregation, "aggregation"),
@@ -100,7 +103,8 @@ std::tuple<Tensor, Tensor> kl_estimate(Tensor logp, Tensor ref, std::optional<Te
   return {kl, dkl};
 }
 
-std::tuple<Tensor, Tensor> bwd(Tensor grad, Tensor logp, std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
+std::tuple<Tensor, Tensor> bwd(Tensor grad, Tensor logp, std::optional<Tensor> entropy, std::optional<Tensor> scale,
+                               Tensor dlogp, Tensor dentropy) {
   constexpr const char* kOp = "token_loss_bwd";
   const int64_t N = dlogp.numel(), B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : N / B;
   check_programs(kOp, token_loss_programs(B, T));
