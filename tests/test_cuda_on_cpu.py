@@ -18,10 +18,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_on_cpu"
 CUDA = ROOT / "csrc" / "cuda"
-SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd"]
+SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan"]
 TESTS = [
     "tests/test_token_logprobs.py", "tests/interpret/test_triton_token_logprobs.py",
-    "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py",
+    "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/interpret/test_triton_returns.py",
+    "tests/cuda_on_cpu/test_long_returns.py",
 ]  # fmt: skip
 
 # As in test_triton_interpret.py; kl_estimate has an emulation of its own, the launchers' own checks are Triton's.

@@ -22,6 +22,7 @@ STREAMING = {
     "kl_divergence_bwd_kernel": ("kl_bwd", 9 * 2 * 3),
 }
 REGISTERS = 64  # budget of the streaming kernels: four blocks of 256 threads an SM, since they wait for memory
+SCAN_REGISTERS = {"Gae": 80, "Vtrace": 112}  # three and two blocks of 256 threads an SM, each with two rounds of loads
 OTHER_REGISTERS = 128  # kernels that touch a few numbers a row
 
 
@@ -72,6 +73,8 @@ def test_no_spills_and_registers_within_budget(cubins):
         for kernel, registers, stack in kernels:
             assert int(stack) == 0, f"{kernel} sm_{arch} spills {stack} bytes"
             budget = REGISTERS if any(streaming in kernel for streaming in STREAMING) else OTHER_REGISTERS
+            if "scan_kernel" in kernel:
+                (budget,) = {b for formula, b in SCAN_REGISTERS.items() if formula in kernel}
             assert int(registers) <= budget, f"{kernel} sm_{arch}: {registers} registers, budget {budget}"
 
 
@@ -87,3 +90,17 @@ def test_streaming_kernels_move_16_bytes_at_a_time(cubins):
             assert re.search(r"LDG\.E\.\S*128", body), f"no 16-byte load in {head}"
             if "bwd" in kernel:
                 assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"
+
+
+@pytest.mark.slow
+def test_scans_move_16_bytes_at_a_time(cubins):
+    """Four tokens a thread: 16 bytes of fp32 in (8 of the halves), 16 bytes of every result out."""
+    tool, files = cubins
+    sass = subprocess.run([tool, "-sass", files["scan", "90a"]], capture_output=True, text=True, check=True).stdout
+    bodies = [body.split("\n", 1) for body in re.split(r"Function : ", sass)[1:]]
+    assert len(bodies) == (3 + 3 + 1) * 2 * 2  # gae and vtrace in every dtype, the backward; warp or block; both passes
+    for head, body in bodies:
+        width = 64 if "half" in head or "bfloat16" in head else 128
+        assert re.search(rf"LDG\.E\.\S*{width}", body), f"no load of {width} bits in {head}"
+        if "Lb1E" in head:
+            assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"

@@ -92,8 +92,7 @@ __device__ __forceinline__ Vec<T> load_vec_shifted(const T* ptr) {
   return vec;
 }
 
-// NaN where it is not > 0, so that a bad device tensor shows in its rows without a synchronisation.
-__device__ __forceinline__ float read_number(const Number& number, int64_t row) {
+__device__ __forceinline__ float read_any_number(const Number& number, int64_t row) {
   float value = number.value;
   if (number.ptr) {
     const int64_t i = number.per_row ? row : 0;
@@ -112,6 +111,12 @@ __device__ __forceinline__ float read_number(const Number& number, int64_t row) 
         break;
     }
   }
+  return value;
+}
+
+// NaN where it is not > 0, so that a bad device tensor shows in its rows without a synchronisation.
+__device__ __forceinline__ float read_number(const Number& number, int64_t row) {
+  const float value = read_any_number(number, row);
   return value > 0 ? value : not_a_number(0.0f);
 }
 

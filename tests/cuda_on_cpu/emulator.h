@@ -87,6 +87,24 @@ inline float shuffle_xor(float value, int offset) {
   return exchange(value, [&](const float* values) { return values[thread_index.x % kLanes ^ unsigned(offset)]; });
 }
 
+inline float shuffle(float value, int lane) {
+  return exchange(value, [&](const float* values) { return values[lane]; });
+}
+
+// Beyond the warp's end CUDA gives a lane its own value; NaN here, so that using it shows.
+inline float shuffle_by(float value, int offset) {
+  const int lane = int(thread_index.x % kLanes) + offset;
+  return exchange(value, [&](const float* values) { return lane >= 0 && lane < kLanes ? values[lane] : NAN; });
+}
+
+inline unsigned ballot(bool predicate) {
+  return exchange(predicate ? 1.0f : 0.0f, [](const float* values) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (values[lane] != 0.0f ? 1u : 0u) << lane;
+    return bits;
+  });
+}
+
 inline bool any(bool predicate) {
   return exchange(predicate ? 1.0f : 0.0f, [](const float* values) {
     bool found = false;
@@ -148,6 +166,12 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) 
 #define gridDim emulator::grid_size
 #define __syncthreads() emulator::block_barrier.arrive_and_wait()
 #define __shfl_xor_sync(mask, value, offset) emulator::shuffle_xor(value, offset)
+#define __shfl_sync(mask, value, lane) emulator::shuffle(value, lane)
+#define __shfl_up_sync(mask, value, offset) emulator::shuffle_by(value, -(offset))
+#define __shfl_down_sync(mask, value, offset) emulator::shuffle_by(value, offset)
+#define __ballot_sync(mask, predicate) emulator::ballot(predicate)
+#define __ffs __builtin_ffs
+#define __clz __builtin_clz
 #define __any_sync(mask, predicate) emulator::any(predicate)
 #define __ldcs(ptr) (*(ptr))
 #define __stcs(ptr, value) (*(ptr) = (value))

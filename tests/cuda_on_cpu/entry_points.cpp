@@ -1,6 +1,7 @@
 // C entry points for plugin.py. They pass what the bindings in csrc/cuda/*.cpp pass.
 #include "cuda/kl.h"
 #include "cuda/launch.h"
+#include "cuda/scan.h"
 
 extern "C" {
 
@@ -25,5 +26,13 @@ int kl_divergence_fwd(const rl4llm::KlRows* rows, const rl4llm::KlResults* resul
 int kl_divergence_bwd(const rl4llm::KlRows* rows, const rl4llm::KlGrads* grads) {
   return rl4llm::kl_divergence_bwd(*rows, *grads, nullptr);
 }
+
+int64_t scan_partials(int64_t B, int64_t T, bool packed) { return rl4llm::scan_partials(B, T, packed); }
+
+int gae_fwd_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::gae_fwd_scan(*tensors, nullptr); }
+
+int gae_bwd_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::gae_bwd_scan(*tensors, nullptr); }
+
+int vtrace_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::vtrace_scan(*tensors, nullptr); }
 
 }  // extern "C"

@@ -57,8 +57,20 @@ KlGrads = struct(
 )  # fmt: skip
 DIRECTIONS = {"reverse": 0, "forward": 1, "jsd": 2}
 
+
+# csrc/cuda/scan.h
+ScanTokens = struct("ScanTokens", ("ptr", Pointer), ("stride_b", Int64), ("stride_t", Int64))
+ScanNumber = struct("ScanNumber", ("device", Number), ("value", ctypes.c_double))
+SCAN_NUMBERS = ("gamma", "lam", "beta", "rho_max", "c_max")
+ScanTensors = struct(
+    "ScanTensors", ("dtype", Int), ("inputs", ScanTokens * 4), ("mask", ScanTokens), ("offsets", Pointer),
+    ("scores", Pointer), ("bootstrap", Pointer), *((n, ScanNumber) for n in SCAN_NUMBERS), ("skip", Bool),
+    ("out", Pointer * 2), ("x_out", Pointer), ("partial", Pointer), ("B", Int64), ("T", Int64),
+)  # fmt: skip
+
 library = ctypes.CDLL(os.environ["RL4LLM_FAST_EMULATED"])
 library.token_logprobs_parts.restype = library.kl_divergence_partials.restype = Int64
+library.scan_partials.restype, library.scan_partials.argtypes = Int64, [Int64, Int64, Bool]
 library.token_logprobs_parts.argtypes = [Int64]
 
 
@@ -155,7 +167,64 @@ def kl_bwd_(logits, *arguments):
     kl_bwd_into(logits, logits, *arguments)
 
 
+def scan(launch, tokens, inputs, mask, cu_seqlens, mask_mode, outs, scores=None, bootstrap=None, x_out=None, **numbers):
+    packed = cu_seqlens is not None
+    B, T = cu_seqlens.shape[0] - 1 if packed else tokens.shape[0], tokens.shape[-1]
+
+    def at(x):
+        return (
+            ScanTokens(None, 0, 0) if x is None else ScanTokens(pointer(x), 0 if packed else x.stride(0), x.stride(-1))
+        )
+
+    def scan_number(x):
+        on_host = x is None or (x.dim() == 0 and x.dtype == torch.float64)
+        return ScanNumber(number(None if on_host else x), float(x) if on_host and x is not None else 0.0)
+
+    partial = fresh(library.scan_partials(B, T, packed))
+    tensors = ScanTensors(
+        DTYPES[tokens.dtype], (ScanTokens * 4)(*map(at, inputs)), at(mask), pointer(cu_seqlens), pointer(scores),
+        pointer(bootstrap), *(scan_number(numbers.get(n)) for n in SCAN_NUMBERS), mask_mode == "skip",
+        (Pointer * 2)(*map(pointer, outs)), pointer(x_out), pointer(partial), B, T,
+    )  # fmt: skip
+    assert launch(ctypes.byref(tensors)) == 0
+    return outs
+
+
+def gae_fwd(rewards, values, mask, cu_seqlens, bootstrap, kl, gamma, lam, beta, mask_mode, advantages):
+    tokens, scores = rewards if kl is None else kl, None
+    if kl is not None and rewards.shape != kl.shape:
+        rewards, scores = None, rewards
+    outs = fresh(*tokens.shape) if advantages else None, fresh(*tokens.shape)
+    lam = torch.ones((), dtype=torch.float64) if values is None else lam
+    inputs = (rewards, values, kl, None)
+    scan(
+        library.gae_fwd_scan, tokens, inputs, mask, cu_seqlens, mask_mode, outs, scores, bootstrap,
+        gamma=gamma, lam=lam, beta=beta,
+    )  # fmt: skip
+    return outs if advantages else (fresh(0), outs[1])
+
+
+def gae_bwd(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, mask_mode):
+    tokens = grad_returns if grad_advantages is None else grad_advantages
+    outs = fresh(*tokens.shape), fresh(*tokens.shape)
+    dbootstrap = fresh(tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    inputs = (grad_advantages, grad_returns, None, None)
+    scan(
+        library.gae_bwd_scan, tokens, inputs, mask, cu_seqlens, mask_mode, outs, x_out=dbootstrap, gamma=gamma, lam=lam
+    )
+    return *outs, dbootstrap
+
+
+def vtrace(logp, rollout, rewards, values, mask, cu_seqlens, bootstrap, gamma, lam, rho_max, c_max, mask_mode):
+    outs, inputs = (fresh(*logp.shape), fresh(*logp.shape)), (rewards, values, logp, rollout)
+    return scan(library.vtrace_scan, logp, inputs, mask, cu_seqlens, mask_mode, outs, bootstrap=bootstrap, gamma=gamma,
+                lam=lam, rho_max=rho_max, c_max=c_max)  # fmt: skip
+
+
 OPS = {
+    "gae_fwd": gae_fwd,
+    "gae_bwd": gae_bwd,
+    "vtrace": vtrace,
     "token_logprobs_fwd": fwd,
     "token_logprobs_bwd": bwd,
     "token_logprobs_bwd_": bwd_,
