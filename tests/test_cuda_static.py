@@ -22,7 +22,7 @@ STREAMING = {
     "kl_divergence_bwd_kernel": ("kl_bwd", 9 * 2 * 3),
 }
 REGISTERS = 64  # budget of the streaming kernels: four blocks of 256 threads an SM, since they wait for memory
-SCAN_REGISTERS = {"Gae": 80, "Vtrace": 112}  # three and two blocks of 256 threads an SM, each with two rounds of loads
+SCAN_REGISTERS = {"Gae": 80, "Vtrace": 128}  # three and two blocks of 256 threads an SM, each with two rounds of loads
 OTHER_REGISTERS = 128  # kernels that touch a few numbers a row
 
 

@@ -148,7 +148,8 @@ __device__ __forceinline__ void next_values(const float (&v)[kTokens], unsigned 
 // Numerics: fp32; four tokens in a thread in order, a tree over a warp's 128, then tiles and parts in order
 // Gradient: that of Gae is GaeBackward; none flows through Vtrace
 template <class Formula, class T, int WARPS, bool WRITE>
-__global__ void __launch_bounds__(kThreads) scan_kernel(const ScanTensors a, int64_t parts, int64_t slots) {
+__global__ void __launch_bounds__(kThreads, Formula::next_values ? 2 : 3)
+    scan_kernel(const ScanTensors a, int64_t parts, int64_t slots) {
   constexpr bool reverse = Formula::reverse;
   constexpr int inputs = Formula::inputs;
   __shared__ Exchange shared[2];
