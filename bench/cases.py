@@ -232,9 +232,9 @@ def _cpu_small() -> Iterator[Case]:
         yield Case(
             "group_advantages", "group_advantages", FORWARD, torch.float32, (65_536,), ("cpu",), targets, variant
         )
-    yield Case(
-        "policy_loss", "policy_loss", BOTH, torch.float32, (256, 1_024), ("cpu",), (_faster(8, "eager"),), "grpo k3"
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        targets = (_faster(8, "eager"),)
+        yield Case("policy_loss", "policy_loss", BOTH, dtype, (256, 1_024), ("cpu",), targets, "grpo k3")
 
 
 def _cpu_linear() -> Iterator[Case]:

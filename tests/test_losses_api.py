@@ -137,23 +137,45 @@ def test_sequences_must_be_known():
             rf.policy_loss(torch.zeros(6), None, torch.zeros(6), **changes)
 
 
+def test_trpo():
+    """(9): the surrogate is kind cpi, its metric kl_old_k3 the measured KL, and the caller refuses a step too far."""
+    old = torch.log(torch.tensor([[0.5, 0.25]]))
+    logp = torch.log(torch.tensor([[0.6, 0.2]])).requires_grad_()
+    loss, metrics = rf.policy_loss(logp, old, torch.tensor([[2.0, -1.0]]), kind="cpi")
+    (grad,) = torch.autograd.grad(loss, logp)
+    # rho = 1.2, 0.8: -(1.2*2 - 0.8)/2, and the gradient is -rho*A/2
+    assert loss.item() == pytest.approx(-0.8)
+    assert grad.tolist()[0] == pytest.approx([-1.2, 0.4])
+    kl = ((1.2 - 1 - math.log(1.2)) + (0.8 - 1 - math.log(0.8))) / 2
+    assert metrics["kl_old_k3"].item() == pytest.approx(kl, abs=1e-6)
+    assert rf.trust_region_exceeded(metrics["kl_old_k3"], kl - 1e-3)
+    assert not rf.trust_region_exceeded(metrics["kl_old_k3"], kl + 1e-3)
+
+
 # Rivals' own losses.
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "delta", "sequence"])
+# TRL's vllm_importance_sampling_mode, and policy_loss's names for it
+CORRECTIONS = {f"{level}_{how}": (how, level) for level in ("token", "sequence") for how in ("truncate", "mask")}
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "delta", "sequence", *CORRECTIONS]
+)
 def test_agrees_with_trl(loss_type):
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed").GRPOTrainer
     s = sample(4, 12)
     s["mask"][1, 0] = True  # TRL's own metrics divide by the length of every sequence
     adv, beta, high = torch.randn(4), 0.04, 1.1 if loss_type == "cispo" else 0.28
     theirs = s["logp"].clone().requires_grad_()
-    special = {"delta": "grpo", "sequence": "grpo"}.get(loss_type, loss_type)
+    special = "grpo" if loss_type in ("delta", "sequence", *CORRECTIONS) else loss_type
     accelerator = types.SimpleNamespace(
         num_processes=1, gather=lambda x: x, reduce=lambda x, **_: x, gather_for_metrics=lambda x: x
     )
     fake = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (theirs, s["entropy"], None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta, use_vllm=False,
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=beta,
+        use_vllm=loss_type in CORRECTIONS, vllm_importance_sampling_correction=True,
         importance_sampling_level="sequence" if loss_type == "sequence" else "token", loss_type=special,
         epsilon_low=0.2, epsilon_high=high, max_completion_length=32, accelerator=accelerator,
         args=types.SimpleNamespace(use_bias_correction_kl=False, delta=1.5 if loss_type == "delta" else None,
@@ -167,6 +189,17 @@ def test_agrees_with_trl(loss_type):
         "advantages": adv, "old_per_token_logps": s["old_logp"], "ref_per_token_logps": s["ref_logp"],
         "num_items_in_batch": s["mask"].sum(),
     }  # fmt: skip
+    correction = {}
+    if loss_type in CORRECTIONS:
+        # The ratio is made where TRL generates; math.md section 5, "sampler mismatch", is its definition too.
+        how, level = CORRECTIONS[loss_type]
+        rollout = s["old_logp"] - 0.3 * torch.randn(4, 12)
+        log_omega = (s["old_logp"] - rollout) * s["mask"]
+        omega = (log_omega.sum(-1, keepdim=True) if level == "sequence" else log_omega).exp()
+        inside = (omega >= 0.7) & (omega <= 1.3)
+        inputs["importance_sampling_ratio"] = omega.clamp(max=1.3) if how == "truncate" else omega * inside
+        correction = {"rollout_logp": rollout, "rollout_correction": how, "rollout_level": level, "rollout_cap": 1.3,
+                      "rollout_floor": 0.7}  # fmt: skip
     wanted = trainer._compute_loss(fake, None, inputs)
     wanted.backward()
 
@@ -176,15 +209,20 @@ def test_agrees_with_trl(loss_type):
         "delta": {"kind": "grpo", "eps_high": high, "delta": 1.5},
         "sequence": {"kind": "gspo", "eps_low": 0.2, "eps_high": high},
     }.get(loss_type, {"kind": "grpo", "eps_high": high})
-    how = {"bnpo": "token_mean", "dapo": "token_mean", "cispo": "token_mean", "dr_grpo": "seq_mean_token_sum_norm"}
+    aggregations = {
+        "bnpo": "token_mean",
+        "dapo": "token_mean",
+        "cispo": "token_mean",
+        "dr_grpo": "seq_mean_token_sum_norm",
+    }
     ours = s["logp"].clone().requires_grad_()
     loss, metrics = rf.policy_loss(
         ours, s["old_logp"], adv, mask=s["mask"], ref_logp=s["ref_logp"], kl_coef=beta, max_length=32,
-        aggregation=how.get(loss_type, "seq_mean_token_mean"), **knobs,
+        aggregation=aggregations.get(loss_type, "seq_mean_token_mean"), **knobs, **correction,
     )  # fmt: skip
     loss.backward()
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
     if loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
         assert metrics["clip_fraction"].item() == pytest.approx(fake._metrics["train"]["clip_ratio/region_mean"][0])
         assert metrics["kl_ref"].item() == pytest.approx(fake._metrics["train"]["kl"][0], rel=1e-5)
@@ -215,5 +253,5 @@ def test_agrees_with_liger(loss_type):
         aggregation=how.get(loss_type, "seq_mean_token_mean"), **knobs,
     )  # fmt: skip
     loss.backward()
-    torch.testing.assert_close(loss, wanted.reshape(()), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, wanted.reshape(()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
