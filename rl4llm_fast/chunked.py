@@ -33,7 +33,7 @@ def chunk_rule(vocabulary: int, compute_dtype: torch.dtype, device: str) -> int:
     else:
         workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
     tokens = workspace // (max(vocabulary, 1) * compute_dtype.itemsize)  # a vocabulary-parallel rank may have no row
-    return max(tokens // 64 * 64, min(tokens, 64), 1)
+    return max(tokens // 128 * 128, min(tokens, 128), 1)
 
 
 class Rows(NamedTuple):
@@ -68,8 +68,14 @@ def select_live(rows: Rows, live: Tensor) -> tuple[Rows, Tensor | None]:
 
 
 def chunks_of(rows: Rows, size: int) -> list[tuple[slice, Rows]]:
-    """The rows in chunks of ``size``, each with its place."""
+    """The rows in chunks of at most ``size``, each with its place.
+
+    As few as that allows, and about equal: a short last chunk's products run at a fraction of the library's rate.
+    """
     result = []
+    count = rows.hidden.shape[0]
+    equal = -(-count // max(-(-count // size), 1))
+    size = max(min(size, -(-equal // 16) * 16), 1)
     for start in range(0, rows.hidden.shape[0], size):
         part = slice(start, start + size)
         tau = rows.temperature[part] if rows.temperature.dim() else rows.temperature
