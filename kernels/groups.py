@@ -17,7 +17,7 @@ from .whiten import whiten_stats
 
 
 @triton.jit
-def group_members(order_ptr, starts_ptr, g, group_size):
+def group_members(starts_ptr, g, group_size):
     """(start, end) of a group in the sorted answers."""
     if starts_ptr is None:
         start = g.to(tl.int64) * group_size
@@ -60,7 +60,7 @@ def group_advantages_kernel(
     Numerics: fp64 about the group's first reward, in the order of its members; all equal, or one member: exactly 0
     Gradient: none flows
     """
-    start, end = group_members(order_ptr, starts_ptr, tl.program_id(0), group_size)
+    start, end = group_members(starts_ptr, tl.program_id(0), group_size)
     if start < end:
         lane = tl.arange(0, BLOCK)
         first = tl.load(rewards_ptr + answer_of(order_ptr, start, True)).to(tl.float64)
@@ -118,7 +118,7 @@ def process_stats_kernel(
     Numerics: fp64, in the order of answers and steps
     Gradient: none flows
     """
-    start, end = group_members(order_ptr, starts_ptr, tl.program_id(0), group_size)
+    start, end = group_members(starts_ptr, tl.program_id(0), group_size)
     if start < end:
         lane = tl.arange(0, BLOCK)
         total = tl.sum(lane * 0, axis=0).to(tl.float64)

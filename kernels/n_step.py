@@ -52,7 +52,7 @@ def n_step_kernel(
     Grid: (ceil(N/BLOCK),), program -> places
     Traffic: 20 to 36 bytes a place and bit of n
     Numerics: fp32, powers in fp64; beyond the end of a sequence there is nothing
-    Gradient: n_step_returns of the flipped sequences, see autograd_returns.py
+    Gradient: none flows
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
