@@ -14,7 +14,7 @@ from rl4llm_fast.pair_formulas import FORMULAS, MAX_KNOBS, METRICS, PARAMS
 from .configs import COMPILE
 from .pair_formulas_gen import PAIR
 from .rows import check_grid, on_device
-from .token_loss import check_fp32
+from .token_loss import check_rows
 
 BETA = tl.constexpr(PARAMS.index("beta"))
 PER_PAIR = tl.constexpr(PARAMS.index("per_pair"))
@@ -256,7 +256,7 @@ def preference_loss_fwd(
     average: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """schemas.OPS["preference_loss_fwd"]: (loss, slopes, rewards, metrics)."""
-    check_fp32("preference_loss_fwd", chosen=chosen, rejected=rejected, ref_chosen=ref_chosen,
+    check_rows("preference_loss_fwd", (torch.float32,), chosen=chosen, rejected=rejected, ref_chosen=ref_chosen,
                ref_rejected=ref_rejected, per_pair=per_pair)  # fmt: skip
     B = chosen.shape[0] if cu_chosen is None else cu_chosen.shape[0] - 1
     sides = 1 if rejected is None else 2
@@ -293,7 +293,7 @@ def preference_loss_bwd(
     cu_rejected: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """schemas.OPS["preference_loss_bwd"]: (grad_chosen, grad_rejected)."""
-    check_fp32("preference_loss_bwd", grad=grad, slopes=slopes, chosen=chosen, rejected=rejected)
+    check_rows("preference_loss_bwd", (torch.float32,), grad=grad, slopes=slopes, chosen=chosen, rejected=rejected)
     grad_chosen = torch.empty_like(chosen)
     grad_rejected = chosen.new_empty((0,)) if rejected is None else torch.empty_like(rejected)
     B = slopes.shape[1]
