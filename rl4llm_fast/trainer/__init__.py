@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .config import GRPOConfig, load_config
-from .grpo import TrainResult, train_grpo
+from .grpo import train_grpo
+from .run import TrainResult
 from .sampling import Rollout, evaluate, sample
 from .tasks import Task, load_task
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import GRPOConfig
+from .settings import RunConfig
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 _FREE = {"steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress"}
 
 
-def save(path: Path, *, step: int, config: GRPOConfig, optimizer: dict[str, Any], generator: torch.Generator) -> None:
+def save(path: Path, *, step: int, config: RunConfig, optimizer: dict[str, Any], generator: torch.Generator) -> None:
     """Write the state after ``step`` steps. A crash at any moment leaves the previous file or the new one."""
     kind, keys, *position = np.random.get_state()
     state = {
@@ -39,7 +39,7 @@ def save(path: Path, *, step: int, config: GRPOConfig, optimizer: dict[str, Any]
     partial.replace(path)
 
 
-def load(path: Path, config: GRPOConfig) -> dict[str, Any]:
+def load(path: Path, config: RunConfig) -> dict[str, Any]:
     """Read a checkpoint (tensors and plain values only: no code is run).
 
     Raises:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,28 +14,17 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from . import checkpoint
 from .config import GRPOConfig
-from .extras import require
-from .metrics import Averages, History, Phases, phase_table, plot_rewards
-from .model import choose_device, end_token_ids, load_model
+from .metrics import Averages, Phases, plot_rewards
+from .model import end_token_ids
 from .objective import check_objective, objective, silent_at_zero
-from .optimizer import MasterAdamW, learning_rate
+from .optimizer import learning_rate
 from .policy import Policy
+from .run import Trainer, TrainResult
 from .sampling import Evaluation, Rollout, completion_of, evaluate, sample
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
 
 PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
-
-
-@dataclass
-class TrainResult:
-    """What ``train_grpo`` returns: the trained model, one row of metrics a step, and where the files lie."""
-
-    model: nn.Module
-    tokenizer: Any
-    history: list[dict[str, Any]]
-    output_dir: Path
 
 
 @dataclass
@@ -76,8 +63,10 @@ def train_grpo(
         trainer.optimizer.close()
 
 
-class GRPOTrainer:
-    """The loop behind ``train_grpo``. Dropout is off throughout: sampler and trainer must be the same policy."""
+class GRPOTrainer(Trainer):
+    """The loop behind ``train_grpo``."""
+
+    name = "GRPO"
 
     def __init__(
         self,
@@ -89,7 +78,6 @@ class GRPOTrainer:
         prompts: Sequence[Example] | None = None,
         reward: Reward | None = None,
     ) -> None:
-        require("transformers", "tqdm", extra="trainer")
         self.config = c = config or GRPOConfig()
         check_objective(c)  # a wrong setting shows before the work
         if (prompts is None) != (reward is None) or (prompts is not None and task is not None):
@@ -99,63 +87,27 @@ class GRPOTrainer:
         self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
         if len(self.task.train) == 0:
             raise ValueError("prompts: none to train on")
-        random.seed(c.seed)
-        np.random.seed(c.seed % 2**32)
-        torch.manual_seed(c.seed)
-        self.generator = torch.Generator().manual_seed(c.seed)
-        if model is None:
-            model, loaded = load_model(c.model, precision=c.precision, device=choose_device(c.device))
-            tokenizer = tokenizer or loaded
-        self.model: Any = model.eval()
-        self.tokenizer = tokenizer
-        self.policy = Policy(model, autocast=c.precision == "autocast", layout=c.layout)
+        super().__init__(c, model, tokenizer)
+        self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
-        self.end_ids = end_token_ids(model, tokenizer)
-        self.optimizer = MasterAdamW(
-            model, lr=c.learning_rate, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay
-        )
-        self.phases = Phases(self.policy.device)
+        self.end_ids = end_token_ids(self.model, self.tokenizer)
+        self.optimizer = self.make_optimizer(self.model)
 
-    def run(self) -> TrainResult:
-        from tqdm.auto import tqdm
+    def heldout_row(self) -> dict[str, float]:
+        if not self.task.heldout:
+            return {}
+        result = self.evaluate()
+        return {"heldout_accuracy": result.accuracy, "heldout_reward": result.reward}
 
-        c, folder = self.config, Path(self.config.output_dir)
-        path, first = folder / "checkpoint.pt", 0
-        if c.resume and path.is_file():
-            state = checkpoint.load(path, c)
-            first = state["step"]
-            self.optimizer.load_state_dict(state["optimizer"])
-            checkpoint.restore_rng(state, self.generator)
-        history = History(folder / "metrics.jsonl", keep_steps=first)
-        progress = tqdm(total=c.steps, initial=first, desc="GRPO", unit="step", disable=not c.progress, ncols=90)
-        with progress:
-            for step in range(first + 1, c.steps + 1):
-                row = self.step(step)
-                if self.task.heldout and c.eval_every and (step % c.eval_every == 0 or step == c.steps):
-                    result = self.evaluate()
-                    row |= {"heldout_accuracy": result.accuracy, "heldout_reward": result.reward}
-                history.add(row)
-                progress.set_postfix_str(f"reward {row['reward_mean']:.2f}  {row['seconds']:.1f} s/step", refresh=False)
-                progress.update()
-                if c.checkpoint_every and (step % c.checkpoint_every == 0 or step == c.steps):
-                    self.save(step)
-        if c.progress and history.rows:
-            print(phase_table(history.rows))
-        if c.save_model:
-            self.model.save_pretrained(folder / "model")
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder / "model")
-        plot_rewards(history.rows, folder / "rewards.png", f"GRPO on {self.task.name}")
-        return TrainResult(self.model, self.tokenizer, history.rows, folder)
+    def brief(self, row: dict[str, Any]) -> str:
+        return f"reward {row['reward_mean']:.2f}"
 
-    def save(self, step: int) -> None:
-        path = Path(self.config.output_dir) / "checkpoint.pt"
-        state = self.optimizer.state_dict()
-        checkpoint.save(path, step=step, config=self.config, optimizer=state, generator=self.generator)
+    def plot(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        plot_rewards(rows, folder / "rewards.png", f"GRPO on {self.task.name}")
 
     def evaluate(self) -> Evaluation:
         """Greedy answers to the task's held-out examples."""
-        with self._backend():
+        with self.chosen_backend():
             return evaluate(
                 self.policy, self.task.heldout, self.task.reward, tokenizer=self.tokenizer, end_ids=self.end_ids,
                 max_new_tokens=self.config.max_new_tokens, batch_size=self.config.sampling_batch_size,
@@ -188,7 +140,7 @@ class GRPOTrainer:
         c = self.config
         examples = examples_of_step(self.task.train, step, c.prompts_per_step, c.seed)
         prompts = [prompt_token_ids(example, self.tokenizer) for example in examples]
-        with self._backend():
+        with self.chosen_backend():
             rollout = sample(
                 self.policy, prompts, group_size=c.group_size, max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
                 temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=self.generator,
@@ -248,10 +200,10 @@ class GRPOTrainer:
             index = [i for i in index if batch.advantages[i] != 0]
         sampler = [torch.tensor(values) for values in batch.rollout.logprobs]
         total, device = 0.0, self.policy.device
-        for micro in self._micro_batches(index):
+        for micro in self.micro_batches(index):
             lengths = [len(answers[i]) for i in micro]
             sampled = _packed(sampler, micro, device)
-            with self._backend():
+            with self.chosen_backend():
                 logp, entropy = self._logprobs(self.policy, batch, micro, entropy=c.entropy_coef != 0)
                 loss, metrics = objective(
                     c, logp, _packed(old, micro, device), batch.advantages[micro].to(device), lengths, num_tokens,
@@ -278,20 +230,12 @@ class GRPOTrainer:
     def _logprobs_without_grad(self, policy: Policy, batch: Batch) -> list[Tensor]:
         """Log-probabilities of each answer's tokens under ``policy`` as it is now."""
         found: list[Tensor] = []
-        for micro in self._micro_batches(list(range(len(batch.rollout.answers)))):
-            with self._backend():
+        for micro in self.micro_batches(list(range(len(batch.rollout.answers)))):
+            with self.chosen_backend():
                 logp, _ = self._logprobs(policy, batch, micro)
             found.extend(logp.split([len(batch.rollout.answers[i]) for i in micro]))
         self.phases.mark("forward")
         return found
-
-    def _micro_batches(self, index: list[int]) -> list[list[int]]:
-        size = self.config.micro_batch_size or max(len(index), 1)
-        return [index[i : i + size] for i in range(0, len(index), size)]
-
-    def _backend(self) -> contextlib.AbstractContextManager[None]:
-        name = self.config.backend
-        return contextlib.nullcontext() if name == "auto" else rf.use_backend(name)
 
 
 def _packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:

@@ -88,7 +88,9 @@ class History:
 
 def phase_table(rows: list[dict[str, Any]]) -> str:
     """Where the time went: mean seconds a step and share, by phase."""
-    totals = {phase: sum(row[f"seconds_{phase}"] for row in rows) for phase in PHASES}
+    rows = [row for row in rows if "seconds" in row]  # the row of step 0 has no step's time
+    totals = {phase: sum(row.get(f"seconds_{phase}", 0.0) for row in rows) for phase in PHASES}
+    totals = {phase: total for phase, total in totals.items() if total}
     whole = sum(totals.values()) or 1.0
     lines = [f"  {'phase':<12}{'s/step':>8}{'share':>8}"]
     lines += [f"  {p:<12}{t / max(len(rows), 1):>8.3f}{t / whole:>8.0%}" for p, t in totals.items()]
@@ -100,12 +102,7 @@ def plot_rewards(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     """The reward of each step, its running mean, and the held-out accuracy, as a PNG; False without matplotlib."""
     if not rows or importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = _figure(1)
     steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
     smooth: list[float] = []
     for reward in rewards:
@@ -121,3 +118,32 @@ def plot_rewards(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path, title: str, panels: dict[str, dict[str, str]]) -> bool:
+    """A PNG with one panel for each of ``panels``, {y label: {key of a row: legend}}; False without matplotlib."""
+    if not rows or importlib.util.find_spec("matplotlib") is None:
+        return False
+    figure, all_axes = _figure(len(panels))
+    figure.suptitle(title)
+    for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
+        for key, legend in curves.items():
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-" if key.startswith("heldout") else "-", label=legend)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(loc="best")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _figure(panels: int) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * panels**0.5, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, panels, 1 + i) for i in range(panels)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import GRPOConfig
+from .settings import RunConfig
 
 
 class MasterAdamW:
@@ -109,7 +109,7 @@ class MasterAdamW:
         self.adam.load_state_dict(state["adam"])
 
 
-def learning_rate(config: GRPOConfig, step: int) -> float:
+def learning_rate(config: RunConfig, step: int) -> float:
     """The rate of a step, counted from 1: a linear warm-up, then constant, or down to 0 linearly or as a cosine."""
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     done = min(1.0, max(0.0, (step - 1 - config.warmup_steps) / max(1, config.steps - config.warmup_steps)))

@@ -1,0 +1,157 @@
+"""The run around every trainer: seeds, model, checkpoints, metrics, held-out measures, the saved model, the curves."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+import rl4llm_fast as rf
+
+from . import checkpoint
+from .extras import require
+from .metrics import History, Phases, phase_table
+from .model import choose_device, load_model
+from .optimizer import MasterAdamW, learning_rate
+from .settings import RunConfig
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class TrainResult:
+    """What a trainer returns: the trained model, one row of metrics a step, and where the files lie."""
+
+    model: nn.Module
+    tokenizer: Any
+    history: list[dict[str, Any]]
+    output_dir: Path
+
+
+class Trainer:
+    """What trainers have in common. Each sets ``optimizer`` and says what a step, a held-out row and a plot are.
+
+    Dropout is off throughout: the loss of a step is a function of weights and data alone.
+    """
+
+    name = "train"
+    optimizer: MasterAdamW
+
+    def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
+        require("transformers", "tqdm", extra="trainer")
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        self.run_config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        if model is None:
+            model, loaded = load_model(config.model, precision=config.precision, device=choose_device(config.device))
+            tokenizer = tokenizer or loaded
+        self.model: Any = model.eval()
+        self.tokenizer = tokenizer
+        self.device: torch.device = next(model.parameters()).device
+        self.phases = Phases(self.device)
+
+    # What a trainer fills in
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One step, counted from 1: its row of metrics."""
+        raise NotImplementedError
+
+    def heldout_row(self) -> dict[str, float]:
+        """The held-out measures now; none without held-out data."""
+        raise NotImplementedError
+
+    def brief(self, row: dict[str, Any]) -> str:
+        """A row in a few words, for the progress bar."""
+        raise NotImplementedError
+
+    def plot(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        """Draw the curves into ``folder``."""
+        raise NotImplementedError
+
+    def before_first_step(self) -> dict[str, float]:
+        """Held-out measures of the model as it came, where they cost little: the row of step 0."""
+        return {}
+
+    def finish(self) -> None:
+        """What is left to do on the trained model before it is saved."""
+
+    # What they share
+
+    def make_optimizer(self, model: nn.Module) -> MasterAdamW:
+        c = self.run_config
+        return MasterAdamW(model, lr=c.learning_rate, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay)
+
+    def run(self) -> TrainResult:
+        """All steps, from the last checkpoint in ``output_dir`` where there is one."""
+        from tqdm.auto import tqdm
+
+        c, folder = self.run_config, Path(self.run_config.output_dir)
+        path, first = folder / "checkpoint.pt", 0
+        if c.resume and path.is_file():
+            state = checkpoint.load(path, c)
+            first = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            checkpoint.restore_rng(state, self.generator)
+        history = History(folder / "metrics.jsonl", keep_steps=first)
+        if first == 0 and c.eval_every and (row := self.before_first_step()):
+            history.add({"step": 0, **row})
+        progress = tqdm(total=c.steps, initial=first, desc=self.name, unit="step", disable=not c.progress, ncols=90)
+        with progress:
+            for step in range(first + 1, c.steps + 1):
+                row = self.step(step)
+                if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
+                    row |= self.heldout_row()
+                history.add(row)
+                progress.set_postfix_str(f"{self.brief(row)}  {row['seconds']:.1f} s/step", refresh=False)
+                progress.update()
+                if c.checkpoint_every and (step % c.checkpoint_every == 0 or step == c.steps):
+                    self.save(step)
+        if c.progress and history.rows:
+            print(phase_table(history.rows))
+        self.finish()
+        if c.save_model:
+            self.model.save_pretrained(folder / "model")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / "model")
+        self.plot(history.rows, folder)
+        return TrainResult(self.model, self.tokenizer, history.rows, folder)
+
+    def save(self, step: int) -> None:
+        path = Path(self.run_config.output_dir) / "checkpoint.pt"
+        state = self.optimizer.state_dict()
+        checkpoint.save(path, step=step, config=self.run_config, optimizer=state, generator=self.generator)
+
+    def take_step(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+        """The optimizer's step on the gradients that are there, and the row of the step."""
+        rate = learning_rate(self.run_config, step)
+        norm = self.optimizer.step(rate, self.run_config.max_grad_norm)
+        self.phases.mark("optimizer")
+        seconds = {phase: value for phase, value in self.phases.seconds.items() if value}
+        return {
+            "step": step,
+            **metrics,
+            "grad_norm": norm,
+            "updates_skipped": float(not math.isfinite(norm)),
+            "learning_rate": rate,
+            "seconds": sum(seconds.values()),
+            **{f"seconds_{phase}": value for phase, value in seconds.items()},
+        }
+
+    def micro_batches(self, items: Sequence[Item]) -> list[list[Item]]:
+        """``items`` in pieces of ``micro_batch_size``."""
+        size = self.run_config.micro_batch_size or max(len(items), 1)
+        return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+    def chosen_backend(self) -> contextlib.AbstractContextManager[None]:
+        name = self.run_config.backend
+        return contextlib.nullcontext() if name == "auto" else rf.use_backend(name)
