@@ -117,6 +117,18 @@ def _policy_flops(case: Case) -> int:
     return 30 * rows * positions
 
 
+def _preference_bytes(case: Case) -> int:
+    """logp, ref, mask of both answers in; both gradients out, with the masks once more."""
+    pairs, positions = case.shape
+    return 2 * pairs * positions * (2 * 4 + 1 + 4 + 1)
+
+
+def _preference_flops(case: Case) -> int:
+    """A token: subtract, add, count, scale."""
+    pairs, positions = case.shape
+    return 2 * pairs * positions * 4
+
+
 def _group_bytes(case: Case) -> int:
     """fp32 rewards and int64 ids in, fp32 advantages out."""
     return case.shape[0] * (4 + 8 + 4)
@@ -171,6 +183,7 @@ _BYTES = {
     "token_logprobs": _logits_bytes,
     "kl_divergence": _kl_bytes,
     "policy_loss": _policy_bytes,
+    "preference_loss": _preference_bytes,
     "group_advantages": _group_bytes,
 }
 _FLOPS = {
@@ -180,6 +193,7 @@ _FLOPS = {
     "token_logprobs": _logits_flops,
     "kl_divergence": _kl_flops,
     "policy_loss": _policy_flops,
+    "preference_loss": _preference_flops,
     "group_advantages": _group_flops,
 }
 
@@ -235,6 +249,9 @@ def _cpu_small() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         targets = (_faster(8, "eager"),)
         yield Case("policy_loss", "policy_loss", BOTH, dtype, (256, 1_024), ("cpu",), targets, "grpo k3")
+    yield Case(
+        "preference_loss", "preference_loss", BOTH, torch.float32, (64, 1_024), ("cpu",), (_faster(3, "eager"),), "dpo"
+    )
 
 
 def _cpu_linear() -> Iterator[Case]:
@@ -287,6 +304,8 @@ def _gpu() -> Iterator[Case]:
     kl = Case("kl_divergence", "kl_divergence", BOTH, bf16, kl_shape, ("gpu",), (), "reverse")
     at_2500_gb_s = Target("time_ms", kl.bytes / 2.5e12 * 1e3, device=h100)
     yield dataclasses.replace(kl, targets=(at_2500_gb_s,))
+    shape, targets = (64, 2_048), (_faster(10, "eager"),)
+    yield Case("preference_loss", "preference_loss", BOTH, torch.float32, shape, ("gpu",), targets, "dpo")
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
 
 

@@ -7,6 +7,7 @@ A peer's function has the signature of its case's ``call``:
     token_logprobs_entropy(logits, token_ids) -> (logp, entropy), both differentiable
     group_advantages(rewards (B,), group_ids (B,)) -> advantages (B,)
     policy_loss(logp, old_logp, ref_logp (B, T), advantages (B,), mask (B, T)) -> (loss, metrics)
+    preference_loss(chosen, rejected, ref_chosen, ref_rejected, mask_chosen, mask_rejected (B, T)) -> (loss, metrics)
     linear_token_logprobs(hidden (N, D), weight (V, D), token_ids (N,)) -> logp (N,)
     linear_policy_loss(hidden, weight, token_ids, ref_logp, advantages (N,)) -> loss; on-policy GRPO with k3, β 0.04
     gae(rewards, values (B, T) or (N,), mask, mask_mode, cu_seqlens (B+1,)) -> (advantages, returns); γ 0.99, λ 0.95
@@ -66,6 +67,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     if case.op.startswith("linear_"):
         return _linear_inputs(case, device, generator)
     rows, positions = case.shape
+    if case.op == "preference_loss":
+        return {k: v for s in ("chosen", "rejected") for k, v in _answer_inputs(s, case.shape, generator).items()}
     logp = -torch.rand(rows, positions, generator=generator, device=device) * 5
     noise = torch.randn(2, rows, positions, generator=generator, device=device) * 0.2
     length = torch.randint(positions // 4, positions + 1, (rows, 1), generator=generator, device=device)
@@ -76,6 +79,15 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         "advantages": torch.randn(rows, generator=generator, device=device),
         "mask": torch.arange(positions, device=device) < length,
     }
+
+
+def _answer_inputs(side: str, shape: tuple[int, ...], generator: torch.Generator) -> Inputs:
+    device = generator.device
+    logp = -torch.rand(shape, generator=generator, device=device) * 5
+    noise = torch.randn(shape, generator=generator, device=device) * 0.2
+    length = torch.randint(shape[1] // 4, shape[1] + 1, (shape[0], 1), generator=generator, device=device)
+    live = torch.arange(shape[1], device=device) < length
+    return {f"logp_{side}": logp, f"ref_{side}": logp + noise, f"mask_{side}": live}
 
 
 def _linear_inputs(case: Case, device: str, generator: torch.Generator) -> Inputs:
@@ -145,6 +157,8 @@ def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool
         return Step(lambda: None, lambda _: {"advantages": function(inputs["rewards"], inputs["group_ids"])})
     if case.op == "policy_loss":
         return _policy_step(case, function, inputs)
+    if case.op == "preference_loss":
+        return _preference_step(case, function, inputs)
     if case.op.startswith("linear_"):
         return _linear_step(case, function, inputs)
     if case.op == "gae":
@@ -200,6 +214,22 @@ def _policy_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> St
             loss.backward()
             found["grad_logp"] = received[0]
         return found
+
+    return Step(lambda: None, run)
+
+
+def _preference_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
+    assert case.mode == BOTH
+    rest = [inputs[f"{name}_{side}"] for name in ("ref", "mask") for side in ("chosen", "rejected")]
+
+    def run(_: object) -> Outputs:
+        (chosen, to_chosen), (rejected, to_rejected) = (
+            _with_gradient(inputs[f"logp_{side}"]) for side in ("chosen", "rejected")
+        )
+        loss, metrics = function(chosen, rejected, *rest)
+        loss.backward()
+        found = {"loss": loss.detach(), **{f"metric {name}": value for name, value in metrics.items()}}
+        return found | {"grad_chosen": to_chosen[0], "grad_rejected": to_rejected[0]}
 
     return Step(lambda: None, run)
 

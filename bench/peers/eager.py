@@ -84,12 +84,36 @@ def policy_loss(
     return mean(loss), metrics
 
 
+def preference_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    mask_chosen: Tensor,
+    mask_rejected: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DPO on the sums over live tokens, and the metrics that a trainer logs."""
+    won = torch.where(mask_chosen, chosen - ref_chosen, 0.0).sum(-1)
+    lost = torch.where(mask_rejected, rejected - ref_rejected, 0.0).sum(-1)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (won - lost)).mean()
+    with torch.no_grad():
+        better, worse = 0.1 * won, 0.1 * lost
+        metrics = {
+            "reward_chosen": better.mean(),
+            "reward_rejected": worse.mean(),
+            "accuracy": (better > worse).float().mean(),
+            "margin": (better - worse).mean(),
+        }
+    return loss, metrics
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "token_logprobs": token_logprobs,
     "token_logprobs_entropy": token_logprobs_entropy,
     "kl_divergence": kl_divergence,
     "group_advantages": group_advantages,
     "policy_loss": policy_loss,
+    "preference_loss": preference_loss,
     "linear_token_logprobs": linear_token_logprobs,
     "linear_policy_loss": linear_policy_loss,
 }

@@ -24,6 +24,13 @@ def _gae(rewards: Any, values: Any, mask: Any, mask_mode: Any, cu_seqlens: Any) 
     return rf.gae(rewards, values, gamma=0.99, lam=0.95, mask=mask, mask_mode=mask_mode, cu_seqlens=cu_seqlens)
 
 
+def _preference_loss(
+    chosen: Any, rejected: Any, ref_chosen: Any, ref_rejected: Any, mask_chosen: Any, mask_rejected: Any
+) -> Any:
+    masks = {"mask_chosen": mask_chosen, "mask_rejected": mask_rejected}
+    return rf.preference_loss(chosen, rejected, ref_chosen, ref_rejected, kind="dpo", beta=0.1, **masks)
+
+
 def _linear_policy_loss(hidden: Any, weight: Any, token_ids: Any, ref_logp: Any, advantages: Any) -> Any:
     loss, _ = rf.linear_policy_loss(
         hidden, weight, token_ids, None, advantages, kind="grpo", ref_logp=ref_logp, kl_coef=0.04
@@ -41,6 +48,8 @@ def build(case: Case, device: str) -> Callable[..., Any]:
         return functools.partial(rf.linear_token_logprobs, chunk_tokens=chunk)
     if case.op == "linear_policy_loss":
         return _linear_policy_loss
+    if case.op == "preference_loss":
+        return _preference_loss
     if case.op == "kl_divergence":
         return rf.kl_divergence
     if case.op == "group_advantages":
