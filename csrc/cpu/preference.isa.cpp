@@ -1,8 +1,6 @@
 // Sums over the tokens of an answer, and what spreads a number over them. isa.h says how such a file is written.
 #include "cpu/preference.h"
 
-#include <stddef.h>
-
 namespace rl4llm {
 namespace RL4LLM_ISA {
 namespace {
@@ -13,71 +11,75 @@ template <class S>
 struct Lanes {
   typedef S Values __attribute__((vector_size(kLanes * sizeof(S))));
   typedef double Sums __attribute__((vector_size(kLanes * sizeof(double))));
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   typedef int32_t Int32 __attribute__((vector_size(kLanes * sizeof(int32_t))));
   typedef int64_t Int64 __attribute__((vector_size(kLanes * sizeof(int64_t))));
 };
 
 template <class S>
 struct Integers {
+  typedef int32_t lane;
   typedef typename Lanes<S>::Int32 type;
 };
 template <>
 struct Integers<double> {
+  typedef int64_t lane;
   typedef Lanes<double>::Int64 type;
 };
 
-// By reference: a vector wider than the registers has no agreed way to be returned.
 #define RL4LLM_INLINE static inline __attribute__((always_inline))
 
-template <class T>
-RL4LLM_INLINE void load(T& result, const void* ptr, int64_t bytes) {
-  result = T{};
-  if (bytes == int64_t(sizeof result)) {
-    __builtin_memcpy(&result, ptr, sizeof result);
-  } else {
-    __builtin_memcpy(&result, ptr, size_t(bytes));
-  }
+// Of kLanes tokens, those that are live: all ones. By reference: a vector wider than the registers has no agreed way to
+// be returned.
+template <class Lane, class I>
+RL4LLM_INLINE void live(I& alive, const uint8_t* mask_ptr) {
+  // A loop: gcc takes the conversion of a whole vector of bytes apart, byte by byte.
+  Lane lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = -int(mask_ptr[j] != 0);
+  __builtin_memcpy(&alive, lanes, sizeof alive);
 }
 
-// All ones where a token is live: the first `lanes` of a block, less what the mask leaves out.
-template <class S>
-RL4LLM_INLINE void live(typename Integers<S>::type& alive, const uint8_t* mask_ptr, int lanes) {
-  typename Lanes<S>::Bytes bytes = {};
-  if (mask_ptr) {
-    load(bytes, mask_ptr, lanes);
-  } else {
-    __builtin_memset(&bytes, 1, size_t(lanes));
+template <class S, bool masked, bool minus_ref>
+RL4LLM_INLINE void sum_of(int64_t length, const S* logp_ptr, const S* ref_ptr, const uint8_t* mask_ptr, double* sum,
+                          int64_t* count) {
+  typedef typename Lanes<S>::Values F;
+  typename Lanes<S>::Sums sums = {};
+  typename Integers<S>::type counts = {};
+  const int64_t whole = length / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    F x, ref;
+    __builtin_memcpy(&x, logp_ptr + i, sizeof x);
+    if constexpr (minus_ref) {
+      __builtin_memcpy(&ref, ref_ptr + i, sizeof ref);
+      x -= ref;
+    }
+    if constexpr (masked) {
+      typename Integers<S>::type alive;
+      live<typename Integers<S>::lane>(alive, mask_ptr + i);
+      // Selected, not multiplied: a dead token may hold NaN.
+      x = alive ? x : F{};
+      counts -= alive;
+    }
+    sums += __builtin_convertvector(x, typename Lanes<S>::Sums);
   }
-  alive = __builtin_convertvector(bytes, typename Integers<S>::type) != typename Integers<S>::type{};
+  double total = 0;
+  int64_t number = masked ? 0 : length;
+  for (int j = 0; j < kLanes; ++j) total += sums[j], number += counts[j];
+  for (int64_t i = whole; i < length; ++i) {
+    if (masked && !mask_ptr[i]) continue;
+    total += double(minus_ref ? logp_ptr[i] - ref_ptr[i] : logp_ptr[i]);
+    number += masked;
+  }
+  *sum = total, *count = number;
 }
 
 template <class S>
 void sum(int64_t length, const S* logp_ptr, const S* ref_ptr, const uint8_t* mask_ptr, double* sum, int64_t* count) {
-  typedef typename Lanes<S>::Values F;
-  typename Lanes<S>::Sums sums = {};
-  typename Integers<S>::type counts = {};
-  const auto block = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const int64_t bytes = lanes * int64_t(sizeof(S));
-    F x, ref;
-    load(x, logp_ptr + i, bytes);
-    if (ref_ptr) {
-      load(ref, ref_ptr + i, bytes);
-      x -= ref;
-    }
-    typename Integers<S>::type alive;
-    live<S>(alive, mask_ptr ? mask_ptr + i : nullptr, lanes);
-    // Selected, not multiplied: a dead token may hold NaN.
-    sums += __builtin_convertvector(alive ? x : F{}, typename Lanes<S>::Sums);
-    counts -= alive;
-  };
-  const int64_t whole = length / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) block(i, kLanes);
-  if (whole < length) block(whole, int(length - whole));
-  double total = 0;
-  int64_t number = 0;
-  for (int j = 0; j < kLanes; ++j) total += sums[j], number += counts[j];
-  *sum = total, *count = number;
+  if (mask_ptr) {
+    if (ref_ptr) return sum_of<S, true, true>(length, logp_ptr, ref_ptr, mask_ptr, sum, count);
+    return sum_of<S, true, false>(length, logp_ptr, ref_ptr, mask_ptr, sum, count);
+  }
+  if (ref_ptr) return sum_of<S, false, true>(length, logp_ptr, ref_ptr, mask_ptr, sum, count);
+  return sum_of<S, false, false>(length, logp_ptr, ref_ptr, mask_ptr, sum, count);
 }
 
 template <class S>
@@ -86,9 +88,12 @@ void spread(int64_t length, S value, const uint8_t* mask_ptr, S* out_ptr) {
   const F filled = value - F{};
   const int64_t whole = length / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    typename Integers<S>::type alive;
-    live<S>(alive, mask_ptr ? mask_ptr + i : nullptr, kLanes);
-    const F out = alive ? filled : F{};
+    F out = filled;
+    if (mask_ptr) {
+      typename Integers<S>::type alive;
+      live<typename Integers<S>::lane>(alive, mask_ptr + i);
+      out = alive ? filled : F{};
+    }
     __builtin_memcpy(out_ptr + i, &out, sizeof out);
   }
   for (int64_t i = whole; i < length; ++i) out_ptr[i] = !mask_ptr || mask_ptr[i] ? value : S(0);
