@@ -45,10 +45,13 @@ class PreferenceLoss(torch.autograd.Function):
         ctx.save_for_backward(slopes, chosen, rejected, *answers)
         ctx.options = options
         ctx.mark_non_differentiable(rewards, metrics)
+        ctx.set_materialize_grads(False)
         return loss, rewards, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_rewards: Tensor, grad_metrics: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_rewards: Tensor | None, grad_metrics: Tensor | None) -> Any:
+        if grad_loss is None:
+            return (None,) * 11
         slopes, chosen, rejected, *answers = ctx.saved_tensors
         kernels = dispatch.ops(ctx.options.backend)
         grad_chosen, grad_rejected = kernels.preference_loss_bwd(grad_loss, slopes, chosen, rejected, *answers)

@@ -80,40 +80,33 @@ struct Answers {
   const uint8_t* mask_at(int64_t b) const { return mask_ptr ? mask_ptr + begin(b) : nullptr; }
 };
 
-// Answers handed to a thread at a time: some ten thousand tokens, worth its start.
-int64_t grain(int64_t tokens, int64_t answers) {
-  return std::max<int64_t>(1, (1 << 14) * answers / std::max<int64_t>(1, tokens));
+// f(side, answer) for every answer of both sides (or of the one there is), in one start of the threads: each start
+// costs about as much as ten thousand tokens, so a thread takes some of them at a time.
+template <class S, class F>
+void each_answer(const Answers<S>& chosen, const Answers<S>* rejected, const F& f) {
+  const int64_t B = chosen.B, answers = rejected ? 2 * B : B, tokens = chosen.N + (rejected ? rejected->N : 0);
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) * answers / std::max<int64_t>(1, tokens));
+  torch::stable::parallel_for(0, answers, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i < B ? chosen : *rejected, i);
+  });
 }
 
 struct Sums {
-  std::vector<double> sum;
+  std::vector<double> sum;      // (2·B,), the chosen, then the rejected
   std::vector<int64_t> length;  // live tokens, at least 1
 };
 
 template <class S>
-Sums sums_of(const Answers<S>& answers) {
-  Sums out = {std::vector<double>(size_t(answers.B)), std::vector<int64_t>(size_t(answers.B))};
-  torch::stable::parallel_for(0, answers.B, grain(answers.N, answers.B), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t n = answers.begin(b);
-      int64_t count;
-      functions<S>().sum(answers.length(b), answers.logp_ptr + n, answers.ref_ptr ? answers.ref_ptr + n : nullptr,
-                         answers.mask_at(b), &out.sum[size_t(b)], &count);
-      out.length[size_t(b)] = std::max<int64_t>(count, 1);
-    }
+Sums sums_of(const Answers<S>& chosen, const Answers<S>* rejected) {
+  Sums out = {std::vector<double>(size_t(2 * chosen.B)), std::vector<int64_t>(size_t(2 * chosen.B), 1)};
+  each_answer(chosen, rejected, [&](const Answers<S>& side, int64_t i) {
+    const int64_t b = i % chosen.B, n = side.begin(b);
+    int64_t count;
+    functions<S>().sum(side.length(b), side.logp_ptr + n, side.ref_ptr ? side.ref_ptr + n : nullptr, side.mask_at(b),
+                       &out.sum[size_t(i)], &count);
+    out.length[size_t(i)] = std::max<int64_t>(count, 1);
   });
   return out;
-}
-
-template <class S>
-void spread(const Answers<S>& answers, const S* slope_ptr, S grad, S* out_ptr) {
-  torch::stable::parallel_for(0, answers.B, grain(answers.N, answers.B), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      // A slope of 0 stays 0 whatever comes from above.
-      const S value = slope_ptr[b] == S(0) ? S(0) : grad * slope_ptr[b];
-      functions<S>().spread(answers.length(b), value, answers.mask_at(b), out_ptr + answers.begin(b));
-    }
-  });
 }
 
 template <class F>
@@ -145,31 +138,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
   for_dtype(chosen, "chosen", [&](auto s) {
     using S = decltype(s);
     const S* per_pair_ptr = data_of<S>(per_pair, "per_pair", B);
-    const Sums won = sums_of(Answers<S>(chosen, ref_chosen, mask_chosen, cu_chosen, "chosen"));
-    Sums lost = {std::vector<double>(size_t(B)), std::vector<int64_t>(size_t(B), 1)};
-    if (rejected) lost = sums_of(Answers<S>(*rejected, ref_rejected, mask_rejected, cu_rejected, "rejected"));
-    if (int64_t(lost.sum.size()) != B) fail("rejected: wanted ", B, " answers, got ", lost.sum.size());
+    const Answers<S> won(chosen, ref_chosen, mask_chosen, cu_chosen, "chosen");
+    std::optional<Answers<S>> lost;
+    if (rejected) lost.emplace(*rejected, ref_rejected, mask_rejected, cu_rejected, "rejected");
+    if (lost && lost->B != B) fail("rejected: wanted ", B, " answers, got ", lost->B);
+    const Sums sums = sums_of(won, lost ? &*lost : nullptr);
     int64_t chosen_tokens = 0;
-    for (const int64_t length : won.length) chosen_tokens += length;
+    for (int64_t i = 0; i < B; ++i) chosen_tokens += sums.length[size_t(i)];
     const double nll_scale = chosen_tokens ? double(B) / double(chosen_tokens) : 0;
 
     S* slopes_ptr = static_cast<S*>(slopes.data_ptr());
     S* rewards_ptr = static_cast<S*>(rewards.data_ptr());
     double loss = 0, metrics[pairs::num_metrics] = {};
     for (int64_t i = 0; i < B; ++i) {
-      const size_t k = size_t(i);
-      const double weight = average ? 1.0 / double(won.length[k]) : 1,
-                   other = average ? 1.0 / double(lost.length[k]) : 1;
-      const double x = average ? won.sum[k] / double(won.length[k]) : won.sum[k];
-      const double y = average ? lost.sum[k] / double(lost.length[k]) : lost.sum[k];
-      const double nll = pair_formula.token_nll ? -won.sum[k] * nll_scale : 0;
+      const size_t w = size_t(i), l = size_t(B + i);
+      const double won_length = average ? double(sums.length[w]) : 1,
+                   lost_length = average ? double(sums.length[l]) : 1;
+      const double x = sums.sum[w] / won_length, y = sums.sum[l] / lost_length;
+      const double nll = pair_formula.token_nll ? -sums.sum[w] * nll_scale : 0;
       const double extra = per_pair_ptr ? double(per_pair_ptr[i]) : params_ptr[pairs::param_per_pair];
       const auto pair = pair_formula.function(x, y, nll, extra, beta, knobs);
       loss += pair.loss;
       // No −0·scale: a formula without this nll has no slope in it.
       const double through_nll = pair_formula.token_nll ? pair.d_nll * nll_scale : 0;
-      slopes_ptr[i] = S((pair.d_chosen * weight - through_nll) / double(B));
-      slopes_ptr[B + i] = S(pair.d_rejected * other / double(B));
+      slopes_ptr[i] = S((pair.d_chosen / won_length - through_nll) / double(B));
+      slopes_ptr[B + i] = S(pair.d_rejected / lost_length / double(B));
       const double better = beta * x, worse = beta * y;
       rewards_ptr[i] = S(better), rewards_ptr[B + i] = S(worse);
       metrics[pairs::metric_reward_chosen] += better;
@@ -196,11 +189,16 @@ std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tenso
     const Answers<S> won(chosen, std::nullopt, mask_chosen, cu_chosen, "chosen");
     const S* slopes_ptr = data_of<S>(slopes, "slopes", 2 * won.B);
     const S upstream = *data_of<S>(grad, "grad", 1);
-    spread(won, slopes_ptr, upstream, static_cast<S*>(grad_chosen.data_ptr()));
-    if (!rejected) return;
-    const Answers<S> lost(*rejected, std::nullopt, mask_rejected, cu_rejected, "rejected");
-    if (lost.B != won.B) fail("rejected: wanted ", won.B, " answers, got ", lost.B);
-    spread(lost, slopes_ptr + won.B, upstream, static_cast<S*>(grad_rejected.data_ptr()));
+    std::optional<Answers<S>> lost;
+    if (rejected) lost.emplace(*rejected, std::nullopt, mask_rejected, cu_rejected, "rejected");
+    if (lost && lost->B != won.B) fail("rejected: wanted ", won.B, " answers, got ", lost->B);
+    S* const out_ptrs[2] = {static_cast<S*>(grad_chosen.data_ptr()), static_cast<S*>(grad_rejected.data_ptr())};
+    each_answer(won, lost ? &*lost : nullptr, [&](const Answers<S>& side, int64_t i) {
+      const int64_t b = i % won.B;
+      // A slope of 0 stays 0 whatever comes from above.
+      const S value = slopes_ptr[i] == S(0) ? S(0) : upstream * slopes_ptr[i];
+      functions<S>().spread(side.length(b), value, side.mask_at(b), out_ptrs[i / won.B] + side.begin(b));
+    });
   });
   return {grad_chosen, grad_rejected};
 }
