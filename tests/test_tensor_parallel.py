@@ -78,7 +78,17 @@ def scenario(dtype, backend, rank, world):
     def sft(x, w, b, group, name):
         return (rf.linear_sft_loss(x, w, ids, b, mask=mask, tp_group=group, backend=name),)
 
-    for name, function in (("logprobs", logprobs), ("many ids", many_ids), ("policy", policy), ("sft", sft)):
+    def verl(x, w, b, group, name):
+        with rf.use_backend(name):
+            return rf.compat.verl.linear_cross_entropy(x, w, ids.clamp(min=0), 0.7, dist_process_group=group)
+
+    def without_bias(x, w, b, group, name):
+        return tuple(r + 0 * b.sum() for r in verl(x, w, b, group, name))
+
+    functions = {"logprobs": logprobs, "many ids": many_ids, "policy": policy, "sft": sft, "verl": without_bias}
+    for name, function in functions.items():
+        if name == "verl" and dtype == torch.float64:  # its results are fp32
+            continue
         check(rank, world, backend, name, function, hidden, weight, bias)
 
     # A slice without a token that can be drawn, a NaN in one rank's slice, an id that nobody has.

@@ -25,8 +25,8 @@ def test_triton_in_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k",
-         "triton and not trl and not packed", "tests/test_losses.py", "tests/test_kl_estimate.py",
-         "tests/test_user_losses.py"],
+         "(triton or launches) and not trl and not packed", "tests/test_losses.py", "tests/test_kl_estimate.py",
+         "tests/test_user_losses.py", "tests/test_policy_loss_launches.py"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -66,13 +66,11 @@ def linear_cross_entropy(
         hidden: (..., D). weight: (V, D). labels: integers (...).
         temperature: τ > 0, the divisor of the logits.
         reduction: "none", "sum" or "mean", of the log-probabilities.
-        dist_process_group: not supported; slices of the vocabulary raise NotImplementedError.
+        dist_process_group: ``weight`` is this rank's slice of the vocabulary, in rank order; ``labels`` are global.
 
     Returns:
         (log-probabilities (N,), or their sum or mean, entropy (N,)) with N the tokens of ``hidden``; fp32.
     """
-    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        raise NotImplementedError("dist_process_group: a head split over ranks is not supported here")
     reduction = reduction.lower()
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction: wanted 'none', 'sum' or 'mean', got {reduction!r}")
@@ -83,6 +81,7 @@ def linear_cross_entropy(
         temperature=temperature,
         ignore_index=rounding.NO_IGNORED_ID,
         return_entropy=True,
+        tp_group=dist_process_group,
     )
     reduced = logp if reduction == "none" else logp.sum() if reduction == "sum" else logp.mean()
     return reduced.float(), entropy.float()
