@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
     commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
     train = commands.add_parser("train", help="train a language model")
-    train.add_argument("algorithm", choices=["grpo"])
+    train.add_argument("algorithm", choices=["sft", "dpo", "grpo"])
     train.add_argument("config", nargs="?", help="a TOML file; without it the defaults")
     train.add_argument(
         "--set",
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return demo([])
         else:
-            _train(arguments.config, arguments.overrides)
+            _train(arguments.algorithm, arguments.config, arguments.overrides)
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         print(f"rl4llm-fast: {error}", file=sys.stderr)
         return 2
@@ -50,15 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(path: str | None, overrides: Sequence[str]) -> None:
-    from .trainer import load_config, train_grpo
+def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
+    from . import trainer
 
-    config = load_config(path, overrides)
-    result = train_grpo(config)
-    if result.history:
+    if algorithm == "sft":
+        result = trainer.train_sft(trainer.fill(trainer.SFTConfig, path, overrides))
+    elif algorithm == "dpo":
+        result = trainer.train_dpo(trainer.fill(trainer.DPOConfig, path, overrides))
+    else:
+        result = trainer.train_grpo(trainer.load_config(path, overrides))
+    if result.history and "reward_mean" in result.history[-1]:
         last = result.history[-min(10, len(result.history)) :]
         print(f"mean reward of the last {len(last)} steps: {sum(row['reward_mean'] for row in last) / len(last):.3f}")
-    print(f"The model, metrics.jsonl, rewards.png and the checkpoint lie in {result.output_dir}")
+    measures = {
+        key: value
+        for row in result.history
+        for key, value in row.items()
+        if key.startswith("heldout_") and value is not None
+    }
+    for name, value in measures.items():
+        print(f"{name.replace('_', ' ')}: {value:.4g}")
+    print(f"The model, metrics.jsonl, the curves and the checkpoint lie in {result.output_dir}")
 
 
 if __name__ == "__main__":

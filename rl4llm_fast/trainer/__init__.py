@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from .config import GRPOConfig, load_config
+from .dpo import DPOConfig, train_dpo
 from .grpo import train_grpo
 from .run import TrainResult
 from .sampling import Rollout, evaluate, sample
+from .settings import fill
+from .sft import SFTConfig, train_sft
 from .tasks import Task, load_task
 
 __all__ = [
+    "DPOConfig",
     "GRPOConfig",
     "Rollout",
+    "SFTConfig",
     "Task",
     "TrainResult",
     "evaluate",
+    "fill",
     "load_config",
     "load_task",
     "sample",
+    "train_dpo",
     "train_grpo",
+    "train_sft",
 ]

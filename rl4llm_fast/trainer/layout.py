@@ -6,6 +6,8 @@ shared: one row a prompt. Its answers form a tree: tokens that two answers have 
 in the row once, each token attends to its ancestors only and stands at the position of its depth. Every token sees what
 it would see in a row of its own, so values and gradients are the same mathematics on fewer tokens: 8 short answers to
 one question share nearly everything.
+
+packed: several prompts with their answers in a row, one behind the other, each blind to the others.
 """
 
 from __future__ import annotations
@@ -121,6 +123,39 @@ def shared_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], gr
         source=torch.tensor(source),
         token_ids=torch.tensor(token_ids),
         prediction=torch.tensor(prediction),
+    )
+
+
+def packed_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], width: int) -> Layout:
+    """As many answers a row as fit into ``width`` tokens, each in the first row with room for it."""
+    used: list[int] = []
+    places: list[tuple[int, int]] = []  # row and first column of each
+    tokens = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    for own in tokens:
+        row = next((r for r, end in enumerate(used) if end + len(own) <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places.append((row, used[row]))
+        used[row] += len(own)
+    longest = max(used)
+    input_ids = torch.zeros(len(used), longest, dtype=torch.long)
+    position_ids = torch.zeros(len(used), longest, dtype=torch.long)
+    visible = torch.eye(longest, dtype=torch.bool).repeat(len(used), 1, 1, 1)  # padding sees itself
+    source: list[int] = []
+    for own, prompt, answer, (row, start) in zip(tokens, prompts, answers, places, strict=True):
+        part = slice(start, start + len(own))
+        input_ids[row, part] = torch.tensor(own)
+        position_ids[row, part] = torch.arange(len(own))
+        visible[row, 0, part, part] = torch.ones(len(own), len(own), dtype=torch.bool).tril()
+        first = row * longest + start + len(prompt) - 1
+        source.extend(range(first, first + len(answer)))
+    return Layout(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        visible=visible,
+        source=torch.tensor(source),
+        token_ids=torch.tensor([token for answer in answers for token in answer]),
+        prediction=torch.arange(len(source)),
     )
 
 

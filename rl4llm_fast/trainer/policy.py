@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
@@ -85,15 +85,8 @@ class Policy:
 
         ``mark(phase)`` is told when a phase ends, the backward's included: "forward", "loss", "backward".
         """
-        mask = layout.visible
         with self.precision():
-            if mask is not None:  # additive, which every attention that takes a 4-D mask understands
-                dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-            hidden, _ = self.hidden(
-                input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
-            )
-            logits = self.logits(hidden.flatten(0, 1)[layout.source])
+            logits = self.logits(self._predicting(layout))
         mark("forward")
         if logits.requires_grad:
             logits.register_hook(lambda grad: mark("loss"))
@@ -107,6 +100,27 @@ class Policy:
         )
         logp, entropy = result if isinstance(result, tuple) else (result, None)
         return logp[layout.prediction], None if entropy is None else entropy[layout.prediction]
+
+    def head_inputs(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What losses from hidden states take: hidden (M, D) of the predictions, the head's weight (V, D) and bias.
+
+        Raises:
+            ValueError: the model's logits are not one linear layer of its hidden states.
+        """
+        if not isinstance(self.head, nn.Linear):
+            raise ValueError("model: its logits are not one linear layer of its last hidden states, which this needs")
+        return self._predicting(layout), self.head.weight, self.head.bias
+
+    def _predicting(self, layout: Layout) -> Tensor:
+        """The hidden states (M, D) that predict, or for a model that is called whole their logits."""
+        mask = layout.visible
+        if mask is not None:  # additive, which every attention that takes a 4-D mask understands
+            dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        hidden, _ = self.hidden(
+            input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
+        )
+        return hidden.flatten(0, 1)[layout.source]
 
     def _find_head(self) -> None:
         """Split the model into decoder and head, if together they are the model: checked, not assumed."""

@@ -1,0 +1,230 @@
+"""DPO and its family (survey §5; math.md section 7): pairs of answers, the better one made likelier than the worse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import rl4llm_fast as rf
+
+from .data import DataConfig, Row, answer_token_ids, check_length, load_rows, prompt_of
+from .metrics import Averages, Phases, plot_curves
+from .policy import Policy
+from .reference_cache import answer_logprobs, cached_logprobs
+from .run import Trainer, TrainResult
+from .tasks import examples_of_step
+
+_WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
+
+
+@dataclass
+class DPOConfig(DataConfig):
+    """Everything that ``train_dpo`` can be told; a row is {"prompt", "chosen", "rejected"}, and maybe "prob"."""
+
+    loss: str = "dpo"  # a kind of rf.preference_loss
+    beta: float = 0.1  # τ of ipo
+    loss_options: dict[str, Any] = field(default_factory=dict)  # the kind's knobs, e.g. label_smoothing = 0.1
+    average: bool = False  # means over an answer's tokens in place of sums
+    reference: str = "precomputed"  # precomputed: once, before the first step | live: a frozen copy, each step
+    reference_cache: str = ""  # a folder; "": output_dir/reference
+    layout: str = "auto"  # shared: a pair's prompt is computed once | plain: one row an answer | auto: the cheaper
+    output_dir: str = "runs/dpo"
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss": ("dpo", "robust", "ipo", "hinge", "cpo", "simpo", "orpo"),
+        "reference": ("precomputed", "live"),
+        "layout": ("auto", "shared", "plain"),
+    }
+    POSITIVE: ClassVar[tuple[str, ...]] = ("beta",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Their likelihood term is a mean over the tokens of the whole batch, which its parts do not know.
+        whole = self.loss == "orpo" or (self.loss == "cpo" and self.loss_options.get("nll") == "token")
+        self.wanted(not whole or self.micro_batch_size == 0, "micro_batch_size", f"0 for {self.loss} over tokens")
+
+
+@dataclass
+class Pair:
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    prob: float | None = None  # that the chosen answer is preferred, where it is known
+    reference: tuple[Tensor, Tensor] | None = None  # log-probabilities of both answers' tokens under the reference
+
+
+def train_dpo(
+    config: DPOConfig | None = None,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    rows: Sequence[Row] | None = None,
+    heldout_rows: Sequence[Row] | None = None,
+) -> TrainResult:
+    """Train a causal language model on pairs of answers with any pair loss of ``rf.preference_loss`` but 2d_dpo.
+
+    Args:
+        model: a built model of transformers, trained in place, and as it comes the reference; None loads
+            ``config.model``. Give a run that goes on the model it began with: its weights come from the checkpoint.
+        tokenizer: its tokenizer; None is fine for prompts and answers of token ids.
+        rows, heldout_rows: {"prompt", "chosen", "rejected"} each, text or token ids (a prompt also chat messages), and
+            for dpo and ipo "prob" in [0, 1], in all rows or none; None reads ``config.data``.
+
+    An interrupted run goes on from the last checkpoint in ``config.output_dir`` when it is started again.
+    """
+    trainer = DPOTrainer(config, model=model, tokenizer=tokenizer, rows=rows, heldout_rows=heldout_rows)
+    try:
+        return trainer.run()
+    finally:
+        trainer.optimizer.close()
+
+
+class DPOTrainer(Trainer):
+    """The loop behind ``train_dpo``."""
+
+    name = "DPO"
+
+    def __init__(
+        self,
+        config: DPOConfig | None = None,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        rows: Sequence[Row] | None = None,
+        heldout_rows: Sequence[Row] | None = None,
+    ) -> None:
+        self.config = c = config or DPOConfig()
+        self.with_reference = c.loss not in _WITHOUT_REFERENCE
+        one = torch.zeros(2)
+        self._pair_loss(one, one if self.with_reference else None, [1], [1], None)  # a wrong knob shows before the work
+        super().__init__(c, model, tokenizer)
+        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        known = {pair.prob is not None for pair in self.train + self.heldout}
+        if len(known) > 1:
+            raise ValueError("prob: wanted in all rows or in none")
+        self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
+        self.reference: Policy | None = None
+        if self.with_reference and c.reference == "live":
+            self.reference = self.policy.frozen_copy()
+        elif self.with_reference:
+            self._precompute_reference()
+        self.optimizer = self.make_optimizer(self.model)
+
+    def encode(self, row: Row) -> Pair:
+        prompt = prompt_of(row, self.tokenizer)
+        chosen, rejected = (answer_token_ids(row, name, self.tokenizer) for name in ("chosen", "rejected"))
+        check_length(prompt, [chosen, rejected], self.config.max_length)
+        if chosen == rejected:
+            raise ValueError("chosen, rejected: the same answer")
+        prob = row.get("prob")
+        if prob is not None:
+            if self.config.loss not in ("dpo", "ipo"):
+                raise ValueError(f"prob: {self.config.loss} has none, only dpo and ipo have")
+            if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
+                raise ValueError(f"prob: wanted a number in [0, 1], got {prob!r}")
+        return Pair(prompt, chosen, rejected, prob)
+
+    def step(self, step: int) -> dict[str, Any]:
+        self.phases = Phases(self.device)
+        c = self.config
+        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
+        averages, total = Averages(), torch.zeros((), device=self.device)
+        for micro in self.micro_batches(batch):
+            loss, metrics = self.loss(micro)
+            share = loss * (len(micro) / len(batch))
+            self.phases.mark("loss")
+            share.backward()  # type: ignore[no-untyped-call]
+            self.phases.mark("backward")
+            averages.add(metrics, len(micro))
+            total += share.detach()
+        return self.take_step(step, {"loss": float(total), **averages.result()})
+
+    def loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of ``pairs``, and the metrics of ``rf.preference_loss``."""
+        prompts, answers, groups = _both_answers(pairs)
+        reference: Tensor | None = None
+        with self.chosen_backend():
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = answer_logprobs(self.reference, prompts, answers, groups)
+            elif self.with_reference:
+                kept = [pair.reference for pair in pairs if pair.reference is not None]
+                reference = torch.cat([logp for both in kept for logp in both]).to(self.device)
+            logp = answer_logprobs(self.policy, prompts, answers, groups)
+            self.phases.mark("forward")
+            lengths = ([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs])
+            prob = [p.prob for p in pairs if p.prob is not None]
+            return self._pair_loss(logp, reference, *lengths, torch.tensor(prob, device=self.device) if prob else None)
+
+    def _pair_loss(
+        self, logp: Tensor, reference: Tensor | None, chosen: list[int], rejected: list[int], prob: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``rf.preference_loss`` of log-probabilities (N,): pair after pair, the chosen answer before the rejected."""
+        c = self.config
+        lengths = [length for both in zip(chosen, rejected, strict=True) for length in both]
+        first, second = _split(logp, lengths)
+        ref_first, ref_second = (None, None) if reference is None else _split(reference, lengths)
+        starts = [
+            torch.tensor([0, *accumulate(part)], dtype=torch.int32, device=logp.device) for part in (chosen, rejected)
+        ]
+        return rf.preference_loss(
+            first, second, ref_first, ref_second, kind=c.loss, beta=c.beta, average=c.average, prob=prob,
+            cu_seqlens_chosen=starts[0], cu_seqlens_rejected=starts[1], **c.loss_options,
+        )  # fmt: skip
+
+    def _precompute_reference(self) -> None:
+        """Log-probabilities of every answer under the model as it came, from the cache where they are there."""
+        c, pairs = self.config, self.train + self.heldout
+        folder = Path(c.reference_cache or Path(c.output_dir) / "reference")
+        size = c.micro_batch_size or c.batch_size
+        prompts, answers, groups = _both_answers(pairs)
+        with self.chosen_backend():
+            found = cached_logprobs(folder, self.policy, prompts, answers, groups, 2 * size, progress=c.progress)
+        for i, pair in enumerate(pairs):
+            pair.reference = (found[2 * i], found[2 * i + 1])
+
+    @torch.no_grad()
+    def heldout_row(self) -> dict[str, float]:
+        """Loss, rewards, margin and accuracy of the held-out pairs."""
+        if not self.heldout:
+            return {}
+        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
+        for start in range(0, len(self.heldout), size):
+            part = self.heldout[start : start + size]
+            loss, metrics = self.loss(part)
+            averages.add({"loss": loss, **metrics}, len(part))
+        return {f"heldout_{name}": value for name, value in averages.result().items()}
+
+    def before_first_step(self) -> dict[str, float]:
+        return self.heldout_row()
+
+    def brief(self, row: dict[str, Any]) -> str:
+        return f"loss {row['loss']:.3f}  margin {row['margin']:.2f}"
+
+    def plot(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        panels = {
+            "loss": {"loss": "batch", "heldout_loss": "held out"},
+            "reward": {"heldout_reward_chosen": "chosen", "heldout_reward_rejected": "rejected"},
+            "margin": {"margin": "batch", "heldout_margin": "held out"},
+            "accuracy": {"accuracy": "batch", "heldout_accuracy": "held out"},
+        }
+        plot_curves(rows, folder / "dpo.png", f"{self.config.loss} on pairs of answers", panels)
+
+
+def _both_answers(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Prompts, answers and which pair each belongs to; a pair's two answers are neighbours, so they can share a row."""
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return prompts, answers, [i for i in range(len(pairs)) for _ in range(2)]
+
+
+def _split(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Every other answer: the chosen ones, the rejected ones."""
+    parts = packed.split(lengths)
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])

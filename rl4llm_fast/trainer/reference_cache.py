@@ -1,0 +1,72 @@
+"""Log-probabilities of answers under a reference that never changes: computed once, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rl4llm_fast as rf
+
+from .data import digest
+from .policy import Policy
+
+
+def answer_logprobs(
+    policy: Policy, prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]
+) -> Tensor:
+    """Log-probabilities (N,) of the answers' tokens, one answer behind the other, from hidden states: no logits."""
+    layout = policy.choose_layout(prompts, answers, groups)
+    with policy.precision():
+        hidden, weight, bias = policy.head_inputs(layout)
+        logp = rf.linear_token_logprobs(hidden, weight, layout.token_ids, bias, softcap=policy.softcap)
+    return logp[layout.prediction]
+
+
+@torch.no_grad()
+def cached_logprobs(
+    folder: Path,
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    groups: Sequence[int],
+    batch_size: int,
+    *,
+    progress: bool = False,
+) -> list[Tensor]:
+    """One tensor an answer, on the CPU. The file's name is a digest of the weights, the precision and the data.
+
+    A file that is cut short is not there: it gets its name when it is whole.
+    """
+    from tqdm.auto import tqdm
+
+    lengths = [len(answer) for answer in answers]
+    key = digest(_weights_digest(policy), policy.autocast, list(prompts), list(answers))
+    path = folder / f"{key[:32]}.pt"
+    if path.is_file():
+        packed: Tensor = torch.load(path, weights_only=True)
+        return list(packed.split(lengths))
+    found = []
+    with tqdm(total=len(answers), desc="reference", unit="answer", disable=not progress, ncols=90) as bar:
+        for start in range(0, len(answers), batch_size):
+            part = slice(start, start + batch_size)
+            found.append(answer_logprobs(policy, prompts[part], answers[part], groups[part]).float().cpu())
+            bar.update(len(answers[part]))
+    packed = torch.cat(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    torch.save(packed, partial)
+    partial.replace(path)
+    return list(packed.split(lengths))
+
+
+def _weights_digest(policy: Policy) -> str:
+    found = hashlib.sha256()
+    for name, parameter in policy.model.named_parameters():
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
