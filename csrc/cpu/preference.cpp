@@ -181,9 +181,9 @@ std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tenso
                                                std::optional<Tensor> rejected, std::optional<Tensor> mask_chosen,
                                                std::optional<Tensor> mask_rejected, std::optional<Tensor> cu_chosen,
                                                std::optional<Tensor> cu_rejected) {
-  const Tensor grad_chosen = torch::stable::empty_like(chosen);
-  const Tensor grad_rejected =
-      rejected ? torch::stable::empty_like(*rejected) : empty_like_of(chosen, {0}, chosen.scalar_type());
+  const Tensor grad_chosen = empty_like_of(chosen, chosen.sizes(), chosen.scalar_type());
+  const Tensor grad_rejected = rejected ? empty_like_of(*rejected, rejected->sizes(), rejected->scalar_type())
+                                        : empty_like_of(chosen, {0}, chosen.scalar_type());
   for_dtype(chosen, "chosen", [&](auto s) {
     using S = decltype(s);
     const Answers<S> won(chosen, std::nullopt, mask_chosen, cu_chosen, "chosen");

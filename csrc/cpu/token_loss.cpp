@@ -271,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
 std::tuple<Tensor, Tensor> kl_estimate_fwd(Tensor logp, Tensor ref, std::optional<Tensor> old,
                                            std::optional<Tensor> mask, std::string variant) {
   const int64_t N = logp.numel();
-  const Tensor kl = torch::stable::empty_like(logp), dkl = torch::stable::empty_like(logp);
+  const Tensor kl = empty_like_of(logp, logp.sizes(), logp.scalar_type()),
+               dkl = empty_like_of(logp, logp.sizes(), logp.scalar_type());
   for_dtype(logp, "logp", [&](auto s) {
     using S = decltype(s);
     const auto run = functions<S>().kl[find_formula(kKlNames, "kl_" + variant, "variant")];
@@ -289,7 +290,8 @@ std::tuple<Tensor, Tensor> kl_estimate_fwd(Tensor logp, Tensor ref, std::optiona
 // grad·scale·d for dlogp, and for dentropy where it is not empty.
 std::tuple<Tensor, Tensor> token_loss_bwd(Tensor grad, Tensor logp, std::optional<Tensor> entropy,
                                           std::optional<Tensor> scale, Tensor dlogp, Tensor dentropy) {
-  const Tensor grad_logp = torch::stable::empty_like(dlogp), grad_entropy = torch::stable::empty_like(dentropy);
+  const Tensor grad_logp = empty_like_of(dlogp, dlogp.sizes(), dlogp.scalar_type()),
+               grad_entropy = empty_like_of(dentropy, dentropy.sizes(), dentropy.scalar_type());
   const int64_t B = scale ? dlogp.size(0) : 1, T = B == 0 ? 0 : dlogp.numel() / B;
   for_dtype(dlogp, "dlogp", [&](auto s) {
     using S = decltype(s);
