@@ -5,6 +5,8 @@ from __future__ import annotations
 from .config import GRPOConfig, load_config
 from .dpo import DPOConfig, train_dpo
 from .grpo import train_grpo
+from .reward_model import RewardModel, load_reward_model
+from .rm import RMConfig, train_rm
 from .run import TrainResult
 from .sampling import Rollout, evaluate, sample
 from .settings import fill
@@ -14,6 +16,8 @@ from .tasks import Task, load_task
 __all__ = [
     "DPOConfig",
     "GRPOConfig",
+    "RMConfig",
+    "RewardModel",
     "Rollout",
     "SFTConfig",
     "Task",
@@ -21,9 +25,11 @@ __all__ = [
     "evaluate",
     "fill",
     "load_config",
+    "load_reward_model",
     "load_task",
     "sample",
     "train_dpo",
     "train_grpo",
+    "train_rm",
     "train_sft",
 ]

@@ -179,8 +179,15 @@ class DPOTrainer(Trainer):
         )  # fmt: skip
 
     def _precompute_reference(self) -> None:
-        """Log-probabilities of every answer under the model as it came, from the cache where they are there."""
-        c, pairs = self.config, self.train + self.heldout
+        """Log-probabilities of the answers that this run reads under the model as it came, from the cache if there."""
+        c = self.config
+        steps = range(1, c.steps + 1)
+        if c.steps * c.batch_size >= len(self.train):
+            drawn = self.train
+        else:  # in the order of the data: which steps draw them does not matter
+            ids = {id(pair) for step in steps for pair in examples_of_step(self.train, step, c.batch_size, c.seed)}
+            drawn = [pair for pair in self.train if id(pair) in ids]
+        pairs = drawn + self.heldout
         folder = Path(c.reference_cache or Path(c.output_dir) / "reference")
         size = c.micro_batch_size or c.batch_size
         prompts, answers, groups = _both_answers(pairs)

@@ -1,0 +1,181 @@
+"""A reward model (survey §4.1.3, (13), (38)): a scalar head on the last token, learned from pairs or ranked answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import rl4llm_fast as rf
+
+from .data import DataConfig, Row, check_length, field_of, load_rows, prompt_of, token_ids_of
+from .metrics import Averages, Phases, plot_curves
+from .reward_model import RewardModel
+from .run import Trainer, TrainResult
+from .tasks import examples_of_step
+
+
+@dataclass
+class RMConfig(DataConfig):
+    """Everything that ``train_rm`` can be told; a row is {"prompt", "chosen", "rejected"}, or ranked answers."""
+
+    margin: float = 0.0  # by how much the better of two answers should exceed the worse
+    anchors: int = 256  # best answers of training rows whose mean score is made 0 at the end; 0: no shift
+    output_dir: str = "runs/rm"
+
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("margin", "anchors")
+
+
+@dataclass
+class Ranking:
+    prompt: list[int]
+    answers: list[list[int]]
+    ranks: list[int]  # 0 is best
+
+    def best(self) -> list[int]:
+        return self.answers[self.ranks.index(min(self.ranks))]
+
+
+def train_rm(
+    config: RMConfig | None = None,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    rows: Sequence[Row] | None = None,
+    heldout_rows: Sequence[Row] | None = None,
+) -> TrainResult:
+    """Train a reward model; ``result.model`` is a ``RewardModel``, saved so that ``load_reward_model`` takes it.
+
+    Args:
+        model: a built causal language model of transformers, whose decoder is trained in place, or a ``RewardModel``;
+            None loads ``config.model``.
+        tokenizer: its tokenizer; None is fine for prompts and answers of token ids.
+        rows, heldout_rows: {"prompt", "chosen", "rejected"}, or {"prompt", "answers", "ranks"} with K answers and one
+            integer each, 0 the best and equal ones no pair; text or token ids; None reads ``config.data``.
+
+    An interrupted run goes on from the last checkpoint in ``config.output_dir`` when it is started again.
+    """
+    trainer = RMTrainer(config, model=model, tokenizer=tokenizer, rows=rows, heldout_rows=heldout_rows)
+    try:
+        return trainer.run()
+    finally:
+        trainer.optimizer.close()
+
+
+class RMTrainer(Trainer):
+    """The loop behind ``train_rm``."""
+
+    name = "RM"
+
+    def __init__(
+        self,
+        config: RMConfig | None = None,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        rows: Sequence[Row] | None = None,
+        heldout_rows: Sequence[Row] | None = None,
+    ) -> None:
+        self.config = c = config or RMConfig()
+        super().__init__(c, model, tokenizer)
+        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        if not isinstance(self.model, RewardModel):
+            self.model = RewardModel.of(self.model, seed=c.seed)
+        self.model.autocast = c.precision == "autocast"
+        self.optimizer = self.make_optimizer(self.model)
+
+    def encode(self, row: Row) -> Ranking:
+        prompt = prompt_of(row, self.tokenizer)
+        if "answers" in row:
+            given, ranks = field_of(row, "answers"), field_of(row, "ranks")
+            if not isinstance(given, (list, tuple)) or not isinstance(ranks, (list, tuple)):
+                raise TypeError("answers, ranks: wanted two lists")
+            if len(given) != len(ranks) or any(isinstance(r, bool) or not isinstance(r, int) for r in ranks):
+                raise ValueError(f"ranks: wanted {len(given)} integers, one an answer, got {ranks!r}")
+            if len(set(ranks)) < 2:
+                raise ValueError("ranks: no answer is better than another")
+            if self.config.margin and len(given) > 2:
+                raise ValueError(f"margin: for pairs; this row has {len(given)} answers")
+        else:
+            given, ranks = [field_of(row, "chosen"), field_of(row, "rejected")], [0, 1]
+        answers = [token_ids_of("answers", answer, self.tokenizer) for answer in given]
+        if "answers" not in row and answers[0] == answers[1]:
+            raise ValueError("chosen, rejected: the same answer")
+        check_length(prompt, answers, self.config.max_length)
+        return Ranking(prompt, answers, list(ranks))
+
+    def step(self, step: int) -> dict[str, Any]:
+        self.phases = Phases(self.device)
+        c = self.config
+        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
+        averages, total = Averages(), torch.zeros((), device=self.device)
+        for micro in self.micro_batches(batch):
+            loss, metrics = self.loss(micro)
+            share = loss * (len(micro) / len(batch))  # every prompt counts the same, so the parts add up to the batch
+            self.phases.mark("loss")
+            share.backward()  # type: ignore[no-untyped-call]
+            self.phases.mark("backward")
+            averages.add(metrics, len(micro))
+            total += share.detach()
+        return self.take_step(step, {"loss": float(total), **averages.result()})
+
+    def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of ``rankings``; the share of pairs in the right order, and the mean score."""
+        sequences = [ranking.prompt + answer for ranking in rankings for answer in ranking.answers]
+        prompt_ids = torch.tensor([i for i, r in enumerate(rankings) for _ in r.answers], device=self.device)
+        ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=self.device)
+        scores = self.model(sequences)
+        self.phases.mark("forward")
+        with self.chosen_backend():
+            if all(len(r.answers) == 2 for r in rankings):
+                pairs = torch.tensor([2 * i + place for i, r in enumerate(rankings) for place in _order(r)])
+                better, worse = scores[pairs.to(self.device)].unflatten(0, (-1, 2)).unbind(1)
+                loss = rf.reward_model_loss(better, worse, margin=self.config.margin or None)
+            else:
+                loss = rf.ranked_reward_loss(scores, ranks, prompt_ids)
+        with torch.no_grad():
+            pair = (prompt_ids[:, None] == prompt_ids) & (ranks[:, None] < ranks)
+            right = (pair & (scores[:, None] > scores)).sum() / pair.sum()
+        return loss, {"accuracy": right, "score": scores.detach().mean()}
+
+    @torch.no_grad()
+    def heldout_row(self) -> dict[str, float]:
+        """Loss and accuracy of the held-out rows: the share of a row's pairs in the right order."""
+        if not self.heldout:
+            return {}
+        averages = Averages()
+        for ranking in self.heldout:
+            loss, metrics = self.loss([ranking])
+            averages.add({"loss": loss, **metrics}, 1)
+        return {f"heldout_{name}": value for name, value in averages.result().items()}
+
+    def before_first_step(self) -> dict[str, float]:
+        return self.heldout_row()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Shift the scores so that the anchors' mean is 0 (survey §4.1.5): the loss does not see such a shift."""
+        anchors = [ranking.prompt + ranking.best() for ranking in self.train[: self.config.anchors]]
+        if anchors:
+            size = self.config.micro_batch_size or self.config.batch_size
+            parts = [self.model(anchors[i : i + size]) for i in range(0, len(anchors), size)]
+            self.model.bias -= torch.cat(parts).mean()
+
+    def brief(self, row: dict[str, Any]) -> str:
+        return f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}"
+
+    def plot(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        panels = {
+            "loss": {"loss": "batch", "heldout_loss": "held out"},
+            "accuracy of pairs": {"accuracy": "batch", "heldout_accuracy": "held out"},
+        }
+        plot_curves(rows, folder / "rm.png", "Reward model", panels)
+
+
+def _order(ranking: Ranking) -> tuple[int, int]:
+    """The places of the better and the worse of two answers."""
+    return (0, 1) if ranking.ranks[0] < ranking.ranks[1] else (1, 0)
