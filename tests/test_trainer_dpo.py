@@ -47,6 +47,14 @@ def test_every_pair_loss_improves_held_out_pairs(tmp_path, kind, options):
     assert (tmp_path / "reference").exists() == (kind not in ("cpo", "simpo", "orpo"))
 
 
+@pytest.mark.parametrize("precision", ["autocast", "bf16"])
+@pytest.mark.parametrize("reference", ["precomputed", "live"])
+def test_learns_in_half_precision(tmp_path, precision, reference):
+    model = tiny_model(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    result = run(tmp_path, model, precision=precision, reference=reference, steps=25, eval_every=25)
+    assert result.history[-1]["heldout_accuracy"] > 0.9
+
+
 def test_the_loss_of_the_first_step_by_hand(tmp_path):
     # Policy and reference are the same at first: −log σ(0), reward 0, no pair strictly right.
     row = trainer_of(tmp_path).step(1)

@@ -46,7 +46,7 @@ def run(tmp_path, rows=None, model=None, **changes):
 
 
 @pytest.mark.parametrize("data", [pairs, rankings])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 def test_heldout_accuracy_rises(tmp_path, data, precision):
     model = tiny_model(dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     result = run(tmp_path, data(), model, steps=25, eval_every=25, precision=precision)
@@ -84,6 +84,17 @@ def test_the_anchors_mean_score_is_zero_and_the_model_loads_again(tmp_path):
 def test_micro_batches_equal_the_whole_batch(tmp_path, data):
     found = [gradients(trainer_of(tmp_path, data(), micro_batch_size=size)) for size in (0, 3)]
     assert_same_gradients(*found)
+
+
+def test_the_accuracy_of_rows_of_different_sizes_by_hand(tmp_path):
+    rows = [
+        {"prompt": [1], "answers": [[2], [3], [4]], "ranks": [0, 1, 2]},
+        {"prompt": [1], "answers": [[5], [6]], "ranks": [1, 0]},
+    ]
+    trainer = trainer_of(tmp_path, rows, heldout=0)
+    trainer.model = lambda sequences: torch.tensor([0.0, 2.0, 1.0, 7.0, 8.0])
+    # of the first row's pairs (2, 3), (2, 4), (3, 4) only the last is in order; the second row's one is
+    assert float(trainer.loss(trainer.train)[1]["accuracy"]) == pytest.approx((1 / 3 + 1) / 2)
 
 
 def test_pairs_are_rankings_of_two(tmp_path):

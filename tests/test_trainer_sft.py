@@ -32,9 +32,11 @@ def run(tmp_path, model=None, rows=None, **changes):
     return train_sft(config, model=model or tiny_model(), rows=rows or demonstrations())
 
 
-@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"precision": "bf16", "micro_batch_size": 3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"packing": True}, {"precision": "bf16", "micro_batch_size": 3}, {"precision": "autocast"}]
+)
 def test_the_heldout_loss_falls(tmp_path, changes):
-    model = tiny_model(dtype=torch.bfloat16 if "precision" in changes else torch.float32)
+    model = tiny_model(dtype=torch.bfloat16 if changes.get("precision") == "bf16" else torch.float32)
     result = run(tmp_path, model, steps=30, eval_every=10, **changes)
     held = [row["heldout_loss"] for row in result.history if "heldout_loss" in row]
     assert [row["step"] for row in result.history] == list(range(31))
@@ -173,17 +175,42 @@ def test_config_errors(kind, override, message):
         fill(kind, None, [override])
 
 
-def test_cli_and_missing_data(capsys, tmp_path):
-    model = tmp_path / "tiny"
-    tiny_model().save_pretrained(model)
-    assert cli.main(["train", "dpo", "--set", "stepz=3"]) == 2
-    assert "the nearest is 'steps'" in capsys.readouterr().err
+def test_missing_data(tmp_path):
     with pytest.raises(ValueError, match="data: wanted a JSONL file"):
         train_sft(SFTConfig(**settings(tmp_path)), model=tiny_model())
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         train_sft(SFTConfig(**settings(tmp_path, data=str(tmp_path / "none.jsonl"))), model=tiny_model())
     with pytest.raises(ValueError, match="heldout: wanted fewer than the 3 rows"):
         run(tmp_path, rows=demonstrations(3))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "row"),
+    [
+        ("sft", {"prompt": "w1 w2", "answer": "w3 w4"}),
+        ("dpo", {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4 w5"}),
+        ("rm", {"prompt": "w1 w2", "answers": ["w3", "w4 w5", "w6"], "ranks": [0, 1, 1]}),
+    ],
+)
+def test_the_command_trains_a_saved_model_on_text(tmp_path, capsys, algorithm, row):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(END)} | {"<end>": END}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path / "m")
+    tiny_model().save_pretrained(tmp_path / "m")
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * 12), encoding="utf-8")
+    (tmp_path / "run.toml").write_text(f'model = "{tmp_path / "m"}"\ndata = "{tmp_path / "data.jsonl"}"\nheldout = 4\n')
+    overrides = ["steps=2", "eval_every=1", f"output_dir={tmp_path / 'out'}", "progress=false", "device=cpu"]
+    arguments = [part for override in overrides for part in ("--set", override)]
+    assert cli.main(["train", algorithm, str(tmp_path / "run.toml"), *arguments]) == 0
+    assert "heldout loss" in capsys.readouterr().out
+    assert {"metrics.jsonl", "checkpoint.pt", "model", f"{algorithm}.png"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+    assert cli.main(["train", algorithm, "--set", "stepz=3"]) == 2
+    assert "the nearest is 'steps'" in capsys.readouterr().err
 
 
 def test_missing_extra_names_the_command(monkeypatch, tmp_path):

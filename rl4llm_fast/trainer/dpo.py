@@ -156,8 +156,7 @@ class DPOTrainer(Trainer):
             elif self.with_reference:
                 kept = [pair.reference for pair in pairs if pair.reference is not None]
                 reference = torch.cat([logp for both in kept for logp in both]).to(self.device)
-            logp = answer_logprobs(self.policy, prompts, answers, groups)
-            self.phases.mark("forward")
+            logp = answer_logprobs(self.policy, prompts, answers, groups, self.phases.mark)
             lengths = ([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs])
             prob = [p.prob for p in pairs if p.prob is not None]
             return self._pair_loss(logp, reference, *lengths, torch.tensor(prob, device=self.device) if prob else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +17,20 @@ from .policy import Policy
 
 
 def answer_logprobs(
-    policy: Policy, prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    groups: Sequence[int],
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> Tensor:
-    """Log-probabilities (N,) of the answers' tokens, one answer behind the other, from hidden states: no logits."""
+    """Log-probabilities (N,) of the answers' tokens, one answer behind the other, from hidden states: no logits.
+
+    Neighbours of the same group share a prompt. ``mark("forward")`` is called when the hidden states are there.
+    """
     layout = policy.choose_layout(prompts, answers, groups)
     with policy.precision():
         hidden, weight, bias = policy.head_inputs(layout)
+        mark("forward")
         logp = rf.linear_token_logprobs(hidden, weight, layout.token_ids, bias, softcap=policy.softcap)
     return logp[layout.prediction]
 

@@ -124,7 +124,7 @@ class RMTrainer(Trainer):
         return self.take_step(step, {"loss": float(total), **averages.result()})
 
     def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of ``rankings``; the share of pairs in the right order, and the mean score."""
+        """The mean loss of ``rankings``; the mean share of a row's pairs in the right order, and the mean score."""
         sequences = [ranking.prompt + answer for ranking in rankings for answer in ranking.answers]
         prompt_ids = torch.tensor([i for i, r in enumerate(rankings) for _ in r.answers], device=self.device)
         ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=self.device)
@@ -139,18 +139,22 @@ class RMTrainer(Trainer):
                 loss = rf.ranked_reward_loss(scores, ranks, prompt_ids)
         with torch.no_grad():
             pair = (prompt_ids[:, None] == prompt_ids) & (ranks[:, None] < ranks)
-            right = (pair & (scores[:, None] > scores)).sum() / pair.sum()
-        return loss, {"accuracy": right, "score": scores.detach().mean()}
+            right = (pair & (scores[:, None] > scores)).sum(1).float()
+            counts = [
+                part.new_zeros(len(rankings)).index_add(0, prompt_ids, part) for part in (right, pair.sum(1).float())
+            ]
+        return loss, {"accuracy": (counts[0] / counts[1]).mean(), "score": scores.detach().mean()}
 
     @torch.no_grad()
     def heldout_row(self) -> dict[str, float]:
-        """Loss and accuracy of the held-out rows: the share of a row's pairs in the right order."""
+        """Loss, accuracy and mean score of the held-out rows."""
         if not self.heldout:
             return {}
-        averages = Averages()
-        for ranking in self.heldout:
-            loss, metrics = self.loss([ranking])
-            averages.add({"loss": loss, **metrics}, 1)
+        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
+        for start in range(0, len(self.heldout), size):
+            part = self.heldout[start : start + size]
+            loss, metrics = self.loss(part)
+            averages.add({"loss": loss, **metrics}, len(part))
         return {f"heldout_{name}": value for name, value in averages.result().items()}
 
     def before_first_step(self) -> dict[str, float]:
