@@ -90,6 +90,13 @@ def test_resumes_bit_exactly(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole.model), weights(rest.model), strict=True))
 
 
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
+    run(tmp_path, steps=1, checkpoint_every=1)
+    with pytest.raises(ValueError, match="written with other rows of data; use resume=false"):
+        run(tmp_path, rows=demonstrations(40), steps=2, checkpoint_every=1)
+    assert len(run(tmp_path, rows=demonstrations(40), steps=2, resume=False).history) == 2
+
+
 def test_packed_layout_equals_one_row_an_answer():
     model = tiny_model()
     policy = Policy(model)

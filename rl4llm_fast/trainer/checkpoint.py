@@ -17,12 +17,21 @@ from .settings import RunConfig
 _FREE = {"steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress"}
 
 
-def save(path: Path, *, step: int, config: RunConfig, optimizer: dict[str, Any], generator: torch.Generator) -> None:
+def save(
+    path: Path,
+    *,
+    step: int,
+    config: RunConfig,
+    data_key: str,
+    optimizer: dict[str, Any],
+    generator: torch.Generator,
+) -> None:
     """Write the state after ``step`` steps. A crash at any moment leaves the previous file or the new one."""
     kind, keys, *position = np.random.get_state()
     state = {
         "step": step,
         "config": dataclasses.asdict(config),
+        "data": data_key,
         "optimizer": optimizer,
         "generator": generator.get_state(),
         "torch": torch.get_rng_state(),
@@ -39,11 +48,11 @@ def save(path: Path, *, step: int, config: RunConfig, optimizer: dict[str, Any],
     partial.replace(path)
 
 
-def load(path: Path, config: RunConfig) -> dict[str, Any]:
+def load(path: Path, config: RunConfig, data_key: str = "") -> dict[str, Any]:
     """Read a checkpoint (tensors and plain values only: no code is run).
 
     Raises:
-        ValueError: it is of a run with other settings, or no checkpoint of this library.
+        ValueError: it is of a run with other settings or data, or no checkpoint of this library.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -55,6 +64,8 @@ def load(path: Path, config: RunConfig) -> dict[str, Any]:
     if other:
         changes = ", ".join(f"{key} {written.get(key)!r} -> {now[key]!r}" for key in other)
         raise ValueError(f"{path}: written with other settings ({changes}); use resume=false or another output_dir")
+    if state.get("data", "") != data_key:
+        raise ValueError(f"{path}: written with other rows of data; use resume=false or another output_dir")
     return state
 
 

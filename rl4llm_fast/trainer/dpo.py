@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, answer_token_ids, check_length, load_rows, prompt_of
+from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
 from .metrics import Averages, Phases, plot_curves
 from .policy import Policy
 from .reference_cache import answer_logprobs, cached_logprobs
@@ -105,6 +105,7 @@ class DPOTrainer(Trainer):
         self._pair_loss(one, one if self.with_reference else None, [1], [1], None)  # a wrong knob shows before the work
         super().__init__(c, model, tokenizer)
         self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.data_key = digest(*map(asdict, self.train))
         known = {pair.prob is not None for pair in self.train + self.heldout}
         if len(known) > 1:
             raise ValueError("prob: wanted in all rows or in none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, check_length, field_of, load_rows, prompt_of, token_ids_of
+from .data import DataConfig, Row, check_length, digest, field_of, load_rows, prompt_of, token_ids_of
 from .metrics import Averages, Phases, plot_curves
 from .reward_model import RewardModel
 from .run import Trainer, TrainResult
@@ -83,6 +83,7 @@ class RMTrainer(Trainer):
         self.config = c = config or RMConfig()
         super().__init__(c, model, tokenizer)
         self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.data_key = digest(*map(asdict, self.train))
         if not isinstance(self.model, RewardModel):
             self.model = RewardModel.of(self.model, seed=c.seed)
         self.model.autocast = c.precision == "autocast"

@@ -43,6 +43,7 @@ class Trainer:
     """
 
     name = "train"
+    data_key = ""  # a digest of the rows, where a step's place in them is all that a checkpoint knows of the data
     optimizer: MasterAdamW
 
     def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
@@ -98,7 +99,7 @@ class Trainer:
         c, folder = self.run_config, Path(self.run_config.output_dir)
         path, first = folder / "checkpoint.pt", 0
         if c.resume and path.is_file():
-            state = checkpoint.load(path, c)
+            state = checkpoint.load(path, c, self.data_key)
             first = state["step"]
             self.optimizer.load_state_dict(state["optimizer"])
             checkpoint.restore_rng(state, self.generator)
@@ -129,7 +130,9 @@ class Trainer:
     def save(self, step: int) -> None:
         path = Path(self.run_config.output_dir) / "checkpoint.pt"
         state = self.optimizer.state_dict()
-        checkpoint.save(path, step=step, config=self.run_config, optimizer=state, generator=self.generator)
+        checkpoint.save(
+            path, step=step, config=self.run_config, data_key=self.data_key, optimizer=state, generator=self.generator
+        )  # fmt: skip
 
     def take_step(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
         """The optimizer's step on the gradients that are there, and the row of the step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, answer_token_ids, check_length, load_rows, prompt_of
+from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
 from .layout import packed_layout, plain_layout
 from .metrics import Phases, plot_curves
 from .policy import Policy
@@ -83,6 +83,7 @@ class SFTTrainer(Trainer):
         self.config = c = config or SFTConfig()
         super().__init__(c, model, tokenizer)
         self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.data_key = digest(*map(asdict, self.train))
         layout = "shared" if c.packing else "plain"  # packed rows need what shared ones need: a mask of their own
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=layout)
         self.optimizer = self.make_optimizer(self.model)
