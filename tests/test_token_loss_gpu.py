@@ -208,7 +208,8 @@ def test_cuda_on_a_cpu(emulated, name, B, T, aggregation):
     old, ref = logp.detach() + 0.3 * torch.randn(B, T), logp.detach() + 0.3 * torch.randn(B, T)
     entropy, omega, weight = torch.rand(B, T).requires_grad_(), torch.rand(B, T), torch.rand(B, T)
     adv, log_s, mask = torch.randn(B, 1), 0.3 * torch.randn(B, 1), torch.rand(B, T) > 0.3
-    knobs = {"eps_low": 0.2, "eps_high": 0.3, "dual_clip": 1.5, "cap": 1.2, "tau_pos": 1.0, "tau_neg": 1.1, "beta": 0.1}
+    knobs = {"eps_low": 0.2, "eps_high": 0.3, "dual_clip": 1.5, "cap": 1.2, "tau_pos": 1.0, "tau_neg": 1.1, "beta": 0.1,
+             "scale": 0.5, "clip": 0.2}  # fmt: skip
     numbers = [-1.0, B, T, 2.0, 0.1, 0.05, 2.0, 0.3, *(knobs[k] for k in formula.knobs)]
     numbers += [0.0] * (len(formulas.PARAMS) + formulas.MAX_KNOBS - len(numbers))
 
