@@ -152,17 +152,24 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{meta['command']}` on {meta['device']}, {meta['date']}, torch {meta['torch']}, commit "
         f"{meta['git']}{modified}. "
-        "Medians of interleaved rounds; in brackets: how many times as long as rl4llm_fast it takes.",
+        "Medians of interleaved rounds; in brackets: how many times as long as rl4llm_fast it takes. –: absent or "
+        "without a counterpart; `python -m bench.report` says which, with the percentiles and the targets.",
     ]
     return "\n".join(lines)
 
 
 def _milliseconds(r: dict[str, Any]) -> str:
-    return f"{r['median_ms']:.3g} ms" if "median_ms" in r else r.get("status", "-")
+    return _time(r["median_ms"]) if "median_ms" in r else r.get("status", "–")
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:,.0f} ms"
 
 
 def _against(r: dict[str, Any]) -> str:
-    return f"{r['median_ms']:.3g} ms ({r['speedup']:.1f}x)" if "speedup" in r else r.get("status", "-")
+    if "speedup" in r:
+        return f"{_time(r['median_ms'])} ({r['speedup']:.1f}x)"
+    return "–" if r.get("status", "absent") == "absent" else r["status"]
 
 
 def _mib(r: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 // rl4llm_fast::group_advantages on the CPU: A_i = (R_i − mean of its group) / (std + ε) and its kin, docs/math.md
 // section 4.
 //
-// Two or three passes over B rewards and a hash table of their group ids; B is small beside anything V- or T-shaped, so
+// Two or three passes over B rewards and a table of their group ids; B is small beside anything V- or T-shaped, so
 // one thread does it. Numerics: fp64 sums in the order of the rewards, relative to the group's first reward, which
 // keeps the deviations of rewards that share a large offset. A group's result depends on its own members only (with
 // scale "batch" on all of them).
@@ -19,13 +19,18 @@ template <class A>
 void run(const Tensor& rewards, const std::optional<Tensor>& group_ids, int64_t group_size, const std::string& scale,
          bool leave_one_out, bool unbiased, double eps, A* out_ptr) {
   const int64_t B = rewards.numel();
-  std::vector<double> reward(static_cast<size_t>(B));
+  const Scratch<double> reward(rewards, B);
   const void* rewards_ptr = rewards.data_ptr();
   const ScalarType type = rewards.scalar_type();
-  for (int64_t i = 0; i < B; ++i) reward[size_t(i)] = read_element(rewards_ptr, type, i);
+  if (type == ScalarType::Float) {
+    for (int64_t i = 0; i < B; ++i) reward[size_t(i)] = static_cast<const float*>(rewards_ptr)[i];
+  } else {
+    for (int64_t i = 0; i < B; ++i) reward[size_t(i)] = read_element(rewards_ptr, type, i);
+  }
 
-  const std::vector<int32_t> group_of = groups_of(group_ids, group_size, B);
+  const Scratch<int32_t> group_of = groups_of(rewards, group_ids, group_size, B);
   std::vector<Group> groups;
+  groups.reserve(size_t(B) / 8 + 1);
   for (size_t i = 0; i < size_t(B); ++i) {
     const double r = reward[i];
     if (size_t(group_of[i]) == groups.size()) groups.emplace_back(r);
@@ -45,9 +50,9 @@ void run(const Tensor& rewards, const std::optional<Tensor>& group_ids, int64_t 
   if (scale == "batch" && !leave_one_out) {
     Group batch(reward[0]);
     batch.size = B;
-    for (const double r : reward) batch.sum.add(r - batch.origin);
+    for (size_t i = 0; i < size_t(B); ++i) batch.sum.add(reward[i] - batch.origin);
     batch.mean = batch.sum.value() / double(B);
-    for (const double r : reward) batch.squares.add(batch.centred(r) * batch.centred(r));
+    for (size_t i = 0; i < size_t(B); ++i) batch.squares.add(batch.centred(reward[i]) * batch.centred(reward[i]));
     batch_divisor = batch.deviation(unbiased) + eps;
   }
   for (Group& group : groups) {

@@ -9,12 +9,14 @@
 
 namespace rl4llm {
 
-// A sum that keeps what each addition rounds away (Kahan and Babuška): the order of a group's members hardly matters.
+// A sum that keeps what each addition rounds away (Knuth's exact difference, no branch to guess): the order of a
+// group's members hardly matters.
 struct Sum {
   double total = 0, lost = 0;
   void add(double x) {
     const double next = total + x;
-    lost += std::fabs(total) >= std::fabs(x) ? (total - next) + x : (x - next) + total;
+    const double added = next - total;
+    lost += (total - (next - added)) + (x - added);
     total = next;
   }
   double value() const { return std::isfinite(total) ? total + lost : total; }
@@ -36,6 +38,22 @@ struct Group {
     const int64_t freedom = size - (unbiased ? 1 : 0);
     return std::sqrt(squares.value() / double(freedom > 1 ? freedom : 1));
   }
+};
+
+// Memory for the time of a call, without the page faults of fresh memory (memory.cpp).
+template <class T>
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t count)
+      : memory_(empty_like_of(like, {count * int64_t(sizeof(T)) / 4}, ScalarType::Float)),
+        ptr_(static_cast<T*>(memory_.data_ptr())) {
+    static_assert(sizeof(T) % 4 == 0);
+  }
+  T& operator[](size_t i) const { return ptr_[i]; }
+
+ private:
+  Tensor memory_;
+  T* ptr_;
 };
 
 // Group ids to 0, 1, 2, … in the order of their first appearance: open addressing, a power of two of slots.
@@ -70,18 +88,35 @@ class GroupIndex {
 };
 
 // The group of each of B answers, numbered in the order of their first appearance: by ids (B,), or consecutive.
-inline std::vector<int32_t> groups_of(const std::optional<Tensor>& group_ids, int64_t group_size, int64_t B) {
+inline Scratch<int32_t> groups_of(const Tensor& like, const std::optional<Tensor>& group_ids, int64_t group_size,
+                                  int64_t B) {
   if (!group_ids && (group_size < 1 || B % group_size != 0)) {
     fail("group_size: wanted a divisor of the ", B, " answers, got ", group_size);
   }
   if (B > INT32_MAX) fail("rewards: wanted at most 2^31 - 1 answers, got ", B);
-  std::vector<int32_t> group_of(static_cast<size_t>(B));
-  if (group_ids) {
-    const int64_t* ids_ptr = data_of<int64_t>(*group_ids, "group_ids", B);
+  Scratch<int32_t> group_of(like, B);
+  if (!group_ids) {
+    for (int64_t i = 0; i < B; ++i) group_of[size_t(i)] = int32_t(i / group_size);
+    return group_of;
+  }
+  const int64_t* ids_ptr = data_of<int64_t>(*group_ids, "group_ids", B);
+  int64_t least = B ? ids_ptr[0] : 0, most = least;
+  for (int64_t i = 1; i < B; ++i) {
+    least = ids_ptr[i] < least ? ids_ptr[i] : least;
+    most = ids_ptr[i] > most ? ids_ptr[i] : most;
+  }
+  const uint64_t span = uint64_t(most) - uint64_t(least);
+  if (span < uint64_t(B)) {  // counted or sampled prompts: a table of the ids themselves
+    std::vector<int32_t> index_of(size_t(span) + 1, -1);
+    int32_t count = 0;
+    for (int64_t i = 0; i < B; ++i) {
+      int32_t& index = index_of[size_t(ids_ptr[i] - least)];
+      if (index < 0) index = count++;
+      group_of[size_t(i)] = index;
+    }
+  } else {
     GroupIndex index(B);
     for (int64_t i = 0; i < B; ++i) group_of[size_t(i)] = index(ids_ptr[i]);
-  } else {
-    for (int64_t i = 0; i < B; ++i) group_of[size_t(i)] = int32_t(i / group_size);
   }
   return group_of;
 }

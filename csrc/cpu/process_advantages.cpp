@@ -11,7 +11,7 @@ namespace rl4llm {
 namespace {
 
 template <class A>
-void run(const Tensor& step_rewards, const int64_t* ends_ptr, const std::vector<int32_t>& group_of, int64_t length,
+void run(const Tensor& step_rewards, const int64_t* ends_ptr, const Scratch<int32_t>& group_of, int64_t length,
          double eps, A* out_ptr) {
   const int64_t B = step_rewards.size(0), K = step_rewards.size(1);
   const void* rewards_ptr = step_rewards.data_ptr();
@@ -82,7 +82,7 @@ Tensor process_advantages(Tensor step_rewards, Tensor step_ends, std::optional<T
     }
   }
   const double epsilon = read_scalar(eps, "eps");
-  const std::vector<int32_t> group_of = groups_of(group_ids, group_size, B);
+  const Scratch<int32_t> group_of = groups_of(step_rewards, group_ids, group_size, B);
   const ScalarType acc = accumulation_type(step_rewards.scalar_type());
   const Tensor out = empty_like_of(step_rewards, {B, length}, acc);
   if (acc == ScalarType::Double) {
