@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
-from .metrics import Averages, Phases, plot_curves
+from .metrics import plot_curves
 from .policy import Policy
 from .reference_cache import answer_logprobs, cached_logprobs
-from .run import Trainer, TrainResult
+from .run import MeanLossTrainer, TrainResult
 from .tasks import examples_of_step
 
 _WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
@@ -85,7 +85,7 @@ def train_dpo(
         trainer.optimizer.close()
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(MeanLossTrainer):
     """The loop behind ``train_dpo``."""
 
     name = "DPO"
@@ -130,21 +130,6 @@ class DPOTrainer(Trainer):
             if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
                 raise ValueError(f"prob: wanted a number in [0, 1], got {prob!r}")
         return Pair(prompt, chosen, rejected, prob)
-
-    def step(self, step: int) -> dict[str, Any]:
-        self.phases = Phases(self.device)
-        c = self.config
-        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
-        averages, total = Averages(), torch.zeros((), device=self.device)
-        for micro in self.micro_batches(batch):
-            loss, metrics = self.loss(micro)
-            share = loss * (len(micro) / len(batch))
-            self.phases.mark("loss")
-            share.backward()  # type: ignore[no-untyped-call]
-            self.phases.mark("backward")
-            averages.add(metrics, len(micro))
-            total += share.detach()
-        return self.take_step(step, {"loss": float(total), **averages.result()})
 
     def loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``pairs``, and the metrics of ``rf.preference_loss``."""
@@ -195,21 +180,6 @@ class DPOTrainer(Trainer):
             found = cached_logprobs(folder, self.policy, prompts, answers, groups, 2 * size, progress=c.progress)
         for i, pair in enumerate(pairs):
             pair.reference = (found[2 * i], found[2 * i + 1])
-
-    @torch.no_grad()
-    def heldout_row(self) -> dict[str, float]:
-        """Loss, rewards, margin and accuracy of the held-out pairs."""
-        if not self.heldout:
-            return {}
-        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(self.heldout), size):
-            part = self.heldout[start : start + size]
-            loss, metrics = self.loss(part)
-            averages.add({"loss": loss, **metrics}, len(part))
-        return {f"heldout_{name}": value for name, value in averages.result().items()}
-
-    def before_first_step(self) -> dict[str, float]:
-        return self.heldout_row()
 
     def brief(self, row: dict[str, Any]) -> str:
         return f"loss {row['loss']:.3f}  margin {row['margin']:.2f}"

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import DataConfig, Row, check_length, digest, field_of, load_rows, prompt_of, token_ids_of
-from .metrics import Averages, Phases, plot_curves
+from .metrics import plot_curves
 from .reward_model import RewardModel
-from .run import Trainer, TrainResult
-from .tasks import examples_of_step
+from .run import MeanLossTrainer, TrainResult
 
 
 @dataclass
@@ -66,7 +65,7 @@ def train_rm(
         trainer.optimizer.close()
 
 
-class RMTrainer(Trainer):
+class RMTrainer(MeanLossTrainer):
     """The loop behind ``train_rm``."""
 
     name = "RM"
@@ -109,21 +108,6 @@ class RMTrainer(Trainer):
         check_length(prompt, answers, self.config.max_length)
         return Ranking(prompt, answers, list(ranks))
 
-    def step(self, step: int) -> dict[str, Any]:
-        self.phases = Phases(self.device)
-        c = self.config
-        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
-        averages, total = Averages(), torch.zeros((), device=self.device)
-        for micro in self.micro_batches(batch):
-            loss, metrics = self.loss(micro)
-            share = loss * (len(micro) / len(batch))  # every prompt counts the same, so the parts add up to the batch
-            self.phases.mark("loss")
-            share.backward()  # type: ignore[no-untyped-call]
-            self.phases.mark("backward")
-            averages.add(metrics, len(micro))
-            total += share.detach()
-        return self.take_step(step, {"loss": float(total), **averages.result()})
-
     def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``rankings``; the mean share of a row's pairs in the right order, and the mean score."""
         sequences = [ranking.prompt + answer for ranking in rankings for answer in ranking.answers]
@@ -145,21 +129,6 @@ class RMTrainer(Trainer):
                 part.new_zeros(len(rankings)).index_add(0, prompt_ids, part) for part in (right, pair.sum(1).float())
             ]
         return loss, {"accuracy": (counts[0] / counts[1]).mean(), "score": scores.detach().mean()}
-
-    @torch.no_grad()
-    def heldout_row(self) -> dict[str, float]:
-        """Loss, accuracy and mean score of the held-out rows."""
-        if not self.heldout:
-            return {}
-        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(self.heldout), size):
-            part = self.heldout[start : start + size]
-            loss, metrics = self.loss(part)
-            averages.add({"loss": loss, **metrics}, len(part))
-        return {f"heldout_{name}": value for name, value in averages.result().items()}
-
-    def before_first_step(self) -> dict[str, float]:
-        return self.heldout_row()
 
     @torch.no_grad()
     def finish(self) -> None:

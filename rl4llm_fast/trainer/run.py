@@ -18,10 +18,11 @@ import rl4llm_fast as rf
 
 from . import checkpoint
 from .extras import require
-from .metrics import History, Phases, phase_table
+from .metrics import Averages, History, Phases, phase_table
 from .model import choose_device, load_model
 from .optimizer import MasterAdamW, learning_rate
 from .settings import RunConfig
+from .tasks import examples_of_step
 
 Item = TypeVar("Item")
 
@@ -158,3 +159,45 @@ class Trainer:
     def chosen_backend(self) -> contextlib.AbstractContextManager[None]:
         name = self.run_config.backend
         return contextlib.nullcontext() if name == "auto" else rf.use_backend(name)
+
+
+class MeanLossTrainer(Trainer):
+    """A trainer whose loss and metrics are means over rows, in which every row counts the same."""
+
+    config: Any  # with batch_size
+    train: list[Any]
+    heldout: list[Any]
+
+    def loss(self, rows: Sequence[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The mean loss of ``rows``, and the means of its metrics."""
+        raise NotImplementedError
+
+    def step(self, step: int) -> dict[str, Any]:
+        self.phases = Phases(self.device)
+        c = self.config
+        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
+        averages, total = Averages(), torch.zeros((), device=self.device)
+        for micro in self.micro_batches(batch):
+            loss, metrics = self.loss(micro)
+            share = loss * (len(micro) / len(batch))  # the parts add up to the batch
+            self.phases.mark("loss")
+            share.backward()  # type: ignore[no-untyped-call]
+            self.phases.mark("backward")
+            averages.add(metrics, len(micro))
+            total += share.detach()
+        return self.take_step(step, {"loss": float(total), **averages.result()})
+
+    @torch.no_grad()
+    def heldout_row(self) -> dict[str, float]:
+        """Loss and metrics of the held-out rows."""
+        if not self.heldout:
+            return {}
+        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
+        for start in range(0, len(self.heldout), size):
+            part = self.heldout[start : start + size]
+            loss, metrics = self.loss(part)
+            averages.add({"loss": loss, **metrics}, len(part))
+        return {f"heldout_{name}": value for name, value in averages.result().items()}
+
+    def before_first_step(self) -> dict[str, float]:
+        return self.heldout_row()
