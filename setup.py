@@ -254,7 +254,8 @@ def write_ninja_file(folder: Path, output: str) -> None:
         for source in sorted((csrc / "cuda").glob("*.cpp")):
             ninja.compile("cxx", source, flags=f"-isystem {cuda.home}/include")
     python = sysconfig.get_paths()["include"]
-    ninja.compile("cxx", csrc / "module.cpp", flags=f"-I. -isystem {python} -isystem {pybind11}")
+    # -I comes before -isystem: torch 2.11's own copy of pybind11 refuses to be included for a stable-ABI target.
+    ninja.compile("cxx", csrc / "module.cpp", flags=f"-I. -isystem {python} -I{pybind11}")
     # Compiled again after any other object, so that the date it holds is the build's.
     ninja.compile("cxx", csrc / "build_time.cpp", after=" ".join(ninja.objects))
 
