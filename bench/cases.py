@@ -167,13 +167,13 @@ def _kl_flops(case: Case) -> int:
 def _linear_bytes(case: Case) -> int:
     """Hidden states and head read in each of three passes, both gradients written: what no chunking can avoid."""
     rows, width, vocabulary = case.shape
-    return 4 * (rows + vocabulary) * width * case.dtype.itemsize
+    return (1 if case.mode == FORWARD else 4) * (rows + vocabulary) * width * case.dtype.itemsize
 
 
 def _linear_flops(case: Case) -> int:
-    """Three products: logits, dx, dW."""
+    """Three products: logits, dx, dW. The forward alone: the first."""
     rows, width, vocabulary = case.shape
-    return 3 * 2 * rows * width * vocabulary
+    return (1 if case.mode == FORWARD else 3) * 2 * rows * width * vocabulary
 
 
 _BYTES = {
@@ -304,6 +304,13 @@ def _gpu() -> Iterator[Case]:
     kl = Case("kl_divergence", "kl_divergence", BOTH, bf16, kl_shape, ("gpu",), (), "reverse")
     at_2500_gb_s = Target("time_ms", kl.bytes / 2.5e12 * 1e3, device=h100)
     yield dataclasses.replace(kl, targets=(at_2500_gb_s,))
+    shape = (8_192, 4_096, 131_072)
+    for op, mode, variant, milliseconds in (
+        ("linear_token_logprobs", FORWARD, "", 12.2),
+        ("linear_token_logprobs", BOTH, "", 48),
+        ("linear_policy_loss", BOTH, "grpo k3", 40),
+    ):
+        yield Case(op, op, mode, bf16, shape, ("gpu",), (Target("time_ms", milliseconds, device=h100),), variant)
     shape, targets = (64, 2_048), (_faster(10, "eager"),)
     yield Case("preference_loss", "preference_loss", BOTH, torch.float32, shape, ("gpu",), targets, "dpo")
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")

@@ -30,7 +30,7 @@ class Budget:
     max_rounds: int = 50
 
 
-BUDGETS = {"smoke": Budget(2.0, min_rounds=5), "cpu": Budget(8.0), "gpu": Budget(3.0)}
+BUDGETS = {"smoke": Budget(2.0, min_rounds=5), "cpu": Budget(8.0, min_rounds=5), "gpu": Budget(3.0)}
 
 
 def run_case(

@@ -235,11 +235,14 @@ def _preference_step(case: Case, function: Callable[..., Any], inputs: Inputs) -
 
 
 def _linear_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
-    assert case.mode == BOTH
+    assert case.mode in (FORWARD, BOTH)
     loss = case.op == "linear_policy_loss"
     rest = [inputs[name] for name in (("token_ids", "ref_logp", "advantages") if loss else ("token_ids",))]
 
     def run(_: object) -> Outputs:
+        if case.mode == FORWARD:
+            with torch.no_grad():
+                return {"loss" if loss else "logp": function(inputs["hidden"], inputs["weight"], *rest)}
         leaves = [inputs[name].detach().requires_grad_() for name in ("hidden", "weight")]
         result = function(*leaves, *rest)
         result.backward(None if loss else inputs["advantages"].to(result.dtype))

@@ -15,6 +15,11 @@ _COLOURS = {
     "compile": "#5b6c9d",
     "trl": "#8f5fa8",
     "liger": "#7a8450",
+    "cce": "#3f7cac",
+    "torchrl": "#b5446e",
+    "verl": "#5f8d4e",
+    "quack": "#d08c60",
+    "fla": "#6d597a",
     "loop": "#9a9a9a",
     "base": "#7d8590",
 }

@@ -255,7 +255,7 @@ def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     assert "MISSED >= 1e+09x eager" in text
     assert "not judged <= 1 ms on H100" in text
     assert "targets: 1 reached, 1 missed, 1 not judged" in text
-    assert "liger: absent, its counterpart is a Triton kernel: needs a GPU" in text
+    assert "liger: absent, its counterpart is a GPU kernel: needs a GPU" in text
 
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +21,15 @@ _MODULES = {
     "compile": "compiled",
     "trl": "trl",
     "liger": "liger",
+    "cce": "cce",
+    "torchrl": "torchrl",
+    "verl": "verl",
+    "quack": "quack",
+    "fla": "fla",
 }
 NAMES = tuple(_MODULES)
 RIVALS = NAMES[1:]
+NO_COUNTERPART = "has no counterpart"
 
 
 class Absent(Exception):
@@ -44,10 +51,24 @@ def build(name: str, case: Any, device: str) -> Callable[..., Any]:
     return function
 
 
-def pick(functions: dict[str, Callable[..., Any]], case: Any, why: str = "has no counterpart") -> Callable[..., Any]:
+def pick(functions: dict[str, Callable[..., Any]], case: Any, why: str = NO_COUNTERPART) -> Callable[..., Any]:
     if case.call not in functions:
         raise Absent(why)
     return functions[case.call]
+
+
+def needs_gpu(device: str) -> None:
+    """For peers that are GPU kernels and nothing else."""
+    if device == "cpu":
+        raise Absent("its counterpart is a GPU kernel: needs a GPU")
+
+
+def installed(package: str) -> str:
+    """The version of an installed package. Raises ImportError, as importing it would, where it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise ImportError(package) from error
 
 
 def version(name: str) -> str:

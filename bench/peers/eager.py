@@ -34,14 +34,18 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> 
     return token_logprobs(hidden @ weight.t(), token_ids)
 
 
-def linear_policy_loss(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logp: Tensor, advantages: Tensor
-) -> Tensor:
-    """GRPO with k3 to the reference, on-policy."""
-    logp = linear_token_logprobs(hidden, weight, token_ids)
-    ratio, to_ref = (logp - logp.detach()).exp(), ref_logp - logp
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return (0.04 * (to_ref.exp() - to_ref - 1) - surrogate).mean()
+def grpo_from(logprobs: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """GRPO with k3 to the reference, on-policy, over log-probabilities from hidden states: anyone's."""
+
+    def linear_policy_loss(
+        hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logp: Tensor, advantages: Tensor
+    ) -> Tensor:
+        logp = logprobs(hidden, weight, token_ids)
+        ratio, to_ref = (logp - logp.detach()).exp(), ref_logp - logp
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        return (0.04 * (to_ref.exp() - to_ref - 1) - surrogate).mean()
+
+    return linear_policy_loss
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "policy_loss": policy_loss,
     "preference_loss": preference_loss,
     "linear_token_logprobs": linear_token_logprobs,
-    "linear_policy_loss": linear_policy_loss,
+    "linear_policy_loss": grpo_from(linear_token_logprobs),
 }
 
 

@@ -1,23 +1,19 @@
-"""Liger's cross entropy without reduction: the negative log-probability. It makes the gradient in the forward pass."""
+"""Liger's cross entropy without reduction, the negative log-probability, and its chunked losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cases import Case
-from . import Absent, pick
+from ..cases import FORWARD, Case
+from . import Absent, installed, needs_gpu, pick
 
 
 def version() -> str:
-    try:
-        return metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError as error:
-        raise ImportError("liger-kernel") from error
+    return installed("liger-kernel")
 
 
 def _linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_logp: Tensor, advantages: Tensor) -> Any:
@@ -34,12 +30,17 @@ def _linear_policy_loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, ref_l
 def build(case: Case, device: str) -> Callable[..., Any]:
     if case.op == "linear_policy_loss":
         return _linear_policy_loss
-    from liger_kernel.transformers.functional import liger_cross_entropy
+    from liger_kernel.transformers.functional import liger_cross_entropy, liger_fused_linear_cross_entropy
 
     def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
         return -liger_cross_entropy(logits, token_ids, reduction="none")
 
-    function = pick({"token_logprobs": token_logprobs}, case)
-    if device == "cpu":
-        raise Absent("its counterpart is a Triton kernel: needs a GPU")
+    def linear_token_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+        return -liger_fused_linear_cross_entropy(hidden, weight, token_ids, reduction="none")
+
+    functions = {"token_logprobs": token_logprobs, "linear_token_logprobs": linear_token_logprobs}
+    function = pick(functions, case)
+    if case.op == "linear_token_logprobs" and case.mode != FORWARD:
+        raise Absent("its gradients are made in the forward pass, before a token's upstream gradient is known")
+    needs_gpu(device)
     return function
