@@ -4,8 +4,9 @@
     python examples/film_reviews.py vaderSentiment-3.3.2.tar.gz data/film_reviews
 
 The ratings (Hutto and Gilbert 2014, MIT licence) lie in the source package of vaderSentiment. Written are answers.jsonl
-(positive sentences, for sft), pairs.jsonl (a positive against a negative one, for dpo and rm) and ranked.jsonl (four
-sentences from four ranges of ratings, for rm). No sentence is in a file twice, so rows held out hold sentences out.
+(positive sentences, for sft), pairs.jsonl (a positive against a negative one, for dpo and rm), labelled.jsonl (single
+sentences, positive or negative, for kto) and ranked.jsonl (four sentences from four ranges of ratings, for rm). No
+sentence is in a file twice, so rows held out hold sentences out.
 """
 
 import hashlib
@@ -44,9 +45,13 @@ def main(sdist: Path, folder: Path) -> None:
     good = [s for rating, s in rated if rating >= 1.5]
     bad = [s for rating, s in rated if rating <= -1.5]
     ranges = [[s for rating, s in rated if low <= rating < high] for low, high in RANGES]
+    # Every other sentence of either kind: answers to one prompt that are no pairs.
+    labelled = [(s, True) for s in good[::2]] + [(s, False) for s in bad[1::2]]
+    random.Random(1).shuffle(labelled)
     files = {
         "answers": [{"prompt": PROMPT, "answer": s} for s in good],
         "pairs": [{"prompt": PROMPT, "chosen": w, "rejected": l} for w, l in zip(good, bad, strict=False)],
+        "labelled": [{"prompt": PROMPT, "answer": s, "desirable": desirable} for s, desirable in labelled],
         "ranked": [{"prompt": PROMPT, "answers": four, "ranks": [0, 1, 2, 3]} for four in zip(*ranges, strict=False)],
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,3 +50,11 @@ def assert_same_gradients(one, other) -> None:
     assert any(gradient.abs().max() > 1e-4 for gradient in one)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def labelled(count: int = 60) -> list[dict]:
+    """Sevens are desirable, eights are not: either answer of a pair, in turns."""
+    return [
+        {"prompt": row["prompt"], "answer": row["rejected" if i % 2 else "chosen"], "desirable": i % 2 == 0}
+        for i, row in enumerate(pairs(count))
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .config import GRPOConfig, load_config
 from .dpo import DPOConfig, train_dpo
 from .grpo import train_grpo
+from .kto import KTOConfig, train_kto
 from .reward_model import RewardModel, load_reward_model
 from .rm import RMConfig, train_rm
 from .run import TrainResult
@@ -16,6 +17,7 @@ from .tasks import Task, load_task
 __all__ = [
     "DPOConfig",
     "GRPOConfig",
+    "KTOConfig",
     "RMConfig",
     "RewardModel",
     "Rollout",
@@ -30,6 +32,7 @@ __all__ = [
     "sample",
     "train_dpo",
     "train_grpo",
+    "train_kto",
     "train_rm",
     "train_sft",
 ]

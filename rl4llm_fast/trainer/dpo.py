@@ -13,35 +13,26 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
+from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of
 from .metrics import plot_curves
-from .policy import Policy
-from .reference_cache import answer_logprobs, cached_logprobs
-from .run import MeanLossTrainer, TrainResult
-from .tasks import examples_of_step
+from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
+from .run import TrainResult
 
 _WITHOUT_REFERENCE = ("cpo", "simpo", "orpo")
 
 
 @dataclass
-class DPOConfig(DataConfig):
+class DPOConfig(ReferenceConfig):
     """Everything that ``train_dpo`` can be told; a row is {"prompt", "chosen", "rejected"}, and maybe "prob"."""
 
     loss: str = "dpo"  # a kind of rf.preference_loss
-    beta: float = 0.1  # τ of ipo
     loss_options: dict[str, Any] = field(default_factory=dict)  # the kind's knobs, e.g. label_smoothing = 0.1
     average: bool = False  # means over an answer's tokens in place of sums
-    reference: str = "precomputed"  # precomputed: once, before the first step | live: a frozen copy, each step
-    reference_cache: str = ""  # a folder; "": output_dir/reference
-    layout: str = "auto"  # shared: a pair's prompt is computed once | plain: one row an answer | auto: the cheaper
     output_dir: str = "runs/dpo"
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "loss": ("dpo", "robust", "ipo", "hinge", "cpo", "simpo", "orpo"),
-        "reference": ("precomputed", "live"),
-        "layout": ("auto", "shared", "plain"),
     }
-    POSITIVE: ClassVar[tuple[str, ...]] = ("beta",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +47,7 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     prob: float | None = None  # that the chosen answer is preferred, where it is known
-    reference: tuple[Tensor, Tensor] | None = None  # log-probabilities of both answers' tokens under the reference
+    reference: tuple[Tensor, ...] | None = None  # log-probabilities of both answers' tokens under the reference
 
 
 def train_dpo(
@@ -85,7 +76,7 @@ def train_dpo(
         trainer.optimizer.close()
 
 
-class DPOTrainer(MeanLossTrainer):
+class DPOTrainer(ReferenceTrainer):
     """The loop behind ``train_dpo``."""
 
     name = "DPO"
@@ -109,13 +100,15 @@ class DPOTrainer(MeanLossTrainer):
         known = {pair.prob is not None for pair in self.train + self.heldout}
         if len(known) > 1:
             raise ValueError("prob: wanted in all rows or in none")
-        self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
-        self.reference: Policy | None = None
-        if self.with_reference and c.reference == "live":
-            self.reference = self.policy.frozen_copy()
-        elif self.with_reference:
-            self._precompute_reference()
-        self.optimizer = self.make_optimizer(self.model)
+        self.set_up(with_reference=self.with_reference)
+
+    def texts(self, rows: Sequence[Pair]) -> Texts:
+        """Both answers of every pair, neighbours."""
+        return Texts(
+            [pair.prompt for pair in rows for _ in range(2)],
+            [answer for pair in rows for answer in (pair.chosen, pair.rejected)],
+            [i for i in range(len(rows)) for _ in range(2)],
+        )
 
     def encode(self, row: Row) -> Pair:
         prompt = prompt_of(row, self.tokenizer)
@@ -133,16 +126,12 @@ class DPOTrainer(MeanLossTrainer):
 
     def loss(self, pairs: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``pairs``, and the metrics of ``rf.preference_loss``."""
-        prompts, answers, groups = _both_answers(pairs)
+        texts = self.texts(pairs)
         reference: Tensor | None = None
         with self.chosen_backend():
-            if self.reference is not None:
-                with torch.no_grad():
-                    reference = answer_logprobs(self.reference, prompts, answers, groups)
-            elif self.with_reference:
-                kept = [pair.reference for pair in pairs if pair.reference is not None]
-                reference = torch.cat([logp for both in kept for logp in both]).to(self.device)
-            logp = answer_logprobs(self.policy, prompts, answers, groups, self.phases.mark)
+            if self.with_reference:
+                reference = self.reference_logprobs(texts, [logp for pair in pairs for logp in pair.reference or ()])
+            logp = self.logprobs(texts)
             lengths = ([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs])
             prob = [p.prob for p in pairs if p.prob is not None]
             return self._pair_loss(logp, reference, *lengths, torch.tensor(prob, device=self.device) if prob else None)
@@ -163,24 +152,6 @@ class DPOTrainer(MeanLossTrainer):
             cu_seqlens_chosen=starts[0], cu_seqlens_rejected=starts[1], **c.loss_options,
         )  # fmt: skip
 
-    def _precompute_reference(self) -> None:
-        """Log-probabilities of the answers that this run reads under the model as it came, from the cache if there."""
-        c = self.config
-        steps = range(1, c.steps + 1)
-        if c.steps * c.batch_size >= len(self.train):
-            drawn = self.train
-        else:  # in the order of the data: which steps draw them does not matter
-            ids = {id(pair) for step in steps for pair in examples_of_step(self.train, step, c.batch_size, c.seed)}
-            drawn = [pair for pair in self.train if id(pair) in ids]
-        pairs = drawn + self.heldout
-        folder = Path(c.reference_cache or Path(c.output_dir) / "reference")
-        size = c.micro_batch_size or c.batch_size
-        prompts, answers, groups = _both_answers(pairs)
-        with self.chosen_backend():
-            found = cached_logprobs(folder, self.policy, prompts, answers, groups, 2 * size, progress=c.progress)
-        for i, pair in enumerate(pairs):
-            pair.reference = (found[2 * i], found[2 * i + 1])
-
     def brief(self, row: dict[str, Any]) -> str:
         return f"loss {row['loss']:.3f}  margin {row['margin']:.2f}"
 
@@ -190,15 +161,9 @@ class DPOTrainer(MeanLossTrainer):
             "reward": {"heldout_reward_chosen": "chosen", "heldout_reward_rejected": "rejected"},
             "margin": {"margin": "batch", "heldout_margin": "held out"},
             "accuracy": {"accuracy": "batch", "heldout_accuracy": "held out"},
+            "KL to the first model": {"heldout_kl": "a held-out token"},
         }
         plot_curves(rows, folder / "dpo.png", f"{self.config.loss} on pairs of answers", panels)
-
-
-def _both_answers(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Prompts, answers and which pair each belongs to; a pair's two answers are neighbours, so they can share a row."""
-    prompts = [pair.prompt for pair in pairs for _ in range(2)]
-    answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    return prompts, answers, [i for i in range(len(pairs)) for _ in range(2)]
 
 
 def _split(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

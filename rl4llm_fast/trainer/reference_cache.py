@@ -22,15 +22,20 @@ def answer_logprobs(
     answers: Sequence[list[int]],
     groups: Sequence[int],
     mark: Callable[[str], None] = lambda phase: None,
+    *,
+    tap: Callable[..., None] | None = None,
 ) -> Tensor:
     """Log-probabilities (N,) of the answers' tokens, one answer behind the other, from hidden states: no logits.
 
-    Neighbours of the same group share a prompt. ``mark("forward")`` is called when the hidden states are there.
+    Neighbours of the same group share a prompt. ``mark("forward")`` is called when the hidden states are there, and
+    ``tap(hidden, weight, bias, layout)`` sees them.
     """
     layout = policy.choose_layout(prompts, answers, groups)
     with policy.precision():
         hidden, weight, bias = policy.head_inputs(layout)
         mark("forward")
+        if tap is not None:
+            tap(hidden, weight, bias, layout)
         logp = rf.linear_token_logprobs(hidden, weight, layout.token_ids, bias, softcap=policy.softcap)
     return logp[layout.prediction]
 

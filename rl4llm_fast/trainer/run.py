@@ -172,10 +172,17 @@ class MeanLossTrainer(Trainer):
         """The mean loss of ``rows``, and the means of its metrics."""
         raise NotImplementedError
 
+    def batch(self, step: int) -> list[Any]:
+        """The rows of a step, counted from 1."""
+        return examples_of_step(self.train, step, self.config.batch_size, self.config.seed)
+
+    def before_rows(self, rows: Sequence[Any]) -> None:
+        """Called with all rows of a step, and with the held-out ones, before ``loss`` sees them in parts."""
+
     def step(self, step: int) -> dict[str, Any]:
         self.phases = Phases(self.device)
-        c = self.config
-        batch = examples_of_step(self.train, step, c.batch_size, c.seed)
+        batch = self.batch(step)
+        self.before_rows(batch)
         averages, total = Averages(), torch.zeros((), device=self.device)
         for micro in self.micro_batches(batch):
             loss, metrics = self.loss(micro)
@@ -187,14 +194,18 @@ class MeanLossTrainer(Trainer):
             total += share.detach()
         return self.take_step(step, {"loss": float(total), **averages.result()})
 
+    def heldout_parts(self) -> list[list[Any]]:
+        size = self.config.micro_batch_size or self.config.batch_size
+        return [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
+
     @torch.no_grad()
     def heldout_row(self) -> dict[str, float]:
         """Loss and metrics of the held-out rows."""
         if not self.heldout:
             return {}
-        averages, size = Averages(), self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(self.heldout), size):
-            part = self.heldout[start : start + size]
+        self.before_rows(self.heldout)
+        averages = Averages()
+        for part in self.heldout_parts():
             loss, metrics = self.loss(part)
             averages.add({"loss": loss, **metrics}, len(part))
         return {f"heldout_{name}": value for name, value in averages.result().items()}
