@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         print(f"rl4llm-fast: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from .trainer.guard import Diverged
+
+        if not isinstance(error, Diverged):
+            raise
+        print(f"rl4llm-fast: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

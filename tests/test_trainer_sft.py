@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 from tiny_data import assert_same_gradients, demonstrations, gradients, prompts, settings, timeless
-from tiny_llama import END, tiny_model, weights
+from tiny_llama import END, save_with_tokenizer, tiny_model, weights
 
 from rl4llm_fast import cli
 from rl4llm_fast.trainer import DPOConfig, SFTConfig, fill, train_sft
@@ -201,13 +201,7 @@ def test_missing_data(tmp_path):
     ],
 )
 def test_the_command_trains_a_saved_model_on_text(tmp_path, capsys, algorithm, row):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {f"w{i}": i for i in range(END)} | {"<end>": END}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path / "m")
-    tiny_model().save_pretrained(tmp_path / "m")
+    save_with_tokenizer(tmp_path / "m")
     (tmp_path / "data.jsonl").write_text("\n".join([json.dumps(row)] * 12), encoding="utf-8")
     (tmp_path / "run.toml").write_text(f'model = "{tmp_path / "m"}"\ndata = "{tmp_path / "data.jsonl"}"\nheldout = 4\n')
     overrides = ["steps=2", "eval_every=1", f"output_dir={tmp_path / 'out'}", "progress=false", "device=cpu"]

@@ -21,6 +21,18 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: obj
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(dtype).eval()
 
 
+def save_with_tokenizer(folder) -> None:
+    """The tiny model as a folder that ``from_pretrained`` takes; the words w0, w1, ... are its tokens."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(END)} | {"<end>": END}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
+
+
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
 
 

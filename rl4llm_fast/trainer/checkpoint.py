@@ -14,7 +14,10 @@ import torch
 from .settings import RunConfig
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_FREE = {"steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress"}
+_FREE = {
+    "steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress", "on_divergence",
+    "max_ratio",
+}  # fmt: skip
 
 
 def save(
@@ -46,6 +49,11 @@ def save(
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too: after a power cut the file is found under it
+    finally:
+        os.close(folder)
 
 
 def load(path: Path, config: RunConfig, data_key: str = "") -> dict[str, Any]:

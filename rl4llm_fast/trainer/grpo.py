@@ -182,8 +182,8 @@ class GRPOTrainer(Trainer):
             for part in np.array_split(prompts, c.minibatches):
                 index = [int(p) * c.group_size + g for p in part for g in range(c.group_size)]
                 loss = self._accumulate(batch, index, old, reference, averages)
-                norms.append(self.optimizer.step(learning_rate(c, step), c.max_grad_norm))
-                self.phases.mark("optimizer")
+                metrics = {"loss": loss, "ratio_max": averages.largest("ratio_max")}
+                norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
                 averages.add({"loss": torch.tensor(loss)}, 1)
         result = averages.result()
         skipped = sum(not math.isfinite(norm) for norm in norms)

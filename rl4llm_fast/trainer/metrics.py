@@ -45,6 +45,11 @@ class Averages:
         for name, value in metrics.items():
             self._values[name].append((value.detach(), float(tokens)))
 
+    def largest(self, name: str) -> float:
+        """The largest value of ``name`` so far, NaN if there is one; −inf without any."""
+        values = [value.float() for value, _ in self._values.get(name, ())]
+        return float(torch.stack(values).max()) if values else -math.inf
+
     def result(self) -> dict[str, float]:
         out = {}
         for name, pairs in self._values.items():

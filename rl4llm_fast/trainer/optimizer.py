@@ -47,6 +47,7 @@ class MasterAdamW:
         ]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         self.names = [name for name, _ in named]
+        self.nonfinite: list[str] = []  # the parameters whose gradient stopped the last step that was not taken
 
     def _collector(self, index: int, master: Tensor) -> Any:
         def collect(parameter: Tensor) -> None:
@@ -78,11 +79,18 @@ class MasterAdamW:
                 group["lr"] = lr
             self.adam.step()
             self._write_back()
+        else:
+            pairs = zip(self.names, self.masters, strict=True)
+            self.nonfinite = [name for name, m in pairs if m.grad is not None and not bool(m.grad.isfinite().all())]
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Forget the gradients: the step is not taken."""
         self._stale = [True] * len(self.params)
         for parameter, master in zip(self.params, self.masters, strict=True):
             if master is parameter:
                 parameter.grad = None
-        return norm
 
     def close(self) -> None:
         """Take the hooks off the model, so that it can be trained again by something else."""

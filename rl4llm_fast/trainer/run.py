@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import rl4llm_fast as rf
 
 from . import checkpoint
 from .extras import require
+from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
 from .model import choose_device, load_model
 from .optimizer import MasterAdamW, learning_rate
@@ -84,6 +86,14 @@ class Trainer:
         """Held-out measures of the model as it came, where they cost little: the row of step 0."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """What steps change, for the checkpoint: tensors and plain values."""
+        return self.optimizer.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Back to where ``state`` was taken."""
+        self.optimizer.load_state_dict(state)
+
     def finish(self) -> None:
         """What is left to do on the trained model before it is saved."""
 
@@ -102,7 +112,7 @@ class Trainer:
         if c.resume and path.is_file():
             state = checkpoint.load(path, c, self.data_key)
             first = state["step"]
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.load_state(state["optimizer"])
             checkpoint.restore_rng(state, self.generator)
         history = History(folder / "metrics.jsonl", keep_steps=first)
         if first == 0 and c.eval_every and (row := self.before_first_step()):
@@ -122,24 +132,58 @@ class Trainer:
             print(phase_table(history.rows))
         self.finish()
         if c.save_model:
-            self.model.save_pretrained(folder / "model")
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder / "model")
+            self.save_model(folder / "model")
         self.plot(history.rows, folder)
         return TrainResult(self.model, self.tokenizer, history.rows, folder)
 
     def save(self, step: int) -> None:
         path = Path(self.run_config.output_dir) / "checkpoint.pt"
-        state = self.optimizer.state_dict()
         checkpoint.save(
-            path, step=step, config=self.run_config, data_key=self.data_key, optimizer=state, generator=self.generator
+            path, step=step, config=self.run_config, data_key=self.data_key, optimizer=self.state(),
+            generator=self.generator,
         )  # fmt: skip
 
-    def take_step(self, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-        """The optimizer's step on the gradients that are there, and the row of the step."""
-        rate = learning_rate(self.run_config, step)
-        norm = self.optimizer.step(rate, self.run_config.max_grad_norm)
+    def save_model(self, folder: Path) -> None:
+        """The trained model and its tokenizer as a folder that is there whole or not at all."""
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run before this one
+        partial.rename(folder)
+
+    def update_weights(self, step: int, metrics: Mapping[str, float], batch: Any = None) -> float:
+        """The optimizer's step on the gradients that are there; the gradient's norm before clipping.
+
+        ``metrics`` holds their "loss", and "ratio_max" where there are ratios. A step that would spoil the weights is
+        not taken: the run stops with ``batch`` saved, or goes on without it (``on_divergence``; the norm is then NaN).
+
+        Raises:
+            Diverged: under ``on_divergence = "stop"``, saying what is wrong and where the batch lies.
+        """
+        c, rate = self.run_config, learning_rate(self.run_config, step)
+        problem = problem_of(metrics, c.max_ratio)
+        if problem:
+            self.optimizer.discard()
+            norm = math.nan
+        else:
+            norm = self.optimizer.step(rate, c.max_grad_norm)
+            if not math.isfinite(norm):
+                problem = gradient_problem(norm, self.optimizer.nonfinite, len(self.optimizer.names))
         self.phases.mark("optimizer")
+        if problem and c.on_divergence == "stop":
+            path = save_batch(Path(c.output_dir), step, problem, metrics, batch)
+            raise Diverged(
+                f"step {step}: {problem}. The update was not taken and the batch lies in {path}; "
+                f"on_divergence=skip leaves such updates out and goes on from the last checkpoint"
+            )
+        return norm
+
+    def take_step(self, step: int, metrics: dict[str, float], batch: Any = None) -> dict[str, Any]:
+        """``update_weights``, and the row of the step."""
+        norm = self.update_weights(step, metrics, batch)
+        rate = learning_rate(self.run_config, step)
         seconds = {phase: value for phase, value in self.phases.seconds.items() if value}
         return {
             "step": step,
@@ -192,7 +236,7 @@ class MeanLossTrainer(Trainer):
             self.phases.mark("backward")
             averages.add(metrics, len(micro))
             total += share.detach()
-        return self.take_step(step, {"loss": float(total), **averages.result()})
+        return self.take_step(step, {"loss": float(total), **averages.result()}, batch)
 
     def heldout_parts(self) -> list[list[Any]]:
         size = self.config.micro_batch_size or self.config.batch_size

@@ -46,11 +46,14 @@ class RunConfig:
     save_model: bool = True  # at the end, as a folder that from_pretrained takes
     eval_every: int = 0  # steps; 0: never
     progress: bool = True
+    on_divergence: str = "stop"  # at a loss or gradient that is not finite, or max_ratio; skip: leave the update out
+    max_ratio: float = 1000.0  # of the policy to the one that sampled, at any token; 0: no limit
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "precision": ("bf16", "autocast", "fp32"),
         "backend": ("auto", "eager", "cpu", "triton", "cuda"),
         "lr_schedule": ("constant", "linear", "cosine"),
+        "on_divergence": ("stop", "skip"),
     }
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = ()
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
@@ -63,6 +66,7 @@ class RunConfig:
         "max_grad_norm",
         "checkpoint_every",
         "eval_every",
+        "max_ratio",
     )
     POSITIVE: ClassVar[tuple[str, ...]] = ("adam_eps",)
 

@@ -106,7 +106,7 @@ class SFTTrainer(Trainer):
             loss.backward()
             self.phases.mark("backward")
             total += loss.detach()
-        return self.take_step(step, {"loss": float(total), "answer_tokens": tokens})
+        return self.take_step(step, {"loss": float(total), "answer_tokens": tokens}, batch)
 
     def loss(self, examples: Sequence[Example], aggregation: str, *, num_tokens: int, num_sequences: int) -> Tensor:
         """The share of ``examples`` in the loss of a batch of ``num_tokens`` and ``num_sequences``."""
