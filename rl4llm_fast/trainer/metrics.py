@@ -65,10 +65,19 @@ class Averages:
 
 
 class History:
-    """``metrics.jsonl``: appended to as the run goes, cut back to the checkpoint when it goes on."""
+    """``metrics.jsonl``: appended to as the run goes, cut back to the checkpoint when it goes on.
 
-    def __init__(self, path: Path, keep_steps: int) -> None:
+    With ``events`` also TensorBoard's events, in the folder ``tensorboard`` beside it; those of steps that are taken
+    again are marked as overtaken.
+    """
+
+    def __init__(self, path: Path, keep_steps: int, *, events: bool = False) -> None:
         self.path = path
+        self.events: Any = None
+        if events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=keep_steps + 1)
         self.rows: list[dict[str, Any]] = []
         if keep_steps and path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -89,6 +98,15 @@ class History:
             # JSON has no NaN: a reader in another language must be able to parse the file.
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             file.write(json.dumps(clean) + "\n")
+        if self.events is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self.events.add_scalar(key, value, row["step"])
+            self.events.flush()
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
 
 
 def phase_table(rows: list[dict[str, Any]]) -> str:

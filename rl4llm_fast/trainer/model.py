@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from . import smollm2
@@ -49,6 +51,29 @@ def _quietly(load: Callable[[], Any]) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Keep only each layer's input for the backward pass, which computes the layer again: memory for time, same values.
+
+    transformers' own switch works in training mode alone; models here stay in evaluation mode, without dropout.
+
+    Raises:
+        ValueError: the model is not made of layers that transformers can checkpoint.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError("gradient_checkpointing: this model has no layers that transformers can compute again")
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -21,7 +21,7 @@ from . import checkpoint
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
-from .model import choose_device, load_model
+from .model import choose_device, load_model, recompute_layers
 from .optimizer import MasterAdamW, learning_rate
 from .settings import RunConfig
 from .tasks import examples_of_step
@@ -51,6 +51,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
         require("transformers", "tqdm", extra="trainer")
+        if config.tensorboard:
+            require("tensorboard", extra="tensorboard")
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -61,6 +63,8 @@ class Trainer:
             tokenizer = tokenizer or loaded
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
+        if config.gradient_checkpointing:
+            recompute_layers(self.model)
         self.device: torch.device = next(model.parameters()).device
         self.phases = Phases(self.device)
 
@@ -114,7 +118,7 @@ class Trainer:
             first = state["step"]
             self.load_state(state["optimizer"])
             checkpoint.restore_rng(state, self.generator)
-        history = History(folder / "metrics.jsonl", keep_steps=first)
+        history = History(folder / "metrics.jsonl", keep_steps=first, events=c.tensorboard)
         if first == 0 and c.eval_every and (row := self.before_first_step()):
             history.add({"step": 0, **row})
         progress = tqdm(total=c.steps, initial=first, desc=self.name, unit="step", disable=not c.progress, ncols=90)
@@ -128,6 +132,7 @@ class Trainer:
                 progress.update()
                 if c.checkpoint_every and (step % c.checkpoint_every == 0 or step == c.steps):
                     self.save(step)
+        history.close()
         if c.progress and history.rows:
             print(phase_table(history.rows))
         self.finish()

@@ -35,6 +35,7 @@ class RunConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
+    gradient_checkpointing: bool = False  # keep a layer's input only and compute the layer again in the backward pass
 
     # The run
     seed: int = 0
@@ -46,6 +47,7 @@ class RunConfig:
     save_model: bool = True  # at the end, as a folder that from_pretrained takes
     eval_every: int = 0  # steps; 0: never
     progress: bool = True
+    tensorboard: bool = False  # the metrics also as events in output_dir/tensorboard
     on_divergence: str = "stop"  # at a loss or gradient that is not finite, or max_ratio; skip: leave the update out
     max_ratio: float = 1000.0  # of the policy to the one that sampled, at any token; 0: no limit
 

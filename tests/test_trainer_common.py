@@ -1,0 +1,78 @@
+"""Settings that every trainer has: recomputed activations, TensorBoard's events."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_data import assert_same_gradients, demonstrations, gradients, settings
+from tiny_llama import config, rewards, run, tiny_model
+
+from rl4llm_fast.trainer import SFTConfig, train_sft
+from rl4llm_fast.trainer.sft import SFTTrainer
+
+pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_recomputed_layers_give_the_same_gradients_from_less_memory(tmp_path):
+    found, kept = [], []
+    for recompute in (False, True):
+        cfg = SFTConfig(**settings(tmp_path, gradient_checkpointing=recompute))
+        trainer = SFTTrainer(cfg, model=tiny_model(num_hidden_layers=4), rows=demonstrations())
+        size = 0
+
+        def pack(tensor):
+            nonlocal size
+            size += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found.append(gradients(trainer))
+        kept.append(size)
+    assert_same_gradients(*found)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.4 * kept[0]
+
+
+def test_recomputed_layers_under_sampling_and_a_reference(tmp_path):
+    plain, recomputed = (
+        run(config(tmp_path / str(value), steps=3, kl_coef=0.01, gradient_checkpointing=value))
+        for value in (False, True)
+    )
+    assert rewards(plain) == rewards(recomputed)
+    assert [row["grad_norm"] for row in plain.history] == [row["grad_norm"] for row in recomputed.history]
+
+
+def test_a_model_without_layers_is_refused(tmp_path):
+    cfg = SFTConfig(**settings(tmp_path, gradient_checkpointing=True))
+    with pytest.raises(ValueError, match="gradient_checkpointing: this model has no layers"):
+        train_sft(cfg, model=torch.nn.Linear(2, 2), rows=demonstrations())
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra 'tensorboard'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"tensorboard": True, "checkpoint_every": 2, "eval_every": 2}
+    train_sft(SFTConfig(**settings(tmp_path, steps=2, **changes)), model=tiny_model(), rows=demonstrations())
+    result = train_sft(SFTConfig(**settings(tmp_path, steps=4, **changes)), model=tiny_model(), rows=demonstrations())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in result.history if "loss" in row]
+    assert [event.step for event in events.Scalars("heldout_loss")] == [0, 2, 4]
+
+
+def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
+    with pytest.raises(ImportError, match=r"pip install 'rl4llm_fast\[tensorboard\]'"):
+        train_sft(SFTConfig(**settings(tmp_path, tensorboard=True)), model=tiny_model(), rows=demonstrations())
