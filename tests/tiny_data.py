@@ -58,3 +58,18 @@ def labelled(count: int = 60) -> list[dict]:
         {"prompt": row["prompt"], "answer": row["rejected" if i % 2 else "chosen"], "desirable": i % 2 == 0}
         for i, row in enumerate(pairs(count))
     ]
+
+
+def segmented(count: int = 60) -> list[dict]:
+    """Pairs whose second segment alone says which answer is better: a seven against an eight."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for prompt in prompts(count):
+        noise = rng.integers(9, 30, 5).tolist()
+        rows.append({
+            "prompt": prompt,
+            "chosen": [*noise[:2], noise[2], 7, END], "chosen_segments": [[0, 2], [2, 5]],
+            "rejected": [noise[3], 8, noise[4], END], "rejected_segments": [[0, 1], [1, 4]],
+            "chosen_scores": [0.0, [0.5, 1.5]], "rejected_scores": [0.0, [1.0, 1.0]],
+        })  # fmt: skip
+    return rows
