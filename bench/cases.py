@@ -1,25 +1,17 @@
-"""The registry: each measured case (op × shape × dtype × mode), its bytes and FLOPs by formula, what it must reach.
-
-Bytes are the least that any implementation of the mode must move between memory and the processor: inputs read once
-per pass, outputs written once. A forward and a backward are two passes, because the upstream gradient arrives between
-them. FLOPs count a fused multiply-add as two and an exponential as one.
-"""
+"""The registry: each measured case (op × shape × dtype × mode), with what it must reach."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+from . import work
+from .work import BACKWARD, BOTH, FORWARD, IN_PLACE
 
-FORWARD = "forward"
-BACKWARD = "backward"
-BOTH = "forward+backward"
-IN_PLACE = "forward+backward in place"  # the gradient overwrites the logits
-MODES = (FORWARD, BACKWARD, BOTH, IN_PLACE)
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,7 @@ class Case:
     suites: tuple[str, ...]
     targets: tuple[Target, ...] = ()
     variant: str = ""
+    axis: str = ""  # the size that a sweep varies here
 
     @property
     def dtype_name(self) -> str:
@@ -75,127 +68,16 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        return _BYTES[self.op](self)
+        return work.BYTES[self.op](self)
 
     @property
     def flops(self) -> int:
-        return _FLOPS[self.op](self)
+        return work.FLOPS[self.op](self)
 
     @property
     def entropy(self) -> bool:
         return self.call == "token_logprobs_entropy"
 
-
-def _logits_bytes(case: Case) -> int:
-    """Forward: logits, an int64 id; logp (and H). Backward: logits, id, (m, log s), g (and h, H); dlogits."""
-    rows, vocabulary = case.shape
-    logits = rows * vocabulary * case.dtype.itemsize
-    per_row = 4 * (1 + case.entropy)
-    forward = logits + rows * (8 + per_row)
-    backward = 2 * logits + rows * (8 + 8 + per_row + 4 * case.entropy)
-    return {FORWARD: forward, BACKWARD: backward}.get(case.mode, forward + backward)
-
-
-def _logits_flops(case: Case) -> int:
-    """Forward, a logit: max 1, scale-and-shift 2, exp 1, sum 1; entropy +2. Backward: 2, exp 1, scale 1; entropy +3."""
-    rows, vocabulary = case.shape
-    forward, backward = 5 + 2 * case.entropy, 4 + 3 * case.entropy
-    each = {FORWARD: forward, BACKWARD: backward}.get(case.mode, forward + backward)
-    return rows * vocabulary * each
-
-
-def _policy_bytes(case: Case) -> int:
-    """logp, old, ref, mask in and dlogp out, then dlogp once more through the upstream gradient; an advantage a row."""
-    rows, positions = case.shape
-    forward = rows * positions * (3 * 4 + 1 + 4) + 4 * rows
-    return forward if case.mode == FORWARD else forward + rows * positions * (4 + 4)
-
-
-def _policy_flops(case: Case) -> int:
-    """About 30 a live token: two exponentials, the clipped objective with its derivative, k3, ten metric sums."""
-    rows, positions = case.shape
-    return 30 * rows * positions
-
-
-def _preference_bytes(case: Case) -> int:
-    """logp, ref, mask of both answers in; both gradients out, with the masks once more."""
-    pairs, positions = case.shape
-    return 2 * pairs * positions * (2 * 4 + 1 + 4 + 1)
-
-
-def _preference_flops(case: Case) -> int:
-    """A token: subtract, add, count, scale."""
-    pairs, positions = case.shape
-    return 2 * pairs * positions * 4
-
-
-def _group_bytes(case: Case) -> int:
-    """fp32 rewards and int64 ids in, fp32 advantages out."""
-    return case.shape[0] * (4 + 8 + 4)
-
-
-def _group_flops(case: Case) -> int:
-    """Mean 1, centre 1, square and add 2, scale 1."""
-    return 5 * case.shape[0]
-
-
-def _gae_bytes(case: Case) -> int:
-    """Rewards and values in, with holes a mask too; advantages and returns out."""
-    tokens = case.shape[0] * case.shape[1]
-    return tokens * (2 * case.dtype.itemsize + 2 * 4 + ("holes" in case.variant))
-
-
-def _gae_flops(case: Case) -> int:
-    """About 10 a token: the offset, one step of the scan, two results."""
-    return 10 * case.shape[0] * case.shape[1]
-
-
-def _kl_bytes(case: Case) -> int:
-    """Forward: both logits; kl. Backward: both logits, kl, (m, log s) twice, g; dlogits."""
-    rows, vocabulary = case.shape
-    logits = rows * vocabulary * case.dtype.itemsize
-    forward, backward = 2 * logits + 4 * rows, 3 * logits + rows * 4 * 6
-    return {FORWARD: forward, BACKWARD: backward}.get(case.mode, forward + backward)
-
-
-def _kl_flops(case: Case) -> int:
-    """Forward, a pair of logits: 5 a side, 3 for Σ p·(x − y). Backward: shifts 3, exp 1, difference 1, scale 3."""
-    rows, vocabulary = case.shape
-    return rows * vocabulary * {FORWARD: 13, BACKWARD: 8}.get(case.mode, 21)
-
-
-def _linear_bytes(case: Case) -> int:
-    """Hidden states and head read in each of three passes, both gradients written: what no chunking can avoid."""
-    rows, width, vocabulary = case.shape
-    return (1 if case.mode == FORWARD else 4) * (rows + vocabulary) * width * case.dtype.itemsize
-
-
-def _linear_flops(case: Case) -> int:
-    """Three products: logits, dx, dW. The forward alone: the first."""
-    rows, width, vocabulary = case.shape
-    return (1 if case.mode == FORWARD else 3) * 2 * rows * width * vocabulary
-
-
-_BYTES = {
-    "linear_token_logprobs": _linear_bytes,
-    "linear_policy_loss": _linear_bytes,
-    "gae": _gae_bytes,
-    "token_logprobs": _logits_bytes,
-    "kl_divergence": _kl_bytes,
-    "policy_loss": _policy_bytes,
-    "preference_loss": _preference_bytes,
-    "group_advantages": _group_bytes,
-}
-_FLOPS = {
-    "linear_token_logprobs": _linear_flops,
-    "linear_policy_loss": _linear_flops,
-    "gae": _gae_flops,
-    "token_logprobs": _logits_flops,
-    "kl_divergence": _kl_flops,
-    "policy_loss": _policy_flops,
-    "preference_loss": _preference_flops,
-    "group_advantages": _group_flops,
-}
 
 # Per-row results, the engine's records and whole pages: what a measured peak may hold beyond the formula.
 _SLACK = 4 * 2**20
@@ -316,8 +198,52 @@ def _gpu() -> Iterator[Case]:
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
 
 
-CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_linear(), *_cpu_gae(), *_gpu())
-SUITES = ("smoke", "cpu", "gpu")
+_FACTORS = (1, 3, 10, 30, 100)
+
+# The names of a shape's sizes, for sweeps.
+_SIZES = {
+    "token_logprobs": ("N", "V"),
+    "kl_divergence": ("N", "V"),
+    "linear_token_logprobs": ("N", "D", "V"),
+    "linear_policy_loss": ("N", "D", "V"),
+    "gae": ("B", "T"),
+    "policy_loss": ("B", "T"),
+    "preference_loss": ("B", "T"),
+    "group_advantages": ("B",),
+}
+
+
+def _sweep() -> Iterator[Case]:
+    """One size at a time over two decades, the others fixed."""
+    for op, mode, variant, fixed, axes in (
+        ("token_logprobs", BOTH, "", {"N": 256, "V": 16_384}, {"N": 32, "V": 1_536}),
+        ("kl_divergence", BOTH, "reverse", {"N": 256, "V": 16_384}, {"V": 1_536}),
+        (
+            *("linear_token_logprobs", BOTH, "", {"N": 512, "D": 128, "V": 16_384}),
+            {"N": 32, "D": 16, "V": 1_024},
+        ),
+        (
+            *("linear_policy_loss", BOTH, "grpo k3", {"N": 512, "D": 128, "V": 16_384}),
+            {"N": 32, "D": 16, "V": 1_024},
+        ),
+        ("gae", FORWARD, "padded", {"B": 64, "T": 512}, {"B": 16, "T": 96}),
+        ("policy_loss", BOTH, "grpo k3", {"B": 64, "T": 512}, {"B": 8, "T": 96}),
+        ("preference_loss", BOTH, "dpo", {"B": 64, "T": 512}, {"B": 8, "T": 96}),
+        ("group_advantages", FORWARD, "shuffled", {}, {"B": 2_000}),
+    ):
+        for axis, low in axes.items():
+            for factor in _FACTORS:
+                shape = tuple(low * factor if name == axis else fixed[name] for name in _SIZES[op])
+                yield Case(op, op, mode, torch.float32, shape, ("sweep",), (), variant, axis)
+
+
+def size_of(op: str, axis: str, shape: Sequence[int]) -> int:
+    """The size that a sweep varied."""
+    return shape[_SIZES[op].index(axis)]
+
+
+CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_linear(), *_cpu_gae(), *_gpu(), *_sweep())
+SUITES = ("smoke", "cpu", "gpu", "sweep")
 
 
 def select(suite: str, op: str | None = None) -> list[Case]:

@@ -30,7 +30,12 @@ class Budget:
     max_rounds: int = 50
 
 
-BUDGETS = {"smoke": Budget(2.0, min_rounds=5), "cpu": Budget(8.0, min_rounds=5), "gpu": Budget(3.0)}
+BUDGETS = {
+    "smoke": Budget(2.0, min_rounds=5),
+    "cpu": Budget(8.0, min_rounds=5),
+    "gpu": Budget(3.0),
+    "sweep": Budget(1.0, min_rounds=3),
+}
 
 
 def run_case(
@@ -96,6 +101,7 @@ def run_case(
         "mode": case.mode,
         "dtype": case.dtype_name,
         "shape": list(case.shape),
+        "axis": case.axis,
         "bytes": case.bytes,
         "flops": case.flops,
         "backend": _backend(case, inputs),

@@ -1,7 +1,9 @@
 """A suite's result as a terminal table, CSV, JSON and plots; and the README's table from the JSON.
 
 python -m bench.report [FILE.json ...]      print tables (default: the newest of every suite and device)
+python -m bench.report --plots              draw their plots anew
 python -m bench.report --readme             rewrite the README between <!-- bench:begin --> and <!-- bench:end -->
+python -m bench.report --performance        the same for the tables of docs/performance.md
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import plots
+from . import plots, sweeps
 from .peers import OURS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MIB = 2**20
 
 
@@ -55,6 +56,8 @@ def table(result: dict[str, Any]) -> str:
         "'ours is 5.0x': that peer takes five times as long. GB/s: the least bytes of the case over the median time.",
         "error: the largest distance to the fp64 oracle, as a part of what the error rule allows this library.",
     ]
+    if meta["suite"] == "sweep":
+        lines += ["", sweeps.markdown(result)]
     return "\n".join(lines)
 
 
@@ -124,7 +127,7 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
     """The newest JSON of each suite and device; a full suite makes its device's smoke run redundant."""
     latest: dict[tuple[str, str], pathlib.Path] = {}
     for path in sorted(folder.glob("*.json")):
-        match = re.fullmatch(r"(smoke|cpu|gpu)-(.+)-\d{4}-\d\d-\d\d", path.stem)
+        match = re.fullmatch(r"(smoke|cpu|gpu|sweep)-(.+)-\d{4}-\d\d-\d\d", path.stem)
         if match:  # sorted by name, so by date within a suite and device
             latest[match[1], match[2]] = path
     return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
@@ -177,50 +180,77 @@ def _mib(r: dict[str, Any]) -> str:
     return "-" if extra is None else f"{extra / MIB:,.0f} MiB"
 
 
+PLOTS = {
+    "speed": "time of each case, beside the peers",
+    "memory": "memory of each case, beside the peers",
+    "roofline": "what each case gets of the memory's and the matrix units' measured speed",
+    "time": "time against the size of each dimension",
+    "peak": "peak memory against the number of tokens",
+}
+
+
 def pictures(stem: pathlib.Path, page: pathlib.Path) -> str:
     """The plots beside a result, for a page that may be light or dark; nothing where they were not drawn."""
     lines = []
-    for key in ("speed", "memory"):
+    for key, text in PLOTS.items():
         light, dark = (stem.with_name(f"{stem.name}-{key}{theme}.png") for theme in ("", "-dark"))
         if light.is_file() and dark.is_file():
             source, image = (os.path.relpath(path, page.parent) for path in (dark, light))
             lines.append(
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="{source}">'
-                f'<img alt="{key} of each case, beside the peers" src="{image}"></picture>'
+                f'<img alt="{text}" src="{image}"></picture>'
             )
     return "\n".join(lines)
 
 
-def rewrite_readme(path: pathlib.Path, blocks: Sequence[str]) -> None:
-    """Put the blocks between the markers. Raises ValueError where the file has no such pair."""
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def rewrite(path: pathlib.Path, name: str, blocks: Sequence[str]) -> None:
+    """Put the blocks between a page's markers of that name. Raises ValueError where it has no such pair."""
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: wanted one {BEGIN} before one {END}")
-    head, rest = text.split(BEGIN)
+    begin, end = marks(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path}: wanted one {begin} before one {end}")
+    head, rest = text.split(begin)
     body = "\n\n".join(blocks)
-    path.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    path.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables from recorded results.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="JSON files of bench.run; default: the newest")
+    parser.add_argument("--plots", action="store_true", help="draw their plots anew, beside them")
     parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=pathlib.Path, help="rewrite its table")
+    page = ROOT / "docs" / "performance.md"
+    parser.add_argument("--performance", nargs="?", const=page, type=pathlib.Path, help="rewrite its sweep table")
     arguments = parser.parse_args(argv)
     files = arguments.files or newest()
     if not files:
         print(f"no results in {RESULTS}: run python -m bench.run first")
         return 1
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    if arguments.readme is None:
-        print("\n\n".join(table(result) for result in results))
-        return 0
-    from rl4llm_fast.info import ledger_lines
+    results = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    if not (arguments.plots or arguments.readme or arguments.performance):
+        print("\n\n".join(table(result) for result in results.values()))
+    if arguments.plots:
+        for path, result in results.items():
+            print("\n".join(f"wrote {plot}" for plot in plots.draw(result, path.parent, path.stem)))
+    if arguments.readme is not None:
+        from rl4llm_fast.info import ledger_lines
 
-    blocks = [markdown(result) for result in results]
-    blocks += [pictures(path.with_suffix(""), arguments.readme) for path in files]
-    blocks.append("\n".join(ledger_lines(bullet="- ")))
-    rewrite_readme(arguments.readme, [block for block in blocks if block])
-    print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in files)}")
+        blocks = [markdown(result) for result in results.values() if result["meta"]["suite"] != "sweep"]
+        blocks += [pictures(path.with_suffix(""), arguments.readme) for path in results]
+        blocks.append("\n".join(ledger_lines(bullet="- ")))
+        rewrite(arguments.readme, "bench", [block for block in blocks if block])
+        print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in results)}")
+    if arguments.performance is not None:
+        swept = [sweeps.markdown(result) for result in results.values() if result["meta"]["suite"] == "sweep"]
+        if not swept:
+            print("no result of the suite sweep: run python -m bench.run --suite sweep first")
+            return 1
+        rewrite(arguments.performance, "sweep", swept)
+        print(f"rewrote the sweep in {arguments.performance}")
     return 0
 
 

@@ -1,8 +1,11 @@
 """``python -m bench.run``: measure a suite here, print its table, and write CSV, JSON and plots.
 
-    python -m bench.run [--suite smoke|cpu|gpu] [--op NAME] [--peers eager,compile,...] [--base GITREF] [--out DIR]
+    python -m bench.run [--suite smoke|cpu|gpu|sweep] [--op NAME] [--peers eager,compile,...] [--base GITREF]
+                        [--device cpu|cuda] [--minutes M] [--resume] [--out DIR]
 
 smoke: the token_logprobs rows at V 49,152. cpu: every CPU row. gpu: every GPU row, on a machine that has one.
+sweep: one size at a time over two decades, with the fitted exponents.
+The JSON is written after each case: a run that was cut off, or that --minutes ended, goes on with --resume.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import pathlib
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,20 +79,49 @@ def environment(device: str) -> dict[str, Any]:
     return meta
 
 
-def run(suite: str, op: str | None, names: Sequence[str], base: Base | None = None) -> dict[str, Any]:
-    """The suite's report as plain data; one line of progress a case on stderr."""
+def run(
+    suite: str,
+    op: str | None,
+    names: Sequence[str],
+    base: Base | None = None,
+    *,
+    device: str | None = None,
+    minutes: float | None = None,
+    resumed: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """The suite's report as plain data, given to ``save`` after each case; one line of progress a case on stderr.
+
+    ``resumed``: an earlier report, whose cases and ceilings are taken over. ``minutes``: start no case after that.
+    """
     chosen = cases.select(suite, op)
-    device = "cuda" if suite == "gpu" else "cpu"
+    device = device or default_device(suite)
     start = time.perf_counter()
-    meta = {**environment(device), "suite": suite, "command": f"python -m bench.run --suite {suite}"}
-    if op is not None:
-        meta["command"] += f" --op {op}"
-    print(f"measuring this machine's memory ({meta['device']}) ...", file=sys.stderr)
-    ceilings = timing.ceilings(device)
+    result: dict[str, Any]
+    if resumed is not None:
+        result = resumed
+    else:
+        meta = {
+            **environment(device),
+            "suite": suite,
+            "command": f"python -m bench.run --suite {suite}",
+            "seconds": 0.0,
+        }
+        meta["command"] += f" --op {op}" if op is not None else ""
+        print(f"measuring this machine's memory and products ({meta['device']}) ...", file=sys.stderr)
+        ceilings = timing.ceilings(device)
+        products = timing.product_ceilings(device)
+        result = {"meta": meta, "ceilings_bytes_per_s": ceilings, "ceilings_flops_per_s": products, "cases": []}
+    meta, records = result["meta"], result["cases"]
+    known = {record["name"] for record in records}
+    before = meta["seconds"]
     prober = Prober() if device == "cpu" else None
-    records = []
     try:
         for number, case in enumerate(chosen, 1):
+            if case.name in known:
+                continue
+            if minutes is not None and time.perf_counter() - start > 60 * minutes:
+                break
             print(f"[{number}/{len(chosen)}] {case.name}", file=sys.stderr, flush=True)
             records.append(
                 measure.run_case(
@@ -96,32 +129,59 @@ def run(suite: str, op: str | None, names: Sequence[str], base: Base | None = No
                     names,
                     device,
                     measure.BUDGETS[suite],
-                    copy_ceiling=ceilings["copy"],
+                    copy_ceiling=result["ceilings_bytes_per_s"]["copy"],
                     prober=prober,
                     base=base,
                 )
             )
+            meta["unfinished"] = len(chosen) - number
+            meta["seconds"] = round(before + time.perf_counter() - start, 1)
+            save(result)
     finally:
         if prober is not None:
             prober.close()
-    meta["seconds"] = round(time.perf_counter() - start, 1)
-    return {"meta": meta, "ceilings_bytes_per_s": ceilings, "cases": records}
+    return result
+
+
+def default_device(suite: str) -> str:
+    return "cuda" if suite == "gpu" else "cpu"
+
+
+def command(suite: str, op: str | None) -> str:
+    return f"python -m bench.run --suite {suite}" + (f" --op {op}" if op is not None else "")
+
+
+def unfinished(folder: pathlib.Path, suite: str, op: str | None, device: str) -> pathlib.Path | None:
+    """The newest report of the same command that this commit left unfinished here: figures of other code do not mix."""
+    wanted = {**environment(device), "command": command(suite, op)}
+    for path in sorted(folder.glob(f"{suite}-*.json"), reverse=True):
+        meta = json.loads(path.read_text(encoding="utf-8")).get("meta", {})
+        same = all(meta.get(key) == wanted[key] for key in ("command", "device", "git", "torch", "triton"))
+        if same and meta.get("unfinished"):
+            return path
+    return None
 
 
 def stem(meta: dict[str, Any]) -> str:
-    """``{suite}-{device}-{date}``, fit for a file name."""
+    """``{suite}-{device}-{date}``, fit for a file name; the run of one op ends in its name, and is no page's table."""
     device = re.sub(r"[^a-z0-9]+", "-", meta["device"].lower()).strip("-")
-    return f"{meta['suite']}-{device}-{meta['date'][:10]}"
+    return f"{meta['suite']}-{device}-{meta['date'][:10]}" + (f"-{meta['op']}" if meta.get("op") else "")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measure the library here.")
     parser.add_argument("--suite", choices=cases.SUITES, default="smoke")
     parser.add_argument("--op", help="only the cases of this op")
-    parser.add_argument("--peers", default=",".join(peers.RIVALS), help="comma-separated; default: %(default)s")
+    parser.add_argument("--peers", help="comma-separated; default: all, in the suite sweep eager and loop")
     parser.add_argument("--base", metavar="GITREF", help="also build and measure this git ref, interleaved")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results", help="default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the suite gpu, else cpu")
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no case after M minutes; --resume goes on")
+    parser.add_argument("--resume", action="store_true", help="go on with this commit's unfinished run of the suite")
     arguments = parser.parse_args(argv)
+    arguments.device = arguments.device or default_device(arguments.suite)
+    if arguments.peers is None:
+        arguments.peers = "eager,loop" if arguments.suite == "sweep" else ",".join(peers.RIVALS)
     arguments.peers = [name for name in arguments.peers.split(",") if name]
     unknown = sorted(set(arguments.peers) - set(peers.NAMES))
     if unknown:
@@ -135,20 +195,30 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
-    if arguments.suite == "gpu" and not torch.cuda.is_available():
-        print("the suite gpu needs a GPU, and torch sees none here (torch.cuda.is_available() is False)")
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"the suite {arguments.suite} needs a GPU, and torch sees none here (torch.cuda.is_available() is False)")
         return 2
     names = [peers.OURS, *(name for name in arguments.peers if name != peers.OURS)]
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    path = unfinished(folder, arguments.suite, arguments.op, device) if arguments.resume else None
+    resumed = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if resumed is not None:
+        print(f"going on with {path}: {len(resumed['cases'])} cases are there", file=sys.stderr)
+
+    def save(result: dict[str, Any]) -> None:
+        report.write_json(folder / f"{stem(result['meta'])}.json", result)
+
     with contextlib.ExitStack() as stack:
-        base = (
-            stack.enter_context(Base(arguments.base, "cuda" if arguments.suite == "gpu" else "cpu"))
-            if arguments.base
-            else None
-        )
-        result = run(arguments.suite, arguments.op, names, base)
+        base = stack.enter_context(Base(arguments.base, device)) if arguments.base else None
+        options = {"device": device, "minutes": arguments.minutes, "resumed": resumed, "save": save}
+        result = run(arguments.suite, arguments.op, names, base, **options)
     print(report.table(result))
-    for path in report.write(result, arguments.out, stem(result["meta"])):
-        print(f"wrote {path}")
+    for written in report.write(result, folder, stem(result["meta"])):
+        print(f"wrote {written}")
+    if result["meta"].get("unfinished"):
+        print(f"{result['meta']['unfinished']} cases are left: the same command with --resume goes on")
     return 0
 
 

@@ -220,3 +220,17 @@ def ceilings(device: str, budget_s: float = 1.5) -> dict[str, float]:
     measured = interleave(samplers, budget_s=budget_s, min_rounds=5, max_rounds=30)
     moved = {"copy": 2 * size, "read": size}
     return {name: moved[name] / (measured[name].median * 1e-3) for name in moved}
+
+
+def product_ceilings(device: str, budget_s: float = 0.7) -> dict[str, float]:
+    """What this machine's matrix products give, in FLOP/s by dtype: one square product that fills the device."""
+    size = 2_048 if device == "cpu" else 8_192
+    sample = cpu_sample if device == "cpu" else cuda_sample
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = (torch.full((size, size), 1 / 64, dtype=dtype, device=device) for _ in range(2))
+        out = torch.empty_like(left)
+        step = Step(lambda: None, lambda _, a=left, b=right, o=out: torch.mm(a, b, out=o))  # type: ignore[misc]
+        sampled = interleave({"mm": lambda step=step: sample(step)}, budget_s=budget_s, min_rounds=3, max_rounds=20)
+        found[name] = 2 * size**3 / (sampled["mm"].median * 1e-3)
+    return found

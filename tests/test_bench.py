@@ -226,6 +226,7 @@ def tiny_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(cases, "CASES", (case,))
     monkeypatch.setitem(measure.BUDGETS, "smoke", TINY)
     monkeypatch.setattr(timing, "ceilings", lambda device: {"copy": 20e9, "read": 15e9})
+    monkeypatch.setattr(timing, "product_ceilings", lambda device: {"fp32": 3e11, "bf16": 1e12})
     monkeypatch.setattr(memory.Prober, "ask", lambda self, case, peer: 3 * 2**20)
     return run.run("smoke", None, [peers.OURS, "eager", "chunked", "liger"])
 
@@ -244,7 +245,7 @@ def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     ours, eager = float(rows[peers.OURS]["median_ms"]), float(rows["eager"]["median_ms"])
     assert float(rows["eager"]["speedup"]) == pytest.approx(eager / ours)
     pytest.importorskip("matplotlib")
-    plotted = [f"{stem}-{key}{theme}.png" for key in ("speed", "memory") for theme in ("", "-dark")]
+    plotted = [f"{stem}-{key}{theme}.png" for key in ("speed", "memory", "roofline") for theme in ("", "-dark")]
     assert [path.name for path in paths[2:]] == plotted
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000 for path in paths[2:])
 
@@ -257,14 +258,14 @@ def test_a_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: pathli
     assert "targets: 1 reached, 1 missed, 1 not judged" in text
     assert "liger: absent, its counterpart is a GPU kernel: needs a GPU" in text
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    readme, (begin, end) = tmp_path / "README.md", report.marks("bench")
+    readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     assert report.main([str(paths[0]), "--readme", str(readme)]) == 0
     block = readme.read_text()
     assert f'srcset="{stem}-speed-dark.png"' in block
     assert f'src="{stem}-memory.png"' in block
-    assert block.startswith(f"above\n{report.BEGIN}\n| case | rl4llm_fast | eager | chunked |")
-    assert block.endswith(f"{report.END}\nbelow\n")
+    assert block.startswith(f"above\n{begin}\n| case | rl4llm_fast | eager | chunked |")
+    assert block.endswith(f"{end}\nbelow\n")
     assert "old" not in block
     assert f"{ours:.3g} ms" in block
     once = readme.read_text()
@@ -347,7 +348,7 @@ def test_a_readme_without_markers_is_refused(tmp_path: pathlib.Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="bench:begin"):
-        report.rewrite_readme(readme, ["x"])
+        report.rewrite(readme, "bench", ["x"])
     assert readme.read_text() == "no markers"
 
 
