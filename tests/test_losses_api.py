@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import types
 
 import pytest
 import torch
+from test_losses import check, run
 
 import rl4llm_fast as rf
+from rl4llm_fast import dispatch
 
 INF = math.inf
 BACKENDS = rf.backends()["policy_loss"]
@@ -255,3 +258,24 @@ def test_agrees_with_liger(loss_type):
     loss.backward()
     torch.testing.assert_close(loss, wanted.reshape(()), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dead_stretches_on_every_instruction_set(dtype):
+    """Whole vectors without a live token are passed over: zeros there, NaN in them reaches nothing."""
+    mask = torch.zeros(2, 1100, dtype=torch.bool)
+    mask[0, 100:141] = mask[0, 700] = mask[1, 1027:1090] = True
+    arguments = {n: t.to(dtype).masked_fill(~mask, math.nan) for n, t in sample(2, 1100).items() if n != "mask"}
+    arguments |= {"mask": mask, "kind": "grpo", "kl_coef": 0.1, "entropy_coef": 0.1}
+    extension = dispatch.extension
+    for isa in extension.build_info()["cpu_instruction_sets"]:
+        with contextlib.suppress(ValueError):  # this CPU may not run it
+            extension.force_cpu_isa(isa)
+        try:
+            check(arguments, "cpu")
+            one_by_one = run(arguments | {"aggregation": "none"}, "cpu")
+        finally:
+            extension.force_cpu_isa(None)
+        assert torch.all(one_by_one["loss"][~mask] == 0)
+        assert torch.all(one_by_one["loss"][mask] != 0)

@@ -6,6 +6,10 @@
 // no loop that the compiler would have to vectorise by itself.
 #pragma once
 
+#if defined(RL4LLM_ISA_AVX512) || defined(RL4LLM_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
 #include "cpu/token_loss.h"
 
 namespace rl4llm {
@@ -41,15 +45,14 @@ struct Maths {
   typedef typename Integer<S>::type Int;
   typedef S F __attribute__((vector_size(kBytes)));
   typedef Int I __attribute__((vector_size(kBytes)));
-  typedef uint8_t Bytes __attribute__((vector_size(kBytes / sizeof(S))));
 
   RL4LLM_INLINE F c(S x) { return x - F{}; }
   RL4LLM_INLINE F where(I condition, F a, F b) { return condition ? a : b; }
   RL4LLM_INLINE F minimum(F a, F b) { return (a < b) | (a != a) ? a : b; }
   RL4LLM_INLINE F maximum(F a, F b) { return (a > b) | (a != a) ? a : b; }
   RL4LLM_INLINE F clamp(F x, F low, F high) {
-    const F raised = x < low ? low : x;
-    return raised > high ? high : raised;
+    const F raised = low > x ? low : x;
+    return high < raised ? high : raised;
   }
   RL4LLM_INLINE F abs(F x) { return x < F{} ? -x : x; }
   RL4LLM_INLINE F sign(F x) { return x > F{} ? c(1) : (x < F{} ? c(-1) : x); }
@@ -65,23 +68,43 @@ struct Maths {
     }
   }
 
+  // a·b + c, rounded once where the processor does it in one instruction.
+  RL4LLM_INLINE F fma(F a, F b, F c) {
+#if defined(RL4LLM_ISA_AVX512)
+    return F(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(RL4LLM_ISA_AVX2)
+    return F(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return a * b + c;
+#endif
+  }
+
   // e^x = 2^n · e^r, n = round(x/ln 2), |r| <= ln(2)/2: Cephes' polynomial, relative error 1e-7. Beyond the bounds
-  // the result is 0 or inf; 2^n in two factors, because n = 128 and subnormal results have no single one.
+  // the result is 0 or inf.
   RL4LLM_INLINE F exp_fp32(F x) {
     x = clamp(x, c(-104), c(89));
+    const F scaled = x * c(S(1.44269504088896341));
+#if defined(RL4LLM_ISA_AVX512)
+    const F n = F(_mm512_roundscale_ps(__m512(scaled), _MM_FROUND_TO_NEAREST_INT));
+#else
     const F rounding = c(12582912);  // 1.5·2^23: adding it leaves the integer in the low bits
-    const F shifted = x * c(S(1.44269504088896341)) + rounding;
-    const F n = shifted - rounding;
-    const F r = (x - n * c(S(0.693359375))) - n * c(S(-2.12194440e-4));
+    const F shifted = scaled + rounding, n = shifted - rounding;
+#endif
+    const F r = fma(n, c(S(2.12194440e-4)), fma(n, c(S(-0.693359375)), x));
     F p = c(S(1.9875691500e-4));
-    p = p * r + c(S(1.3981999507e-3));
-    p = p * r + c(S(8.3334519073e-3));
-    p = p * r + c(S(4.1665795894e-2));
-    p = p * r + c(S(1.6666665459e-1));
-    p = p * r + c(S(5.0000001201e-1));
-    p = p * (r * r) + r + c(1);
+    p = fma(p, r, c(S(1.3981999507e-3)));
+    p = fma(p, r, c(S(8.3334519073e-3)));
+    p = fma(p, r, c(S(4.1665795894e-2)));
+    p = fma(p, r, c(S(1.6666665459e-1)));
+    p = fma(p, r, c(S(5.0000001201e-1)));
+    p = fma(p, r * r, r) + c(1);
+#if defined(RL4LLM_ISA_AVX512)
+    return F(_mm512_scalef_ps(__m512(p), __m512(n)));
+#else
+    // In two factors, because n = 128 and subnormal results have no single one.
     const I k = (I)shifted - (I)rounding, half = k >> 1;
     return p * (F)((half + 127) << 23) * (F)((k - half + 127) << 23);
+#endif
   }
 
   RL4LLM_INLINE F log(F x) {
@@ -122,13 +145,17 @@ struct Maths {
   }
 };
 
+// Of the vectors of a segment all but the last have M::width lanes. Written in a loop's body that is inlined twice,
+// once with that constant: the tests of it vanish there.
 template <class M>
 RL4LLM_INLINE typename M::F load(const typename M::S* ptr, int64_t i, int lanes) {
-  typename M::F result = {};
+  typename M::F result;
   if (lanes == M::width) {
     __builtin_memcpy(&result, ptr + i, sizeof result);
   } else {
-    for (int j = 0; j < lanes; ++j) result[j] = ptr[i + j];
+    typename M::S values[M::width] = {};
+    for (int j = 0; j < lanes; ++j) values[j] = ptr[i + j];
+    __builtin_memcpy(&result, values, sizeof result);
   }
   return result;
 }
@@ -138,22 +165,42 @@ RL4LLM_INLINE void store(typename M::S* ptr, int64_t i, int lanes, typename M::F
   if (lanes == M::width) {
     __builtin_memcpy(ptr + i, &value, sizeof value);
   } else {
-    for (int j = 0; j < lanes; ++j) ptr[i + j] = value[j];
+    typename M::S values[M::width];
+    __builtin_memcpy(values, &value, sizeof value);
+    for (int j = 0; j < lanes; ++j) ptr[i + j] = values[j];
   }
+}
+
+// f(i, lanes) for the vectors of a segment.
+template <class M, class F>
+RL4LLM_INLINE void each_vector(int64_t length, const F& f) {
+  const int64_t whole = length / M::width * M::width;
+  for (int64_t i = 0; i < whole; i += M::width) f(i, M::width);
+  if (whole < length) f(whole, int(length - whole));
 }
 
 template <class M>
 RL4LLM_INLINE typename M::I live_lanes(const uint8_t* mask_ptr, int64_t i, int lanes) {
-  typename M::Bytes bytes = {};
+  if (mask_ptr == nullptr && lanes == M::width) return typename M::I{} == typename M::I{};
+  // A loop: gcc takes the conversion of a whole vector of bytes apart, byte by byte.
+  typename M::Int alive[M::width] = {};
   if (mask_ptr == nullptr) {
-    if (lanes == M::width) return typename M::I{} == typename M::I{};
-    for (int j = 0; j < lanes; ++j) bytes[j] = 1;
-  } else if (lanes == M::width) {
-    __builtin_memcpy(&bytes, mask_ptr + i, sizeof bytes);
+    for (int j = 0; j < lanes; ++j) alive[j] = -1;
   } else {
-    for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr[i + j];
+    for (int j = 0; j < lanes; ++j) alive[j] = -typename M::Int(mask_ptr[i + j] != 0);
   }
-  return __builtin_convertvector(bytes, typename M::I) != typename M::I{};
+  typename M::I result;
+  __builtin_memcpy(&result, alive, sizeof result);
+  return result;
+}
+
+// Whether a whole vector has no live token, as behind the end of a padded answer: its inputs are not even read.
+template <class M>
+RL4LLM_INLINE bool all_dead(const uint8_t* mask_ptr, int64_t i, int lanes) {
+  if (mask_ptr == nullptr || lanes != M::width) return false;
+  uint64_t words[M::width > 8 ? 2 : 1] = {};
+  __builtin_memcpy(words, mask_ptr + i, M::width);
+  return (words[0] | words[sizeof words / sizeof *words - 1]) == 0;
 }
 
 template <class M>
@@ -181,8 +228,12 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
   const F zero = {}, one = M::c(1), infinite = M::c(typename M::S(infinity(1.0f)));
   F count = zero, loss_sum = zero, low = zero, high = zero, ratio = zero, least = infinite, largest = -infinite;
   F k1 = zero, k3 = zero, kl_sum = zero, entropy_sum = zero;
-  for (int64_t i = 0; i < s.length; i += M::width) {
-    const int lanes = s.length - i < M::width ? int(s.length - i) : M::width;
+  const auto vector = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    if (all_dead<M>(s.mask_ptr, i, lanes)) {
+      if (s.loss_ptr) store<M>(s.loss_ptr, i, lanes, zero);
+      if (s.dentropy_ptr) store<M>(s.dentropy_ptr, i, lanes, zero);
+      return store<M>(s.dlogp_ptr, i, lanes, zero);
+    }
     const I live = live_lanes<M>(s.mask_ptr, i, lanes);
     // Selected out before anything is computed with it: NaN in a dead token meets no arithmetic.
     const auto input = [&](const typename M::S* ptr) { return live ? load<M>(ptr, i, lanes) : zero; };
@@ -227,7 +278,8 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
     largest = M::maximum(live ? token.ratio : -infinite, largest);
     k1 += live ? token.k1 : zero;
     k3 += live ? token.k3 : zero;
-  }
+  };
+  each_vector<M>(s.length, vector);
   const F totals[num_sums] = {count, loss_sum, low, high, ratio, zero, zero, k1, k3, kl_sum, entropy_sum};
   for (int k = 0; k < num_sums; ++k) sums[k] = sum_of<M>(totals[k]);
   double smallest = least[0], greatest = largest[0];
@@ -242,8 +294,11 @@ template <class M, class Formula>
 void kl(const KlSegment<typename M::S>& s) {
   typedef typename M::F F;
   const F zero = {};
-  for (int64_t i = 0; i < s.length; i += M::width) {
-    const int lanes = s.length - i < M::width ? int(s.length - i) : M::width;
+  const auto vector = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    if (all_dead<M>(s.mask_ptr, i, lanes)) {
+      store<M>(s.kl_ptr, i, lanes, zero);
+      return store<M>(s.dkl_ptr, i, lanes, zero);
+    }
     const typename M::I live = live_lanes<M>(s.mask_ptr, i, lanes);
     const F logp = live ? load<M>(s.logp_ptr, i, lanes) : zero;
     const F ref = live ? load<M>(s.ref_ptr, i, lanes) : zero;
@@ -251,7 +306,8 @@ void kl(const KlSegment<typename M::S>& s) {
     const formulas::KlToken<F> token = Formula::template eval<M>(logp, ref, old);
     store<M>(s.kl_ptr, i, lanes, live ? token.kl : zero);
     store<M>(s.dkl_ptr, i, lanes, live ? token.dkl : zero);
-  }
+  };
+  each_vector<M>(s.length, vector);
 }
 
 template <class M>
@@ -259,12 +315,12 @@ void scale(int64_t length, typename M::S g, const typename M::S* grad_ptr, const
            typename M::S* out_ptr) {
   typedef typename M::F F;
   const F zero = {};
-  for (int64_t i = 0; i < length; i += M::width) {
-    const int lanes = length - i < M::width ? int(length - i) : M::width;
+  const auto vector = [&](int64_t i, int lanes) __attribute__((always_inline)) {
     const F d = load<M>(d_ptr, i, lanes);
     const F upstream = grad_ptr ? load<M>(grad_ptr, i, lanes) * g : M::c(g);
     store<M>(out_ptr, i, lanes, d == zero ? zero : upstream * d);
-  }
+  };
+  each_vector<M>(length, vector);
 }
 
 }  // namespace
