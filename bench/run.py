@@ -101,13 +101,7 @@ def run(
     if resumed is not None:
         result = resumed
     else:
-        meta = {
-            **environment(device),
-            "suite": suite,
-            "command": f"python -m bench.run --suite {suite}",
-            "seconds": 0.0,
-        }
-        meta["command"] += f" --op {op}" if op is not None else ""
+        meta = {**environment(device), "suite": suite, "op": op, "command": command(suite, op), "seconds": 0.0}
         print(f"measuring this machine's memory and products ({meta['device']}) ...", file=sys.stderr)
         ceilings = timing.ceilings(device)
         products = timing.product_ceilings(device)
