@@ -15,8 +15,12 @@ class GRPOConfig(RunConfig):
     """Everything that ``train_grpo`` can be told. Tables of options (``*_options``) go on as keyword arguments."""
 
     # What it learns from
-    task: str = "chain_sum"  # a task of reasoning-gym
+    task: str = "chain_sum"  # a task of reasoning-gym, a .jsonl file of questions and answers, or module:function
     task_options: dict[str, Any] = field(default_factory=dict)
+    template: str = "none"  # r1_zero: Table 1 around the question; only what is in the answer tags is checked
+    template_example: str = ""  # an exchange shown before the question, for models that never hit the form
+    rewards: dict[str, Any] = field(default_factory=dict)  # weights of rules; see rewards.make_rewards; {}: the task's
+    reward_options: dict[str, Any] = field(default_factory=dict)
 
     # Sampling: prompts_per_step x group_size answers a step
     prompts_per_step: int = 4
@@ -33,6 +37,12 @@ class GRPOConfig(RunConfig):
     aggregation: str = "token_mean"
     advantage_scale: str = "group"
     advantage_baseline: str = "mean"
+    supervision: str = "outcome"  # process: advantages from the rewards of an answer's steps
+    step_reward: str = ""  # by dotted name: (example, texts of the steps) -> one number a step
+    step_separator: str = "\n"  # a step ends where this does; see steps.cut
+    groups_without_spread: str = "keep"  # drop: do not count them | resample: put others in their place
+    resample_rounds: int = 4  # how often at most
+    overlong: str = "keep"  # mask: answers cut off at max_new_tokens are in the group's baseline, not in the loss
     kl_coef: float = 0.0  # > 0: a frozen copy of the first model is the reference
     kl_estimator: str = "k3"
     kl_gradient: str = "value"
@@ -40,6 +50,8 @@ class GRPOConfig(RunConfig):
     old_logprobs: str = "policy"  # policy: the model's before its first update on the batch | sampler: the sampler's
     rollout_correction: str = "none"  # weights for what the sampler and the training forward disagree on
     rollout_cap: float = 2.0
+    rollout_floor: float = 0.0
+    rollout_level: str = "token"
 
     # Optimisation; micro_batch_size counts answers
     epochs: int = 1  # passes over each batch
@@ -49,6 +61,7 @@ class GRPOConfig(RunConfig):
     # The run
     output_dir: str = "runs/grpo"
     eval_prompts: int = 64
+    log_samples: int = 0  # answers a step in samples.jsonl, with what each rule gave
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "layout": ("auto", "shared", "plain"),
@@ -56,6 +69,11 @@ class GRPOConfig(RunConfig):
         "advantage_baseline": ("mean", "leave_one_out"),
         "old_logprobs": ("policy", "sampler"),
         "rollout_correction": ("none", "truncate", "mask"),
+        "rollout_level": ("token", "sequence"),
+        "template": ("none", "r1_zero"),
+        "supervision": ("outcome", "process"),
+        "groups_without_spread": ("keep", "drop", "resample"),
+        "overlong": ("keep", "mask"),
     }
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         "prompts_per_step",
@@ -64,13 +82,25 @@ class GRPOConfig(RunConfig):
         "epochs",
         "minibatches",
     )
-    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("top_k", "sampling_batch_size", "kl_coef", "eval_prompts")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        "top_k",
+        "sampling_batch_size",
+        "kl_coef",
+        "eval_prompts",
+        "rollout_floor",
+        "resample_rounds",
+        "log_samples",
+    )
     POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "top_p", "rollout_cap")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted(self.top_p <= 1, "top_p", "at most 1")
         self.wanted(self.minibatches <= self.prompts_per_step, "minibatches", "at most prompts_per_step")
+        self.wanted(bool(self.step_separator), "step_separator", "a text")
+        if self.supervision == "process":  # its normalisation is that of §6.3, over all steps of a group
+            self.wanted(self.advantage_scale == "group", "advantage_scale", "group under process supervision")
+            self.wanted(self.advantage_baseline == "mean", "advantage_baseline", "mean under process supervision")
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> GRPOConfig:

@@ -22,8 +22,7 @@ from . import checkpoint
 from .compare import Cost, compare, write_batch
 from .config import GRPOConfig
 from .extras import require
-from .grpo import Batch, GRPOTrainer
-from .sampling import Rollout
+from .grpo import Batch, GRPOTrainer, joined
 from .smollm2 import model_folder
 
 _DONE, _BEFORE, _BATCH = "demo.json", "before.json", "compare.json"
@@ -143,13 +142,7 @@ def _comparison_batch(trainer: GRPOTrainer) -> Batch:
     """The answers of two steps; every one takes part, whatever it scored: all the work that a step can have."""
     one, two = trainer.collect(1).rollout, trainer.collect(2).rollout
     trainer.generator.manual_seed(trainer.config.seed)  # training draws as if this had not been
-    rollout = Rollout(
-        one.prompts + two.prompts,
-        one.group_size,
-        one.answers + two.answers,
-        one.logprobs + two.logprobs,
-        one.ended + two.ended,
-    )
+    rollout = joined(one, two)
     count = len(rollout.answers)
     return Batch(rollout, [0.0] * count, torch.linspace(-1, 1, count))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .config import GRPOConfig
-from .metrics import Averages, Phases, plot_rewards
+from .metrics import Averages, History, Phases, plot_rewards
 from .model import end_token_ids
+from .named import named_function
 from .objective import check_objective, objective, silent_at_zero
 from .optimizer import learning_rate
 from .policy import Policy
+from .rewards import Rewards, Sample, make_rewards, of_function, r1_zero_task, trace_means
 from .run import Trainer, TrainResult
 from .sampling import Evaluation, Rollout, completion_of, evaluate, sample
+from .steps import StepReward, Steps
+from .steps import advantages as step_advantages
+from .steps import score as score_steps
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
 
 PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
@@ -33,7 +38,20 @@ class Batch:
 
     rollout: Rollout
     rewards: list[float]
-    advantages: Tensor  # (B,) fp32, CPU
+    advantages: Tensor  # (B,) fp32, CPU; (B, T) under process supervision
+    groups: list[int] | None = None  # that are learned from; None: all
+    traces: list[dict[str, float]] = field(default_factory=list)  # what each rule gave to each answer
+    measures: dict[str, float] = field(default_factory=dict)  # more for the step's row
+
+    def advantages_of(self, index: list[int]) -> Tensor:
+        """What rf.policy_loss takes for these answers: one number each, or packed one a token."""
+        if self.advantages.dim() == 1:
+            return self.advantages[index]
+        return torch.cat([self.advantages[i, : len(self.rollout.answers[i])] for i in index])
+
+    def is_live(self) -> Tensor:
+        """(B,) whether an answer has any advantage."""
+        return self.advantages.flatten(1).ne(0).any(1) if self.advantages.dim() > 1 else self.advantages.ne(0)
 
 
 def train_grpo(
@@ -44,6 +62,7 @@ def train_grpo(
     task: Task | None = None,
     prompts: Sequence[Example] | None = None,
     reward: Reward | None = None,
+    step_reward: StepReward | None = None,
 ) -> TrainResult:
     """Train a causal language model with GRPO; see ``GRPOConfig`` for every setting.
 
@@ -53,10 +72,13 @@ def train_grpo(
         tokenizer: its tokenizer; None is fine for prompts of token ids, and rewards then get token ids.
         task: what to learn; or ``prompts`` and ``reward``, a function (example, completion) -> number; or neither,
             for ``config.task``.
+        step_reward: (example, texts of an answer's steps) -> one number a step, for ``supervision = "process"``.
 
     An interrupted run goes on from the last checkpoint in ``config.output_dir`` when it is started again.
     """
-    trainer = GRPOTrainer(config, model=model, tokenizer=tokenizer, task=task, prompts=prompts, reward=reward)
+    trainer = GRPOTrainer(
+        config, model=model, tokenizer=tokenizer, task=task, prompts=prompts, reward=reward, step_reward=step_reward
+    )
     try:
         return trainer.run()
     finally:
@@ -77,9 +99,18 @@ class GRPOTrainer(Trainer):
         task: Task | None = None,
         prompts: Sequence[Example] | None = None,
         reward: Reward | None = None,
+        step_reward: StepReward | None = None,
+        rewards: Rewards | None = None,
     ) -> None:
         self.config = c = config or GRPOConfig()
         check_objective(c)  # a wrong setting shows before the work
+        if rewards is None and c.rewards:  # a wrong name or weight too
+            rewards = make_rewards(c.rewards, c.reward_options, self.correct, max_new_tokens=c.max_new_tokens)
+        if c.supervision == "process" and step_reward is None:
+            c.wanted(bool(c.step_reward), "step_reward", 'a function, for supervision = "process"')
+            step_reward = named_function(c.step_reward, "step_reward")
+        self.step_reward = step_reward if c.supervision == "process" else None
+        self.traced = rewards is not None
         if (prompts is None) != (reward is None) or (prompts is not None and task is not None):
             raise ValueError("prompts, reward: wanted both, or a task, or none of them")
         if prompts is not None and reward is not None:
@@ -87,7 +118,13 @@ class GRPOTrainer(Trainer):
         self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
         if len(self.task.train) == 0:
             raise ValueError("prompts: none to train on")
+        self.rewards = rewards or of_function(self.task.reward)
         super().__init__(c, model, tokenizer)
+        if self.step_reward and self.tokenizer is None:
+            raise ValueError("tokenizer: supervision = 'process' cuts texts into steps and needs one")
+        if c.template == "r1_zero":
+            self.task = r1_zero_task(self.task, self.tokenizer, c.template_example)
+        self.samples: History | None = None
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
         self.end_ids = end_token_ids(self.model, self.tokenizer)
@@ -97,7 +134,15 @@ class GRPOTrainer(Trainer):
         if not self.task.heldout:
             return {}
         result = self.evaluate()
-        return {"heldout_accuracy": result.accuracy, "heldout_reward": result.reward}
+        row = {"heldout_accuracy": result.accuracy, "heldout_reward": result.reward}
+        if self.traced:
+            _, traces = self.score(self.task.heldout, result.rollout)
+            row |= {f"heldout_{name}": value for name, value in trace_means(traces).items() if name != "accuracy"}
+        return row
+
+    def correct(self, example: Example, completion: Any) -> float:
+        """What the rule accuracy asks: the task's own reward."""
+        return self.task.reward(example, completion)
 
     def brief(self, row: dict[str, Any]) -> str:
         return f"reward {row['reward_mean']:.2f}"
@@ -120,12 +165,14 @@ class GRPOTrainer(Trainer):
         metrics = self.update(batch, step)
         rollout, seconds = batch.rollout, self.phases.seconds
         lengths = [len(answer) for answer in rollout.answers]
+        self.log_samples(step, batch)
         sampled = [value for answer in rollout.logprobs for value in answer]
         return {
             "step": step,
             "reward_mean": float(np.mean(batch.rewards)),
             "reward_std": float(np.std(batch.rewards)),
-            "silent_answers": float((batch.advantages == 0).float().mean()),
+            **batch.measures,
+            "silent_answers": 1 - float(batch.is_live().float().mean()),
             "answer_tokens": sum(lengths),
             "answer_length": sum(lengths) / len(lengths),
             "ended": sum(rollout.ended) / len(rollout.ended),
@@ -136,59 +183,133 @@ class GRPOTrainer(Trainer):
         }
 
     def collect(self, step: int) -> Batch:
-        """Sample and score the answers of one step."""
+        """Sample and score the answers of one step; further prompts where groups without spread are to be replaced."""
         c = self.config
-        examples = examples_of_step(self.task.train, step, c.prompts_per_step, c.seed)
+        batch = Batch(Rollout([], c.group_size, [], [], []), [], torch.empty(0))
+        steps: list[Steps] = []
+        for turn in range(1 + c.resample_rounds * (c.groups_without_spread == "resample")):
+            new = examples_of_step(self.task.train, step, c.prompts_per_step, c.seed + 1_000_003 * turn)
+            rollout = self.sample(new)
+            self.phases.mark("sample")
+            rewards, traces = self.score(new, rollout)
+            if self.step_reward:
+                steps += self.score_steps(new, rollout)
+            batch.rollout = joined(batch.rollout, rollout)
+            batch.rewards += rewards
+            batch.traces += traces
+            batch.advantages = self.advantages(batch.rewards, steps)
+            spread = batch.is_live().unflatten(0, (-1, c.group_size)).any(1)
+            if c.groups_without_spread != "keep":
+                batch.groups = spread.nonzero().flatten().tolist()[: c.prompts_per_step]
+            self.phases.mark("reward")
+            if len(batch.groups or ()) == c.prompts_per_step:
+                break
+        batch.measures = {"groups_without_spread": 1 - float(spread.float().mean())}
+        if self.traced:
+            batch.measures |= {f"reward_{name}": value for name, value in trace_means(batch.traces).items()}
+        if steps:
+            batch.measures["steps"] = float(np.mean([len(s.ends) for s in steps]))
+            batch.measures["step_reward_mean"] = float(np.mean([value for s in steps for value in s.rewards]))
+        return batch
+
+    def sample(self, examples: Sequence[Example]) -> Rollout:
+        """``group_size`` answers to each example."""
+        c = self.config
         prompts = [prompt_token_ids(example, self.tokenizer) for example in examples]
         with self.chosen_backend():
-            rollout = sample(
+            return sample(
                 self.policy, prompts, group_size=c.group_size, max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
                 temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=self.generator,
                 batch_size=c.sampling_batch_size,
             )  # fmt: skip
-        self.phases.mark("sample")
-        rewards = []
+
+    def score(self, examples: Sequence[Example], rollout: Rollout) -> tuple[list[float], list[dict[str, float]]]:
+        """The reward of each answer, and what each rule gave to it."""
+        found = []
         for i, answer in enumerate(rollout.answers):
-            example = examples[i // c.group_size]
-            value = float(self.task.reward(example, completion_of(answer, self.end_ids, self.tokenizer)))
-            if not math.isfinite(value):
-                raise ValueError(f"reward: wanted a finite number, got {value} for {example!r}")
-            rewards.append(value)
-        advantages = rf.group_advantages(
+            completion = completion_of(answer, self.end_ids, self.tokenizer)
+            seen = Sample(examples[i // rollout.group_size], completion, len(answer), rollout.ended[i])
+            found.append(self.rewards.score(seen))
+        return [total for total, _ in found], [trace for _, trace in found]
+
+    def score_steps(self, examples: Sequence[Example], rollout: Rollout) -> list[Steps]:
+        """The steps of each answer with their rewards."""
+        assert self.step_reward is not None
+        return [
+            score_steps(
+                self.step_reward, examples[i // rollout.group_size], answer, self.tokenizer,
+                self.config.step_separator, self.end_ids,
+            )
+            for i, answer in enumerate(rollout.answers)
+        ]  # fmt: skip
+
+    def advantages(self, rewards: list[float], steps: Sequence[Steps]) -> Tensor:
+        """From the answers' rewards, (B,), or from those of their steps, (B, T)."""
+        c, backend = self.config, "eager" if self.config.backend == "eager" else None
+        if steps:
+            return step_advantages(steps, c.group_size, backend)
+        return rf.group_advantages(
             torch.tensor(rewards),
             group_size=c.group_size,
             scale=None if c.advantage_scale == "none" else c.advantage_scale,  # type: ignore[arg-type]
             baseline=c.advantage_baseline,  # type: ignore[arg-type]
-            backend="eager" if c.backend == "eager" else None,
+            backend=backend,
         )
-        self.phases.mark("reward")
-        return Batch(rollout, rewards, advantages)
+
+    def log_samples(self, step: int, batch: Batch) -> None:
+        """The first answers of the step into ``samples.jsonl``."""
+        if not self.config.log_samples:
+            return
+        if self.samples is None:
+            self.samples = History(Path(self.config.output_dir) / "samples.jsonl", keep_steps=step - 1)
+        rollout = batch.rollout
+        for i, answer in enumerate(rollout.answers[: self.config.log_samples]):
+            prompt = rollout.prompts[i // rollout.group_size]
+            self.samples.add(
+                {
+                    "step": step,
+                    "prompt": prompt if self.tokenizer is None else self.tokenizer.decode(prompt),
+                    "completion": completion_of(answer, self.end_ids, self.tokenizer),
+                    "tokens": len(answer),
+                    "ended": rollout.ended[i],
+                    "reward": batch.rewards[i],
+                    "rules": batch.traces[i],
+                }
+            )
 
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """The optimizer steps on one batch: ``epochs`` passes of ``minibatches`` steps each."""
         c = self.config
-        count = len(batch.rollout.answers)
+        size = c.group_size
+        groups = list(range(len(batch.rollout.answers) // size)) if batch.groups is None else batch.groups
+        used = [i for g in groups for i in range(g * size, (g + 1) * size) if self._counts(batch, i)]
         old: PerAnswer = None
         if c.old_logprobs == "sampler":
             old = [torch.tensor(values) for values in batch.rollout.logprobs]
         elif c.epochs * c.minibatches > 1:
-            old = self._logprobs_without_grad(self.policy, batch)
-        reference = self._logprobs_without_grad(self.reference, batch) if self.reference else None
+            old = self._logprobs_without_grad(self.policy, batch, used)
+        reference = self._logprobs_without_grad(self.reference, batch, used) if self.reference else None
         averages, norms = Averages(), []
         for _ in range(c.epochs):
-            prompts = list(range(count // c.group_size))
+            order = groups
             if c.epochs * c.minibatches > 1:
-                prompts = torch.randperm(len(prompts), generator=self.generator).tolist()
-            for part in np.array_split(prompts, c.minibatches):
-                index = [int(p) * c.group_size + g for p in part for g in range(c.group_size)]
+                order = [groups[place] for place in torch.randperm(len(groups), generator=self.generator).tolist()]
+            for part in np.array_split(order, c.minibatches):
+                index = [i for g in part for i in range(int(g) * size, (int(g) + 1) * size) if self._counts(batch, i)]
+                if not index:  # nothing to learn from: no step, not even of the momentum
+                    continue
                 loss = self._accumulate(batch, index, old, reference, averages)
                 metrics = {"loss": loss, "ratio_max": averages.largest("ratio_max")}
                 norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
                 averages.add({"loss": torch.tensor(loss)}, 1)
         result = averages.result()
         skipped = sum(not math.isfinite(norm) for norm in norms)
-        return {**result, "grad_norm": float(np.mean(norms)), "updates_skipped": float(skipped),
+        return {**result, "grad_norm": float(np.mean(norms)) if norms else 0.0, "updates_skipped": float(skipped),
                 "learning_rate": learning_rate(c, step)}  # fmt: skip
+
+    def _counts(self, batch: Batch, answer: int) -> bool:
+        """Whether an answer takes part in the loss."""
+        return self.config.overlong == "keep" or batch.rollout.ended[answer]
 
     def _accumulate(
         self, batch: Batch, index: list[int], old: PerAnswer, reference: PerAnswer, averages: Averages
@@ -197,16 +318,17 @@ class GRPOTrainer(Trainer):
         c, answers = self.config, batch.rollout.answers
         num_tokens, num_sequences = sum(len(answers[i]) for i in index), len(index)
         if silent_at_zero(c):
-            index = [i for i in index if batch.advantages[i] != 0]
+            live = batch.is_live()
+            index = [i for i in index if live[i]]
         sampler = [torch.tensor(values) for values in batch.rollout.logprobs]
         total, device = 0.0, self.policy.device
         for micro in self.micro_batches(index):
             lengths = [len(answers[i]) for i in micro]
             sampled = _packed(sampler, micro, device)
             with self.chosen_backend():
-                logp, entropy = self._logprobs(self.policy, batch, micro, entropy=c.entropy_coef != 0)
+                logp, entropy = self._logprobs(self.policy, batch, micro, self.phases.mark, entropy=c.entropy_coef != 0)
                 loss, metrics = objective(
-                    c, logp, _packed(old, micro, device), batch.advantages[micro].to(device), lengths, num_tokens,
+                    c, logp, _packed(old, micro, device), batch.advantages_of(micro).to(device), lengths, num_tokens,
                     num_sequences, ref_logp=_packed(reference, micro, device), entropy=entropy, sampled=sampled,
                 )  # fmt: skip
                 loss.backward()
@@ -218,26 +340,34 @@ class GRPOTrainer(Trainer):
         return total
 
     def _logprobs(
-        self, policy: Policy, batch: Batch, index: list[int], *, entropy: bool = False
+        self, policy: Policy, batch: Batch, index: list[int], mark: Callable[[str], None], *, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         rollout = batch.rollout
         groups = [i // rollout.group_size for i in index]
         layout = policy.choose_layout([rollout.prompts[g] for g in groups], [rollout.answers[i] for i in index], groups)
-        mark = self.phases.mark
         return policy.token_logprobs(layout, temperature=self.config.temperature, return_entropy=entropy, mark=mark)
 
     @torch.no_grad()
-    def _logprobs_without_grad(self, policy: Policy, batch: Batch) -> list[Tensor]:
-        """Log-probabilities of each answer's tokens under ``policy`` as it is now."""
-        found: list[Tensor] = []
-        for micro in self.micro_batches(list(range(len(batch.rollout.answers)))):
+    def _logprobs_without_grad(self, policy: Policy, batch: Batch, index: list[int]) -> list[Tensor]:
+        """Log-probabilities of the tokens of the answers in ``index`` under ``policy`` as it is now; none of others."""
+        found = [torch.empty(0)] * len(batch.rollout.answers)
+        for micro in self.micro_batches(index):
             with self.chosen_backend():
-                logp, _ = self._logprobs(policy, batch, micro)
-            found.extend(logp.split([len(batch.rollout.answers[i]) for i in micro]))
-        self.phases.mark("forward")
+                logp, _ = self._logprobs(policy, batch, micro, lambda phase: None)
+            for i, own in zip(micro, logp.split([len(batch.rollout.answers[i]) for i in micro]), strict=True):
+                found[i] = own
+        self.phases.mark("logprobs")
         return found
 
 
 def _packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:
     """Per-answer tensors, the chosen ones, one behind the other."""
     return None if values is None else torch.cat([values[i] for i in index]).to(device)
+
+
+def joined(one: Rollout, other: Rollout) -> Rollout:
+    """The answers of both, those of ``one`` first."""
+    return Rollout(
+        one.prompts + other.prompts, one.group_size, one.answers + other.answers, one.logprobs + other.logprobs,
+        one.ended + other.ended,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PHASES = ("sample", "reward", "forward", "loss", "backward", "optimizer")
+PHASES = ("sample", "reward", "logprobs", "forward", "loss", "backward", "optimizer")
 
 
 class Phases:

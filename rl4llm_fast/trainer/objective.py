@@ -32,7 +32,7 @@ def objective(
     """The loss of a micro-batch, packed (N,), as its share of a minibatch of ``num_tokens`` and ``num_sequences``.
 
     Args:
-        advantages: (B,), one per answer; ``lengths`` their tokens.
+        advantages: (B,), one per answer, or (N,), one per token; ``lengths`` the answers' tokens.
         old_logp, ref_logp, entropy, sampled: (N,) each; ``sampled`` are the sampler's own log-probabilities.
     """
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=logp.device)
@@ -41,6 +41,8 @@ def objective(
         options["rollout_logp"] = sampled
         options["rollout_correction"] = config.rollout_correction
         options["rollout_cap"] = config.rollout_cap
+        options["rollout_floor"] = config.rollout_floor
+        options.setdefault("rollout_level", config.rollout_level)
     if ref_logp is not None:
         options["ref_logp"] = ref_logp
         options["kl_coef"] = config.kl_coef

@@ -163,6 +163,7 @@ class Evaluation:
     accuracy: float  # the share with the full reward, 1
     reward: float  # the mean
     completions: list[Any]
+    rollout: Rollout
 
 
 def completion_of(answer: list[int], end_ids: Collection[int], tokenizer: Any) -> Any:
@@ -191,4 +192,4 @@ def evaluate(
     completions = [completion_of(answer, end_ids, tokenizer) for answer in rollout.answers]
     rewards = [float(reward(e, c)) for e, c in zip(examples, completions, strict=True)]
     accuracy = sum(r >= 1 for r in rewards) / len(rewards)
-    return Evaluation(accuracy, sum(rewards) / len(rewards), completions)
+    return Evaluation(accuracy, sum(rewards) / len(rewards), completions, rollout)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .extras import require
+from .named import named_function
 
 Example = Any  # a prompt (text, chat messages or token ids), or a mapping with the key "prompt" and whatever else
 Reward = Callable[[Example, Any], float]  # (example, completion): the text, or token ids where there is no tokenizer
@@ -28,6 +29,7 @@ class Task:
 
 
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+_SIZE = 4096
 
 
 def last_number(text: str) -> str:
@@ -37,9 +39,12 @@ def last_number(text: str) -> str:
 
 
 def load_task(
-    name: str, *, seed: int = 0, heldout: int = 64, size: int = 4096, answer: str = "auto", **options: Any
+    name: str, *, seed: int = 0, heldout: int = 64, size: int = _SIZE, answer: str = "auto", **options: Any
 ) -> Task:
     """A task of reasoning-gym by name, e.g. ``load_task("chain_sum", min_terms=2, max_terms=2)``.
+
+    A name that ends in ``.jsonl`` is a file of one's own: see ``checkers.jsonl_task``. One like ``module:function`` is
+    a function of one's own that returns a ``Task``; it is called with ``seed``, ``heldout`` and the options.
 
     The questions of ``heldout`` are distinct, drawn with a seed of their own, and none of them is among ``train``:
     small tasks repeat questions, so other seeds alone would not keep them apart.
@@ -54,6 +59,16 @@ def load_task(
         ImportError: reasoning-gym is missing.
         ValueError: an unknown task, or too few distinct questions.
     """
+    own = options | ({} if size == _SIZE else {"size": size}) | ({} if answer == "auto" else {"answer": answer})
+    if name.endswith(".jsonl"):
+        from .checkers import jsonl_task
+
+        return jsonl_task(name, seed=seed, heldout=heldout, **own)
+    if ":" in name:
+        made = named_function(name, "task")(seed=seed, heldout=heldout, **own)
+        if not isinstance(made, Task):
+            raise ValueError(f"config: task: wanted a function that returns a Task, {name!r} returned {made!r}")
+        return made
     require("reasoning_gym", extra="demo")
     if answer not in ("auto", "text", "last_number"):
         raise ValueError(f"answer: wanted auto, text or last_number, got {answer!r}")
