@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
     commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
     train = commands.add_parser("train", help="train a language model")
-    train.add_argument("algorithm", choices=["sft", "rm", "dpo", "kto", "grpo"])
+    train.add_argument("algorithm", choices=["sft", "rm", "dpo", "curry", "kto", "grpo"])
     train.add_argument("config", nargs="?", help="a TOML file; without it the defaults")
     train.add_argument(
         "--set",
@@ -66,6 +66,8 @@ def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
         result = trainer.train_rm(trainer.fill(trainer.RMConfig, path, overrides))
     elif algorithm == "dpo":
         result = trainer.train_dpo(trainer.fill(trainer.DPOConfig, path, overrides))
+    elif algorithm == "curry":
+        result = trainer.train_curry(trainer.fill(trainer.CurryConfig, path, overrides))
     elif algorithm == "kto":
         result = trainer.train_kto(trainer.fill(trainer.KTOConfig, path, overrides))
     else:

@@ -197,6 +197,7 @@ def test_missing_data(tmp_path):
         ("sft", {"prompt": "w1 w2", "answer": "w3 w4"}),
         ("dpo", {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4 w5"}),
         ("kto", {"prompt": "w1 w2", "answer": "w3", "desirable": True}),
+        ("curry", {"prompt": "w1 w2", "answers": ["w3", "w4 w5", "w6"], "ranks": [0, 1, 2]}),
         ("rm", {"prompt": "w1 w2", "answers": ["w3", "w4 w5", "w6"], "ranks": [0, 1, 1]}),
     ],
 )

@@ -73,3 +73,14 @@ def segmented(count: int = 60) -> list[dict]:
             "chosen_scores": [0.0, [0.5, 1.5]], "rejected_scores": [0.0, [1.0, 1.0]],
         })  # fmt: skip
     return rows
+
+
+def ranked(count: int = 60) -> list[dict]:
+    """Of four answers the one with the most sevens is the best."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for prompt in prompts(count):
+        noise = rng.integers(9, 30, 3).tolist()
+        answers = [[*[7] * k, *noise[k:], END] for k in (3, 2, 1, 0)]
+        rows.append({"prompt": prompt, "answers": answers, "ranks": [0, 1, 2, 3]})
+    return rows

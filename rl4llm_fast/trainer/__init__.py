@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import GRPOConfig, load_config
+from .curry import CurryConfig, train_curry
 from .dpo import DPOConfig, train_dpo
 from .grpo import train_grpo
 from .kto import KTOConfig, train_kto
@@ -15,6 +16,7 @@ from .sft import SFTConfig, train_sft
 from .tasks import Task, load_task
 
 __all__ = [
+    "CurryConfig",
     "DPOConfig",
     "GRPOConfig",
     "KTOConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "load_reward_model",
     "load_task",
     "sample",
+    "train_curry",
     "train_dpo",
     "train_grpo",
     "train_kto",

@@ -124,6 +124,27 @@ def token_ids_of(name: str, answer: Any, tokenizer: Any) -> list[int]:
     return list(answer)
 
 
+def ranked_answers(row: Row, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
+    """The token ids of a row's "answers" and their "ranks", 0 the best.
+
+    Raises:
+        TypeError, ValueError: no two lists of one length; ranks that are ties only; one answer at two ranks.
+    """
+    given, ranks = field_of(row, "answers"), field_of(row, "ranks")
+    if not isinstance(given, (list, tuple)) or not isinstance(ranks, (list, tuple)):
+        raise TypeError("answers, ranks: wanted two lists")
+    if len(given) != len(ranks) or any(isinstance(r, bool) or not isinstance(r, int) for r in ranks):
+        raise ValueError(f"ranks: wanted {len(given)} integers, one an answer, got {ranks!r}")
+    if len(set(ranks)) < 2:
+        raise ValueError("ranks: no answer is better than another")
+    answers = [token_ids_of("answers", answer, tokenizer) for answer in given]
+    rank_of: dict[tuple[int, ...], int] = {}
+    for answer, rank in zip(answers, ranks, strict=True):
+        if rank_of.setdefault(tuple(answer), rank) != rank:
+            raise ValueError(f"answers: the same answer at the ranks {rank_of[tuple(answer)]} and {rank}")
+    return answers, list(ranks)
+
+
 def prompt_of(row: Row, tokenizer: Any) -> list[int]:
     field_of(row, "prompt")
     return prompt_token_ids(row, tokenizer)

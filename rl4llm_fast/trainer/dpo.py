@@ -96,6 +96,7 @@ class DPOTrainer(ReferenceTrainer):
     """The loop behind ``train_dpo``."""
 
     name = "DPO"
+    file = "dpo"
 
     def __init__(
         self,
@@ -114,12 +115,16 @@ class DPOTrainer(ReferenceTrainer):
         super().__init__(c, model, tokenizer)
         if c.loss == "2d_dpo":
             self.segmenter = Segmenter(self.tokenizer, c.segment_scores, c.aspect_weights, c.score_max)
-        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.read_data(rows, heldout_rows)
+        self.set_up(with_reference=self.with_reference)
+
+    def read_data(self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None) -> None:
+        """Fill ``train``, ``heldout`` and ``data_key``."""
+        self.train, self.heldout = load_rows(self.config, rows, heldout_rows, self.encode)
         self.data_key = digest(*map(asdict, self.train))
         known = {pair.prob is not None for pair in self.train + self.heldout}
         if len(known) > 1:
             raise ValueError("prob: wanted in all rows or in none")
-        self.set_up(with_reference=self.with_reference)
 
     def texts(self, rows: Sequence[Pair]) -> Texts:
         """Both answers of every pair, neighbours."""
@@ -203,7 +208,7 @@ class DPOTrainer(ReferenceTrainer):
                 "heldout_segment_reward_chosen": "chosen",
                 "heldout_segment_reward_rejected": "rejected",
             }
-        plot_curves(rows, folder / "dpo.png", f"{self.config.loss} on pairs of answers", panels)
+        plot_curves(rows, folder / f"{self.file}.png", f"{self.name}: {self.config.loss} on pairs of answers", panels)
 
 
 def _split(packed: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

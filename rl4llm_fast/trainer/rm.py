@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, check_length, digest, field_of, load_rows, prompt_of, token_ids_of
+from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, ranked_answers
 from .metrics import plot_curves
 from .reward_model import RewardModel
 from .run import MeanLossTrainer, TrainResult
@@ -91,22 +91,15 @@ class RMTrainer(MeanLossTrainer):
     def encode(self, row: Row) -> Ranking:
         prompt = prompt_of(row, self.tokenizer)
         if "answers" in row:
-            given, ranks = field_of(row, "answers"), field_of(row, "ranks")
-            if not isinstance(given, (list, tuple)) or not isinstance(ranks, (list, tuple)):
-                raise TypeError("answers, ranks: wanted two lists")
-            if len(given) != len(ranks) or any(isinstance(r, bool) or not isinstance(r, int) for r in ranks):
-                raise ValueError(f"ranks: wanted {len(given)} integers, one an answer, got {ranks!r}")
-            if len(set(ranks)) < 2:
-                raise ValueError("ranks: no answer is better than another")
-            if self.config.margin and len(given) > 2:
-                raise ValueError(f"margin: for pairs; this row has {len(given)} answers")
+            answers, ranks = ranked_answers(row, self.tokenizer)
+            if self.config.margin and len(answers) > 2:
+                raise ValueError(f"margin: for pairs; this row has {len(answers)} answers")
         else:
-            given, ranks = [field_of(row, "chosen"), field_of(row, "rejected")], [0, 1]
-        answers = [token_ids_of("answers", answer, self.tokenizer) for answer in given]
-        if "answers" not in row and answers[0] == answers[1]:
-            raise ValueError("chosen, rejected: the same answer")
+            answers, ranks = [answer_token_ids(row, name, self.tokenizer) for name in ("chosen", "rejected")], [0, 1]
+            if answers[0] == answers[1]:
+                raise ValueError("chosen, rejected: the same answer")
         check_length(prompt, answers, self.config.max_length)
-        return Ranking(prompt, answers, list(ranks))
+        return Ranking(prompt, answers, ranks)
 
     def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``rankings``; the mean share of a row's pairs in the right order, and the mean score."""
