@@ -70,8 +70,8 @@ class PolicyLoss(torch.autograd.Function):
             return (None,) * 11
         logp, entropy, dlogp, dentropy, scale = ctx.saved_tensors
         options: PolicyLossOptions = ctx.options
-        grad_logp, grad_entropy = dispatch.ops(options.backend).token_loss_bwd(
-            grad_loss.contiguous(), logp, entropy, scale, dlogp, dentropy
+        grad_logp, grad_entropy = dispatch.run_backward(
+            options.backend, "token_loss_bwd", grad_loss.contiguous(), logp, entropy, scale, dlogp, dentropy
         )
         return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
 
@@ -135,7 +135,7 @@ class KlEstimate(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor) -> Any:
         logp, dkl = ctx.saved_tensors
         nothing = dkl.new_empty((0,))
-        grad_logp, _ = dispatch.ops(ctx.options.backend).token_loss_bwd(
-            grad_kl.contiguous(), logp, None, None, dkl, nothing
+        grad_logp, _ = dispatch.run_backward(
+            ctx.options.backend, "token_loss_bwd", grad_kl.contiguous(), logp, None, None, dkl, nothing
         )
         return grad_logp, None, None, None, None

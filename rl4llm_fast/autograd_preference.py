@@ -53,6 +53,7 @@ class PreferenceLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         slopes, chosen, rejected, *answers = ctx.saved_tensors
-        kernels = dispatch.ops(ctx.options.backend)
-        grad_chosen, grad_rejected = kernels.preference_loss_bwd(grad_loss, slopes, chosen, rejected, *answers)
+        grad_chosen, grad_rejected = dispatch.run_backward(
+            ctx.options.backend, "preference_loss_bwd", grad_loss, slopes, chosen, rejected, *answers
+        )
         return grad_chosen, None if rejected is None else grad_rejected, *(None,) * 9

@@ -99,8 +99,7 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
 def numbers(values: dict[str, Number], room: int, reference: Tensor) -> Tensor:
     """Hyperparameters as one fp64 vector (room,), zeros last: on the CPU, or on the device of a tensor among them."""
     spare = room - len(values)
-    plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values.values())
-    if plain and not torch.compiler.is_compiling():
+    if {type(v) for v in values.values()} <= {float, int} and not torch.compiler.is_compiling():
         return torch.tensor([*values.values(), *(0.0,) * spare], dtype=torch.float64)
     packed = [number(name, value, reference).double() for name, value in values.items()]
     device = next((p.device for p in packed if p.device.type != "cpu"), None)

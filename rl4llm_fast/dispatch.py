@@ -226,6 +226,18 @@ def ops(backend: str) -> Any:
     return torch.ops.rl4llm_fast_triton if backend == "triton" else torch.ops.rl4llm_fast
 
 
+def run_backward(backend: str, name: str, *args: Any) -> Any:
+    """Call a backend's backward op.
+
+    Its autograd rule does nothing but refuse to be differentiated, in 20 µs of Python: passed by where nobody can.
+    """
+    op = getattr(ops(backend), name)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def backends() -> dict[str, list[str]]:
     """Every op of the library with the backends that can run here, on any device this machine has.
 
