@@ -12,6 +12,7 @@ The ratings (Hutto and Gilbert 2014, MIT licence) lie in the source package of v
     segments.jsonl   a review of two sentences against another, for 2d_dpo: of a pair's four one is positive, one
                      negative, two are in between; each scored from 0 to 1 over two aspects, the mean rating and the
                      share of raters whom the sentence pleased
+    prompts.jsonl    the first four words of sentences between good and bad, which are in no pair, for ppo
 
 No sentence is in a file twice, so rows held out hold sentences out.
 """
@@ -79,12 +80,17 @@ def main(sdist: Path, folder: Path) -> None:
     # Every other sentence of either kind: answers to one prompt that are no pairs.
     labelled = [(s, True) for s in good[::2]] + [(s, False) for s in bad[1::2]]
     random.Random(1).shuffle(labelled)
+    openings = {" ".join(s.split()[:4]) for rating, s in rated if -1.5 < rating < 1.5 and len(s.split()) >= 8}
     files = {
         "answers": [{"prompt": PROMPT, "answer": s} for s in good],
         "pairs": [{"prompt": PROMPT, "chosen": w, "rejected": l} for w, l in zip(good, bad, strict=False)],
         "labelled": [{"prompt": PROMPT, "answer": s, "desirable": desirable} for s, desirable in labelled],
         "segments": two_sentences(*thirds),
         "ranked": [{"prompt": PROMPT, "answers": four, "ranks": [0, 1, 2, 3]} for four in zip(*ranges, strict=False)],
+        "prompts": [
+            {"prompt": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": words}]}
+            for words in sorted(openings)
+        ],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():

@@ -7,6 +7,8 @@ from .curry import CurryConfig, train_curry
 from .dpo import DPOConfig, train_dpo
 from .grpo import train_grpo
 from .kto import KTOConfig, train_kto
+from .ppo import train_ppo
+from .ppo_config import PPOConfig
 from .reward_model import RewardModel, load_reward_model
 from .rm import RMConfig, train_rm
 from .run import TrainResult
@@ -20,6 +22,7 @@ __all__ = [
     "DPOConfig",
     "GRPOConfig",
     "KTOConfig",
+    "PPOConfig",
     "RMConfig",
     "RewardModel",
     "Rollout",
@@ -36,6 +39,7 @@ __all__ = [
     "train_dpo",
     "train_grpo",
     "train_kto",
+    "train_ppo",
     "train_rm",
     "train_sft",
 ]

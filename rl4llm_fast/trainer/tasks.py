@@ -121,6 +121,8 @@ def examples_of_step(train: Sequence[Example], step: int, count: int, seed: int)
 def prompt_token_ids(example: Example, tokenizer: Any) -> list[int]:
     """The token ids of an example's prompt; text and messages go through the tokenizer's chat template if it has one.
 
+    Messages that end with the assistant's are to be continued: nothing closes the last one.
+
     Raises:
         TypeError, ValueError: a prompt that is neither text, messages nor token ids, an empty one, or text without a
             tokenizer.
@@ -133,7 +135,10 @@ def prompt_token_ids(example: Example, tokenizer: Any) -> list[int]:
             ids = tokenizer(prompt)["input_ids"]
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            begun = messages[-1].get("role") == "assistant"
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
+            )
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     elif isinstance(prompt, (list, tuple)) and all(isinstance(token, int) for token in prompt):
         ids = prompt
