@@ -1,20 +1,26 @@
 """``python -m bench.verify``: run the GPU tests and GPU cases here and write what held into the ledger.
 
-    python -m bench.verify [--plan] [--kernel PATH ...] [--again]
+    python -m bench.verify [--plan] [--kernel PATH ...] [--minutes M] [--again]
 
-The ledger (bench/results/verified.json) is written after every step, so that a run that is cut off loses one step; the
-next run goes on with the kernel files that this GPU has not finished in their present state. Without a GPU it says so
-and exits with 2; the ledger stays as it is. The exit status is 1 if a test failed or a result was wrong.
+For each kernel file: its gpu-marked tests; for CUDA C++ also compute-sanitizer's memcheck and racecheck; its cases of
+the suite gpu. Then the whole suite gpu beside its peers. The ledger (bench/results/verified.json) is written after
+every step: a run that is cut off, or that --minutes ended, loses one step, and the same command goes on where it
+stopped. No step takes longer than eight minutes. --plan says what would run and for how long.
+
+The exit status: 0 all held; 1 a test failed, a tool found something or a result was wrong; 2 there is no GPU, and the
+ledger stays as it is; 3 --minutes are over, and steps are left.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any
@@ -24,13 +30,14 @@ import torch
 import rl4llm_fast as rf
 from rl4llm_fast.info import LEDGER, kernel_files, kernel_sources, ledger_lines, read_ledger
 
-from . import cases, measure, peers, report, run, timing
+from . import cases, measure, peers, report, run, sanitizer, timing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {
-    "token_loss": ("policy_loss", "kl_estimate"),
+    "token_logprobs": ("token_logprobs", "linear_token_logprobs"),
+    "token_loss": ("policy_loss", "kl_estimate", "linear_policy_loss"),
     "preference": ("preference_loss",),
     "groups": ("group_advantages", "process_advantages"),
     "n_step": ("n_step_returns",),
@@ -50,6 +57,12 @@ _TESTS = {
     **dict.fromkeys(("gae", "groups", "n_step", "scan", "vtrace", "whiten"), "tests/test_gpu_returns.py"),
 }
 _PYTEST_NO_TESTS = 5
+_TESTS_LIMIT_S = 450.0
+SUITE_MINUTES = 7.0
+# For --plan, where the ledger has not measured a step yet: guesses at seconds, on the long side.
+_GUESS_S = {"tests": 90.0, "memcheck": 180.0, "racecheck": 180.0, "case": 8.0, "suite": 60 * SUITE_MINUTES}
+
+HELD, FAILED, NO_GPU, UNFINISHED = 0, 1, 2, 3
 
 
 def backend_of(kernel: str) -> str:
@@ -74,16 +87,42 @@ def cases_of(kernel: str) -> list[cases.Case]:
     return [case for case in cases.CASES if "gpu" in case.suites and case.op in ops_of(kernel)]
 
 
-def plan(kernels: Sequence[str]) -> str:
-    """What would run, in order."""
-    lines = []
+def steps_of(kernel: str) -> list[str]:
+    """In order: tests, the sanitizer's tools for CUDA C++, the names of its cases."""
+    tools = sanitizer.TOOLS if backend_of(kernel) == "cuda" else ()
+    return ["tests", *tools, *(case.name for case in cases_of(kernel))]
+
+
+def plan(kernels: Sequence[str], ledger: dict[str, Any] | None = None) -> str:
+    """What would run, in order, and for how long: by the ledger's own seconds where it has them, else by a guess."""
+    known = (ledger or {"kernels": {}})["kernels"]
+    lines, total, guessed = [], 0.0, False
     for kernel in kernels:
+        entry = known.get(kernel) or {}
+        current = bool(entry) and entry.get("sources") == kernel_sources(kernel, ROOT)
+        done = entry.get("seconds", {}) if current else {}
         file, *options = tests_of(kernel)
         there = "" if (ROOT / file).is_file() else "   (there is no such file: nothing covers this kernel)"
-        lines.append(f"{kernel}  (backend {backend_of(kernel)})")
+        left, seconds = [step for step in steps_of(kernel) if step not in done], 0.0
+        for step in left:
+            measured = entry.get("seconds", {}).get(step)
+            guessed |= measured is None
+            seconds += measured or _GUESS_S.get(step, _GUESS_S["case"])
+        total += seconds
+        state = f"about {seconds / 60:.1f} min" if left else f"already verified on {entry['gpu']}"
+        lines.append(f"{kernel}  (backend {backend_of(kernel)}, {state})")
         lines.append(f"  tests: pytest {shlex.join([file, *options])}{there}")
+        if backend_of(kernel) == "cuda":
+            tool = sanitizer.program() or "compute-sanitizer (not found here)"
+            lines += [f"  {name}: {tool}, {sanitizer.TESTS} of these tests" for name in sanitizer.TOOLS]
         lines += [f"  case:  {case.name}" for case in cases_of(kernel)] or ["  case:  none in the suite gpu yet"]
-    return "\n".join(lines or ["no GPU kernels in this tree"])
+    if not lines:
+        return "no GPU kernels in this tree"
+    lines.append(f"suite gpu beside its peers: {shlex.join(suite_command())}")
+    total += _GUESS_S["suite"]
+    how = " (guessed where the ledger has no figure)" if guessed else ""
+    lines.append(f"in all about {total / 60:.0f} minutes{how}; each kernel file's sha256 goes into {LEDGER.name}")
+    return "\n".join(lines)
 
 
 def parse_junit(path: pathlib.Path) -> dict[str, Any]:
@@ -104,13 +143,21 @@ def parse_junit(path: pathlib.Path) -> dict[str, Any]:
 
 def run_tests(kernel: str) -> dict[str, Any]:
     """Run the kernel's tests in a process of their own: a crash of the GPU context ends those tests only."""
-    nothing: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
     if not (ROOT / tests_of(kernel)[0]).is_file():
-        return nothing
+        return {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
+    return _run_pytest(*tests_of(kernel))
+
+
+@functools.cache  # kernel files that share their tests share a run of them
+def _run_pytest(*arguments: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
     with tempfile.TemporaryDirectory() as folder:
         junit = pathlib.Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-q", *tests_of(kernel), f"--junitxml={junit}"]
-        code = subprocess.run(command, cwd=ROOT).returncode
+        command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={junit}"]
+        try:
+            code = subprocess.run(command, cwd=ROOT, timeout=_TESTS_LIMIT_S).returncode
+        except subprocess.TimeoutExpired:
+            return {**nothing, "failed": 1, "failures": [f"pytest did not end within {_TESTS_LIMIT_S:.0f} s"]}
         if code == _PYTEST_NO_TESTS:
             return nothing
         if not junit.is_file():
@@ -137,57 +184,122 @@ def run_figures(kernel: str, case: cases.Case, copy_ceiling: float) -> dict[str,
 
 def finished(entry: dict[str, Any] | None, kernel: str, gpu: str) -> bool:
     """Whether the ledger already holds all of a kernel file, as it is now, on this GPU."""
-    if not entry or not entry.get("complete") or entry["gpu"] != gpu:
-        return False
-    return bool(entry["sources"] == kernel_sources(kernel, ROOT))
+    return begun(entry, kernel, gpu) and bool(entry and entry.get("complete"))
+
+
+def begun(entry: dict[str, Any] | None, kernel: str, gpu: str) -> bool:
+    """Whether the ledger's entry, finished or not, is of this file as it is now, on this GPU."""
+    return bool(entry and entry["gpu"] == gpu and entry["sources"] == kernel_sources(kernel, ROOT))
 
 
 def passed(entry: dict[str, Any]) -> bool:
-    return not entry["tests"]["failed"] and all(figure.get("correct") for figure in entry["figures"])
+    clean = all(found["status"] in ("clean", "absent") for found in entry.get("sanitizer", {}).values())
+    return clean and not entry["tests"]["failed"] and all(figure.get("correct") for figure in entry["figures"])
 
 
-def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool) -> bool:
-    """Verify kernel files one by one, saving after each step. Returns whether everything held."""
+def suite_command(minutes: float = SUITE_MINUTES) -> list[str]:
+    return ["python", "-m", "bench.run", "--suite", "gpu", "--resume", "--minutes", f"{minutes:g}"]
+
+
+def run_suite(minutes: float) -> bool:
+    """The suite gpu beside its peers, in a process of its own. Whether nothing of it is left."""
+    subprocess.run([sys.executable, *suite_command(minutes)[1:]], cwd=ROOT, check=True)
+    return run.unfinished(run.ROOT / "bench" / "results", "gpu", None, "cuda") is None
+
+
+class Clock:
+    """Says when no further step may start."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def minutes_left(self) -> float:
+        return float("inf") if self._end is None else (self._end - time.monotonic()) / 60
+
+    @property
+    def over(self) -> bool:
+        return self.minutes_left <= 0
+
+
+def verify_kernel(kernel: str, ledger: dict[str, Any], ledger_path: pathlib.Path, clock: Clock) -> bool:
+    """Run the steps of a kernel file that the ledger lacks, saving after each. Whether none is left."""
     meta = run.environment("cuda")
-    ledger = read_ledger(ledger_path)
-    ceilings: dict[str, float] | None = None
-    held = True
-    for number, kernel in enumerate(kernels, 1):
-        before = ledger["kernels"].get(kernel)
-        if not again and finished(before, kernel, meta["device"]):
-            print(f"[{number}/{len(kernels)}] {kernel}: already verified in this state on {meta['device']}")
-            held &= passed(before)
-            continue
-        print(f"[{number}/{len(kernels)}] {kernel}", flush=True)
+    entry = ledger["kernels"].get(kernel)
+    if not begun(entry, kernel, meta["device"]):
         versions = ("rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
-        entry: dict[str, Any] = {
+        entry = {
             "sources": kernel_sources(kernel, ROOT),  # before the tests: an edit meanwhile shows as a change
             "gpu": meta["device"],
             "date": meta["date"],
             "git": meta["git"],
             "versions": {key: meta[key] for key in versions},
-            "tests": run_tests(kernel),
+            "tests": None,
+            "sanitizer": {},
             "figures": [],
+            "seconds": {},
             "complete": False,
         }
+    by_name = {case.name: case for case in cases_of(kernel)}
+    for step in steps_of(kernel):
+        if step in entry["seconds"]:
+            continue
+        if clock.over:
+            return False
+        print(f"  {step}", flush=True)
+        start = time.monotonic()
+        if step == "tests":
+            entry["tests"] = run_tests(kernel)
+        elif step in sanitizer.TOOLS:
+            entry["sanitizer"][step] = sanitizer.check(step, tests_of(kernel))
+        else:
+            if "ceilings" not in ledger or ledger["ceilings"]["gpu"] != meta["device"]:
+                ledger["ceilings"] = {"gpu": meta["device"], "bytes_per_s": timing.ceilings("cuda")}
+            copy = ledger["ceilings"]["bytes_per_s"]["copy"]
+            entry["figures"].append(run_figures(kernel, by_name[step], copy))
+        entry["seconds"][step] = round(time.monotonic() - start, 1)
         ledger["kernels"][kernel] = entry
         report.write_json(ledger_path, ledger)
-        ceilings = ceilings or timing.ceilings("cuda")
-        for case in cases_of(kernel):
-            print(f"  {case.name}", flush=True)
-            entry["figures"].append(run_figures(kernel, case, ceilings["copy"]))
-            report.write_json(ledger_path, ledger)
-        entry["complete"] = True
+    entry["complete"] = True
+    report.write_json(ledger_path, ledger)
+    return True
+
+
+def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool, minutes: float | None = None) -> int:
+    """Verify kernel files one by one, then the suite beside its peers. Returns the command's exit status."""
+    clock = Clock(minutes)
+    gpu = run.environment("cuda")["device"]
+    ledger = read_ledger(ledger_path)
+    if again:  # said once, so that a run that is cut off goes on without it
+        ledger["kernels"] = {name: entry for name, entry in ledger["kernels"].items() if name not in kernels}
+        ledger.pop("suite", None)
         report.write_json(ledger_path, ledger)
-        held &= passed(entry)
-    return held
+    held = True
+    for number, kernel in enumerate(kernels, 1):
+        before = ledger["kernels"].get(kernel)
+        if finished(before, kernel, gpu):
+            print(f"[{number}/{len(kernels)}] {kernel}: already verified in this state on {gpu}")
+        else:
+            print(f"[{number}/{len(kernels)}] {kernel}", flush=True)
+            if not verify_kernel(kernel, ledger, ledger_path, clock):
+                return UNFINISHED
+        held &= passed(ledger["kernels"][kernel])
+    meta = run.environment("cuda")
+    now = {"gpu": gpu, "git": meta["git"], "rl4llm_fast": meta["rl4llm_fast"]}
+    if ledger.get("suite") != now:
+        if clock.over or not run_suite(min(SUITE_MINUTES, clock.minutes_left)):
+            return UNFINISHED
+        ledger["suite"] = now
+        report.write_json(ledger_path, ledger)
+    return HELD if held else FAILED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.verify", description="Verify the GPU kernels here.")
-    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what would run and for how long, and stop")
     parser.add_argument("--kernel", nargs="+", metavar="PATH", help="only these kernel files")
-    parser.add_argument("--again", action="store_true", help="also those already verified in their present state")
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no step after M minutes; run again to go on")
+    parser.add_argument("--again", action="store_true", help="forget what the ledger knows of them, and start over")
     arguments = parser.parse_args(argv)
     known = kernel_files(ROOT)
     kernels = arguments.kernel or known
@@ -195,16 +307,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--kernel: wanted files among {', '.join(known)}, got {', '.join(unknown)}")
     if arguments.plan:
-        print(plan(kernels))
-        return 0
+        print(plan(kernels, read_ledger(LEDGER)))
+        return HELD
     if not torch.cuda.is_available():
         print(
             "verification needs a GPU, and torch sees none here; the ledger is as it was (--plan shows what would run)"
         )
-        return 2
-    held = verify(kernels, LEDGER, arguments.again)
+        return NO_GPU
+    status = verify(kernels, LEDGER, arguments.again, arguments.minutes)
     print("\n".join(ledger_lines("")))
-    return 0 if held else 1
+    if status == UNFINISHED:
+        print("steps are left: the same command (without --again) goes on")
+    return status
 
 
 if __name__ == "__main__":

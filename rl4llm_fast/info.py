@@ -106,6 +106,9 @@ def _status(path: str, entry: dict[str, Any] | None, root: pathlib.Path) -> Kern
         return KernelStatus(
             path, "failed", f"{tests['failed']} of {tests['failed'] + tests['passed']} tests FAILED {where}"
         )
+    for tool, found in entry.get("sanitizer", {}).items():
+        if found["status"] not in ("clean", "absent"):
+            return KernelStatus(path, "failed", f"{tool} FAILED {where}")
     if not tests["passed"]:
         return KernelStatus(path, "never", f"no test covered it {where}")
     return KernelStatus(path, "verified", f"verified {where} ({tests['passed']} tests)")

@@ -9,10 +9,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import rl4llm_fast as rf
-from bench import verify
 from rl4llm_fast import dispatch
 from rl4llm_fast.info import (
     Report,
@@ -148,95 +146,3 @@ def test_info_works_without_extension_and_triton() -> None:
     assert done.returncode == 0, done.stderr
     assert "RL4LLM_FAST_NO_EXT=1 is set" in done.stdout
     assert "not triton: triton is not installed" in done.stdout
-
-
-# --- verification
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_verify_leaves_the_ledger_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ledger = tmp_path / "verified.json"
-    monkeypatch.setattr(verify, "LEDGER", ledger)
-    assert verify.main([]) == 2
-    assert "needs a GPU" in capsys.readouterr().out
-    assert not ledger.exists()
-
-
-def test_the_plan_names_tests_and_cases() -> None:
-    text = verify.plan(["kernels/token_logprobs.py", "csrc/cuda/token_loss.cu", "kernels/new.py"])
-    assert text.startswith("kernels/token_logprobs.py  (backend triton)\n")
-    assert "  tests: pytest tests/test_gpu.py -m gpu -k 'triton or not cuda'\n" in text
-    assert "case:  token_logprobs_entropy/forward/bf16/8192x151936" in text
-    assert "tests/test_losses.py -m gpu -k 'not triton'" in text
-    assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
-    assert "tests/test_gpu_new.py -m gpu -k 'triton or not cuda'   (there is no such file" in text
-    assert "case:  none in the suite gpu yet" in text
-
-
-@pytest.mark.parametrize(
-    ("kernel", "mine", "other"),
-    [("kernels/token_logprobs.py", "triton", "cuda"), ("csrc/cuda/token_logprobs.cu", "cuda", "triton")],
-)
-def test_the_tests_of_a_kernel_are_found_and_name_its_backend(kernel: str, mine: str, other: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *verify.tests_of(kernel)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    collected = [line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line]
-    assert sum(mine in parameters for parameters in collected) > 50
-    assert not any(other in parameters for parameters in collected)
-
-
-def test_a_kernel_without_a_test_file_has_no_passed_test() -> None:
-    assert verify.run_tests("kernels/no_such_kernel.py")["passed"] == 0
-
-
-def test_junit_results_are_counted(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase classname="t" name="a"/>'
-        '<testcase classname="t" name="b"><failure/></testcase>'
-        '<testcase classname="t" name="c"><skipped/></testcase><testcase classname="t" name="d"><error/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    tests = verify.parse_junit(path)
-    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 2, 1)
-    assert tests["names"] == ["t::a"]
-    assert tests["failures"] == ["t::b", "t::d"]
-
-
-def test_verify_saves_after_each_kernel_and_goes_on_where_it_stopped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
-    for name in ("a", "b"):
-        path = tmp_path / "kernels" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"def {name}_fwd_kernel(x_ptr):\n    pass\n")
-    ledger = tmp_path / "verified.json"
-    kernels = ["kernels/a.py", "kernels/b.py"]
-    tested: list[str] = []
-    broken = True
-
-    def run_tests(kernel: str) -> dict[str, object]:
-        tested.append(kernel)
-        if broken and kernel == "kernels/b.py":
-            raise KeyboardInterrupt
-        return {"passed": 3, "failed": 0, "skipped": 0, "names": [], "failures": []}
-
-    keys = ("gpu", "date", "git", "rl4llm_fast", "torch", "triton", "python", "cuda", "driver")
-    monkeypatch.setattr(verify, "ROOT", tmp_path)
-    monkeypatch.setattr(verify, "run_tests", run_tests)
-    monkeypatch.setattr(verify.run, "environment", lambda device: {**dict.fromkeys(keys, "2026-01-01"), "device": "X"})
-    monkeypatch.setattr(verify.timing, "ceilings", lambda device: {"copy": 1.0})
-    with pytest.raises(KeyboardInterrupt):
-        verify.verify(kernels, ledger, again=False)
-    assert json.loads(ledger.read_text())["kernels"]["kernels/a.py"]["complete"]
-    broken = False
-    assert verify.verify(kernels, ledger, again=False)
-    assert tested == ["kernels/a.py", "kernels/b.py", "kernels/b.py"]  # a was not run again
-    (tmp_path / "kernels" / "a.py").write_text("def a_fwd_kernel(y_ptr):\n    pass\n")
-    assert verify.verify(kernels, ledger, again=False)
-    assert tested[3:] == ["kernels/a.py"]
-    verify.verify(kernels, ledger, again=True)
-    assert tested[4:] == kernels
