@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from .distributed import say
 from .settings import RunConfig
 from .tasks import prompt_token_ids
 
@@ -92,7 +93,7 @@ def _encoded(
             refused.append(f"  line {line}: {error}")
     if refused:
         more = [f"  and {len(refused) - 5} more"] if len(refused) > 5 else []
-        print("\n".join([f"{name}: {len(refused)} of {len(numbered)} rows cannot be used", *refused[:5], *more]))
+        say("\n".join([f"{name}: {len(refused)} of {len(numbered)} rows cannot be used", *refused[:5], *more]))
     if not found:
         raise ValueError(f"{name}: none of {len(numbered)} rows can be used" + "".join("\n" + r for r in refused[:5]))
     return found

@@ -41,8 +41,7 @@ class DPOConfig(ReferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Their likelihood term is a mean over the tokens of the whole batch, which its parts do not know.
-        whole = self.loss == "orpo" or (self.loss == "cpo" and self.loss_options.get("nll") == "token")
+        whole = self.over_all_tokens
         self.wanted(not whole or self.micro_batch_size == 0, "micro_batch_size", f"0 for {self.loss} over tokens")
         numbers = all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in self.aspect_weights)
         self.wanted(numbers, "aspect_weights", "numbers")
@@ -53,6 +52,11 @@ class DPOConfig(ReferenceConfig):
             self.wanted(self.segment_scores == "row", "segment_scores", f"'row' for {self.loss}, which has no segments")
             self.wanted(not self.aspect_weights, "aspect_weights", f"none for {self.loss}, which has no segments")
             self.wanted(self.score_max == 0, "score_max", f"0 for {self.loss}, which has no segments")
+
+    @property
+    def over_all_tokens(self) -> bool:
+        """Whether the likelihood term is a mean over the tokens of the whole batch, which its parts do not know."""
+        return self.loss == "orpo" or (self.loss == "cpo" and self.loss_options.get("nll") == "token")
 
 
 @dataclass
@@ -113,6 +117,7 @@ class DPOTrainer(ReferenceTrainer):
         pair = Pair([0], [0], [0], segments=(segment, segment))
         self._pair_loss([pair], one, one if self.with_reference else None)  # a wrong knob shows before the work
         super().__init__(c, model, tokenizer)
+        c.wanted(self.ranks.size == 1 or not c.over_all_tokens, "loss", "a mean over pairs, with several processes")
         if c.loss == "2d_dpo":
             self.segmenter = Segmenter(self.tokenizer, c.segment_scores, c.aspect_weights, c.score_max)
         self.read_data(rows, heldout_rows)

@@ -89,6 +89,7 @@ class GRPOTrainer(Trainer):
     """The loop behind ``train_grpo``."""
 
     name = "GRPO"
+    many_processes = True
 
     def __init__(
         self,
@@ -156,6 +157,7 @@ class GRPOTrainer(Trainer):
             return evaluate(
                 self.policy, self.task.heldout, self.task.reward, tokenizer=self.tokenizer, end_ids=self.end_ids,
                 max_new_tokens=self.config.max_new_tokens, batch_size=self.config.sampling_batch_size,
+                ranks=self.ranks,
             )  # fmt: skip
 
     def step(self, step: int) -> dict[str, Any]:
@@ -220,28 +222,32 @@ class GRPOTrainer(Trainer):
             return sample(
                 self.policy, prompts, group_size=c.group_size, max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
                 temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=self.generator,
-                batch_size=c.sampling_batch_size,
+                batch_size=c.sampling_batch_size, ranks=self.ranks,
             )  # fmt: skip
 
     def score(self, examples: Sequence[Example], rollout: Rollout) -> tuple[list[float], list[dict[str, float]]]:
         """The reward of each answer, and what each rule gave to it."""
-        found = []
-        for i, answer in enumerate(rollout.answers):
+
+        def one(i: int) -> tuple[float, dict[str, float]]:
+            answer = rollout.answers[i]
             completion = completion_of(answer, self.end_ids, self.tokenizer)
-            seen = Sample(examples[i // rollout.group_size], completion, len(answer), rollout.ended[i])
-            found.append(self.rewards.score(seen))
+            return self.rewards.score(
+                Sample(examples[i // rollout.group_size], completion, len(answer), rollout.ended[i])
+            )
+
+        found = self.ranks.map(one, range(len(rollout.answers)))
         return [total for total, _ in found], [trace for _, trace in found]
 
     def score_steps(self, examples: Sequence[Example], rollout: Rollout) -> list[Steps]:
         """The steps of each answer with their rewards."""
-        assert self.step_reward is not None
-        return [
-            score_steps(
-                self.step_reward, examples[i // rollout.group_size], answer, self.tokenizer,
-                self.config.step_separator, self.end_ids,
-            )
-            for i, answer in enumerate(rollout.answers)
-        ]  # fmt: skip
+        judge, separator = self.step_reward, self.config.step_separator
+        assert judge is not None
+
+        def one(i: int) -> Steps:
+            example = examples[i // rollout.group_size]
+            return score_steps(judge, example, rollout.answers[i], self.tokenizer, separator, self.end_ids)
+
+        return self.ranks.map(one, range(len(rollout.answers)))
 
     def advantages(self, rewards: list[float], steps: Sequence[Steps]) -> Tensor:
         """From the answers' rewards, (B,), or from those of their steps, (B, T)."""
@@ -261,7 +267,8 @@ class GRPOTrainer(Trainer):
         if not self.config.log_samples:
             return
         if self.samples is None:
-            self.samples = History(Path(self.config.output_dir) / "samples.jsonl", keep_steps=step - 1)
+            path = Path(self.config.output_dir) / "samples.jsonl"
+            self.samples = History(path, keep_steps=step - 1, write=self.ranks.first)
         rollout = batch.rollout
         for i, answer in enumerate(rollout.answers[: self.config.log_samples]):
             prompt = rollout.prompts[i // rollout.group_size]
@@ -299,10 +306,10 @@ class GRPOTrainer(Trainer):
                 if not index:  # nothing to learn from: no step, not even of the momentum
                     continue
                 loss = self._accumulate(batch, index, old, reference, averages)
-                metrics = {"loss": loss, "ratio_max": averages.largest("ratio_max")}
+                metrics = {"loss": loss, "ratio_max": max(self.ranks.gather([averages.largest("ratio_max")]))}
                 norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
                 averages.add({"loss": torch.tensor(loss)}, 1)
-        result = averages.result()
+        result = averages.result(self.ranks)
         skipped = sum(not math.isfinite(norm) for norm in norms)
         return {**result, "grad_norm": float(np.mean(norms)) if norms else 0.0, "updates_skipped": float(skipped),
                 "learning_rate": learning_rate(c, step)}  # fmt: skip
@@ -337,7 +344,7 @@ class GRPOTrainer(Trainer):
             if sampled is not None:  # what bf16 and the cache make of the same weights
                 averages.add({"sampler_gap": (logp.detach() - sampled).abs().mean()}, sum(lengths))
             total += float(loss.detach())
-        return total
+        return self.ranks.sum(total)
 
     def _logprobs(
         self, policy: Policy, batch: Batch, index: list[int], mark: Callable[[str], None], *, entropy: bool = False
@@ -356,6 +363,9 @@ class GRPOTrainer(Trainer):
                 logp, _ = self._logprobs(policy, batch, micro, lambda phase: None)
             for i, own in zip(micro, logp.split([len(batch.rollout.answers[i]) for i in micro]), strict=True):
                 found[i] = own
+        if self.ranks.size > 1:
+            for i, logp in self.ranks.gather([(i, found[i].cpu()) for i in self.ranks.share(index)]):
+                found[i] = logp
         self.phases.mark("logprobs")
         return found
 

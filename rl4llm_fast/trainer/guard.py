@@ -33,12 +33,10 @@ def gradient_problem(norm: float, names: list[str], count: int) -> str:
     return f"the gradient is not finite in {len(names)} of {count} parameters: {names[0]}{more}"
 
 
-def save_batch(folder: Path, step: int, problem: str, metrics: Mapping[str, float], batch: Any, rank: int = 0) -> Path:
+def save_batch(path: Path, step: int, problem: str, metrics: Mapping[str, float], batch: Any) -> None:
     """Write what the step was made of: tensors and plain values, for ``torch.load(path, weights_only=True)``."""
-    path = folder / "diverged" / (f"step-{step}.pt" if rank == 0 else f"step-{step}-rank-{rank}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"step": step, "problem": problem, "metrics": dict(metrics), "batch": _plain(batch)}, path)
-    return path
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import Row, answer_token_ids, check_length, digest, field_of, load_rows, prompt_of
+from .distributed import say
 from .metrics import plot_curves
 from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
 from .run import TrainResult
@@ -92,7 +93,7 @@ class KTOTrainer(ReferenceTrainer):
             _mismatch(part, c.max_length)
         self.data_key = digest(*map(asdict, self.train))
         if warning := weight_warning(self.train, c.lambda_d, c.lambda_u):
-            print(warning)
+            say(warning)
         self.z = torch.zeros((), device=self.device)
         self.share = 1.0  # of the desirable among the rows that ``z`` is of
         self.set_up()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Ranks
+
 PHASES = ("sample", "reward", "logprobs", "forward", "loss", "backward", "optimizer")
 
 
@@ -50,16 +52,26 @@ class Averages:
         values = [value.float() for value, _ in self._values.get(name, ())]
         return float(torch.stack(values).max()) if values else -math.inf
 
-    def result(self) -> dict[str, float]:
+    def result(self, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
+        """Over the micro-batches of all processes."""
+        own: list[tuple[str, list[float], list[float]]] = []
+        for key, pairs in self._values.items():
+            stacked = torch.stack([v.float() for v, _ in pairs])  # one copy off the device for a metric
+            own.append((key, stacked.tolist(), [weight for _, weight in pairs]))
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for name, more, counts in ranks.gather(own):
+            known = found.setdefault(name, ([], []))
+            known[0].extend(more)
+            known[1].extend(counts)
         out = {}
-        for name, pairs in self._values.items():
-            values = torch.stack([v.float() for v, _ in pairs]).cpu()  # one copy off the device for a metric
+        for name, (numbers, counts) in found.items():
+            values = torch.tensor(numbers)
             if name.endswith("_min"):
                 out[name] = float(values.min())
             elif name.endswith("_max"):
                 out[name] = float(values.max())
             else:
-                weights = torch.tensor([w for _, w in pairs])
+                weights = torch.tensor(counts)
                 out[name] = float((values * weights).sum() / weights.sum())
         return out
 
@@ -71,14 +83,17 @@ class History:
     again are marked as overtaken.
     """
 
-    def __init__(self, path: Path, keep_steps: int, *, events: bool = False) -> None:
+    def __init__(self, path: Path, keep_steps: int, *, events: bool = False, write: bool = True) -> None:
         self.path = path
+        self.write = write  # False: in memory only, for processes beside the first
         self.events: Any = None
+        self.rows: list[dict[str, Any]] = []
+        if not write:
+            return
         if events:
             from torch.utils.tensorboard import SummaryWriter
 
             self.events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=keep_steps + 1)
-        self.rows: list[dict[str, Any]] = []
         if keep_steps and path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -94,6 +109,8 @@ class History:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        if not self.write:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             # JSON has no NaN: a reader in another language must be able to parse the file.
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import Ranks
 from .settings import RunConfig
 
 
@@ -16,12 +17,21 @@ class MasterAdamW:
 
     lr = 1e-5 times a normalised update is below a bf16 weight's last place: without a master most updates would round
     away. A hook adds each bf16 gradient to the fp32 one as soon as it is complete and frees it, so accumulation over
-    micro-batches is in fp32 and only one set of gradients is alive.
+    micro-batches is in fp32 and only one set of gradients is alive. Of several processes each has its share of a step's
+    gradients; they are added up before the step, after which all hold the same weights.
     """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: none of its parameters requires a gradient")
@@ -71,6 +81,7 @@ class MasterAdamW:
                 master.grad.zero_()  # this step gave it no gradient
             elif master is parameter and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add_up(m.grad for m in self.masters if m.grad is not None)
         norm = float(nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
         if math.isfinite(norm):
             if 0 < max_grad_norm < norm:

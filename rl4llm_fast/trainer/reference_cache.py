@@ -13,6 +13,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 
 from .data import digest
+from .distributed import Ranks
 from .policy import Policy
 
 
@@ -50,30 +51,36 @@ def cached_logprobs(
     batch_size: int,
     *,
     progress: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> list[Tensor]:
     """One tensor an answer, on the CPU. The file's name is a digest of the weights, the precision and the data.
 
-    A file that is cut short is not there: it gets its name when it is whole.
+    A file that is cut short is not there: it gets its name when it is whole. Each of several processes computes its
+    share.
     """
     from tqdm.auto import tqdm
 
     lengths = [len(answer) for answer in answers]
     key = digest(_weights_digest(policy), policy.autocast, list(prompts), list(answers))
     path = folder / f"{key[:32]}.pt"
-    if path.is_file():
+    if ranks.of_first(path.is_file()):
         packed: Tensor = torch.load(path, weights_only=True)
         return list(packed.split(lengths))
-    found = []
-    with tqdm(total=len(answers), desc="reference", unit="answer", disable=not progress, ncols=90) as bar:
-        for start in range(0, len(answers), batch_size):
+    shown = progress and ranks.first
+    with tqdm(total=len(answers), desc="reference", unit="answer", disable=not shown, ncols=90) as bar:
+
+        def batch(start: int) -> Tensor:
             part = slice(start, start + batch_size)
-            found.append(answer_logprobs(policy, prompts[part], answers[part], groups[part]).float().cpu())
-            bar.update(len(answers[part]))
-    packed = torch.cat(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    torch.save(packed, partial)
-    partial.replace(path)
+            found = answer_logprobs(policy, prompts[part], answers[part], groups[part]).float().cpu()
+            bar.update(len(answers[part]) * ranks.size)
+            return found
+
+        packed = torch.cat(ranks.map(batch, range(0, len(answers), batch_size)))
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        torch.save(packed, partial)
+        partial.replace(path)
     return list(packed.split(lengths))
 
 

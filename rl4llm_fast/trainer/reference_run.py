@@ -14,6 +14,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 
 from .data import DataConfig
+from .distributed import Ranks
 from .layout import Layout
 from .policy import Policy
 from .reference_cache import answer_logprobs, cached_logprobs
@@ -74,7 +75,7 @@ class ReferenceTrainer(MeanLossTrainer):
         elif with_reference:
             self.precompute(self.drawn() + self.heldout)
         if c.heldout_kl and c.eval_every and self.heldout:
-            self.drift = Drift(self.policy)
+            self.drift = Drift(self.policy, self.ranks)
             with self.chosen_backend(), torch.no_grad():
                 for part in self.heldout_parts():
                     answer_logprobs(self.policy, *self.heldout_texts(part), tap=self.drift.keep)
@@ -88,7 +89,7 @@ class ReferenceTrainer(MeanLossTrainer):
         each = len(texts.answers) // max(len(rows), 1)
         size = each * (c.micro_batch_size or c.batch_size)
         with self.chosen_backend():
-            found = cached_logprobs(folder, self.policy, *texts, size, progress=c.progress)
+            found = cached_logprobs(folder, self.policy, *texts, size, progress=c.progress, ranks=self.ranks)
         for i, row in enumerate(rows):
             row.reference = tuple(found[each * i : each * (i + 1)])
 
@@ -124,7 +125,8 @@ class Drift:
     order.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.softcap = policy.softcap
         self.hidden: list[Tensor] = []
         self.head: tuple[Tensor, Tensor | None] | None = None
@@ -141,7 +143,7 @@ class Drift:
         """Passes within are measured; the function that it gives is their mean."""
         self.at, self.total, self.tokens, self.tap = 0, 0.0, 0, self._add
         try:
-            yield lambda: self.total / max(self.tokens, 1)
+            yield lambda: self.ranks.sum(self.total) / max(self.ranks.sum(self.tokens), 1)
         finally:
             self.tap = None
 

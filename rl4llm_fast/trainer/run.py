@@ -18,6 +18,7 @@ from torch import nn
 import rl4llm_fast as rf
 
 from . import checkpoint
+from .distributed import join
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
@@ -46,11 +47,15 @@ class Trainer:
     """
 
     name = "train"
+    many_processes = False  # whether torchrun may start several of it
     data_key = ""  # a digest of the rows, where a step's place in them is all that a checkpoint knows of the data
     optimizer: MasterAdamW
 
     def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
         require("transformers", "tqdm", extra="trainer")
+        self.ranks = join()
+        if self.ranks.size > 1 and not self.many_processes:
+            raise ValueError(f"train {self.name.lower()}: runs in one process, but {self.ranks.size} were started")
         if config.tensorboard:
             require("tensorboard", extra="tensorboard")
         random.seed(config.seed)
@@ -62,6 +67,7 @@ class Trainer:
             model, loaded = load_model(config.model, precision=config.precision, device=choose_device(config.device))
             tokenizer = tokenizer or loaded
         self.model: Any = model.eval()
+        self.ranks.copy_first([*model.parameters(), *model.buffers()])
         self.tokenizer = tokenizer
         if config.gradient_checkpointing:
             recompute_layers(self.model)
@@ -105,7 +111,10 @@ class Trainer:
 
     def make_optimizer(self, model: nn.Module) -> MasterAdamW:
         c = self.run_config
-        return MasterAdamW(model, lr=c.learning_rate, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay)
+        return MasterAdamW(
+            model, lr=c.learning_rate, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def run(self) -> TrainResult:
         """All steps, from the last checkpoint in ``output_dir`` where there is one."""
@@ -118,10 +127,15 @@ class Trainer:
             first = state["step"]
             self.load_state(state["optimizer"])
             checkpoint.restore_rng(state, self.generator)
-        history = History(folder / "metrics.jsonl", keep_steps=first, events=c.tensorboard)
+        if len(set(self.ranks.gather([first]))) > 1:
+            raise ValueError(f"output_dir: {folder} holds a checkpoint that only some of the processes see")
+        one = self.ranks.first  # the process that writes
+        history = History(folder / "metrics.jsonl", keep_steps=first, events=c.tensorboard, write=one)
         if first == 0 and c.eval_every and (row := self.before_first_step()):
             history.add({"step": 0, **row})
-        progress = tqdm(total=c.steps, initial=first, desc=self.name, unit="step", disable=not c.progress, ncols=90)
+        progress = tqdm(
+            total=c.steps, initial=first, desc=self.name, unit="step", disable=not (c.progress and one), ncols=90
+        )
         with progress:
             for step in range(first + 1, c.steps + 1):
                 row = self.step(step)
@@ -133,20 +147,22 @@ class Trainer:
                 if c.checkpoint_every and (step % c.checkpoint_every == 0 or step == c.steps):
                     self.save(step)
         history.close()
-        if c.progress and history.rows:
+        if c.progress and one and history.rows:
             print(phase_table(history.rows))
         self.finish()
-        if c.save_model:
+        if c.save_model and one:
             self.save_model(folder / "model")
-        self.plot(history.rows, folder)
+        if one:
+            self.plot(history.rows, folder)
         return TrainResult(self.model, self.tokenizer, history.rows, folder)
 
     def save(self, step: int) -> None:
-        path = Path(self.run_config.output_dir) / "checkpoint.pt"
-        checkpoint.save(
-            path, step=step, config=self.run_config, data_key=self.data_key, optimizer=self.state(),
-            generator=self.generator,
-        )  # fmt: skip
+        path, state = Path(self.run_config.output_dir) / "checkpoint.pt", self.state()
+        if self.ranks.first:
+            checkpoint.save(
+                path, step=step, config=self.run_config, data_key=self.data_key, optimizer=state,
+                generator=self.generator,
+            )  # fmt: skip
 
     def save_model(self, folder: Path) -> None:
         """The trained model and its tokenizer as a folder that is there whole or not at all."""
@@ -178,7 +194,9 @@ class Trainer:
                 problem = gradient_problem(norm, self.optimizer.nonfinite, len(self.optimizer.names))
         self.phases.mark("optimizer")
         if problem and c.on_divergence == "stop":
-            path = save_batch(Path(c.output_dir), step, problem, metrics, batch)
+            path = Path(c.output_dir) / "diverged" / f"step-{step}.pt"
+            if self.ranks.first:  # every process knows all of the batch
+                save_batch(path, step, problem, metrics, batch)
             raise Diverged(
                 f"step {step}: {problem}. The update was not taken and the batch lies in {path}; "
                 f"on_divergence=skip leaves such updates out and goes on from the last checkpoint"
@@ -201,7 +219,8 @@ class Trainer:
         }
 
     def micro_batches(self, items: Sequence[Item]) -> list[list[Item]]:
-        """``items`` in pieces of ``micro_batch_size``."""
+        """This process's share of ``items`` in pieces of ``micro_batch_size``."""
+        items = self.ranks.share(items)
         size = self.run_config.micro_batch_size or max(len(items), 1)
         return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
@@ -213,6 +232,7 @@ class Trainer:
 class MeanLossTrainer(Trainer):
     """A trainer whose loss and metrics are means over rows, in which every row counts the same."""
 
+    many_processes = True
     config: Any  # with batch_size
     train: list[Any]
     heldout: list[Any]
@@ -241,11 +261,11 @@ class MeanLossTrainer(Trainer):
             self.phases.mark("backward")
             averages.add(metrics, len(micro))
             total += share.detach()
-        return self.take_step(step, {"loss": float(total), **averages.result()}, batch)
+        return self.take_step(step, {"loss": self.ranks.sum(total), **averages.result(self.ranks)}, batch)
 
     def heldout_parts(self) -> list[list[Any]]:
-        size = self.config.micro_batch_size or self.config.batch_size
-        return [self.heldout[i : i + size] for i in range(0, len(self.heldout), size)]
+        size, own = self.config.micro_batch_size or self.config.batch_size, self.ranks.share(self.heldout)
+        return [own[i : i + size] for i in range(0, len(own), size)]
 
     @torch.no_grad()
     def heldout_row(self) -> dict[str, float]:
@@ -257,7 +277,7 @@ class MeanLossTrainer(Trainer):
         for part in self.heldout_parts():
             loss, metrics = self.loss(part)
             averages.add({"loss": loss, **metrics}, len(part))
-        return {f"heldout_{name}": value for name, value in averages.result().items()}
+        return {f"heldout_{name}": value for name, value in averages.result(self.ranks).items()}
 
     def before_first_step(self) -> dict[str, float]:
         return self.heldout_row()

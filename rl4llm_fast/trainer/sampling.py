@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rl4llm_fast as rf
 
+from .distributed import Ranks
 from .policy import Policy
 from .tasks import Example, Reward, prompt_token_ids
 
@@ -40,11 +41,13 @@ def sample(
     greedy: bool = False,
     generator: torch.Generator | None = None,
     batch_size: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> Rollout:
     """Draw ``group_size`` answers to each prompt (token ids), or with ``greedy`` the likeliest token each time.
 
     Each prompt is read once; its cache is then copied for its answers. ``batch_size`` prompts at a time, 0: all.
-    The draw takes one number per answer and position from ``generator`` (CPU), whoever has ended already.
+    The draw takes one number per answer and position from ``generator`` (CPU), whoever has ended already. Each of
+    several processes answers its share of the prompts, with the numbers that one process would take; all get all.
     """
     rollout = Rollout(list(map(list, prompts)), group_size, [], [], [])
     step = batch_size or max(len(prompts), 1)
@@ -52,14 +55,40 @@ def sample(
     policy.model.eval()
     try:
         for start in range(0, len(prompts), step):
-            with policy.precision():
-                _sample_batch(
-                    policy, rollout, rollout.prompts[start : start + step], max_new_tokens, frozenset(end_ids),
-                    1.0 if greedy else temperature, top_p, top_k, greedy, generator,
-                )  # fmt: skip
+            batch = rollout.prompts[start : start + step]
+            own, uniforms = ranks.share(batch), _Uniforms(generator, len(batch), group_size, ranks)
+            part = Rollout(own, group_size, [], [], [])
+            if own:
+                with policy.precision():
+                    _sample_batch(
+                        policy, part, own, max_new_tokens, frozenset(end_ids), 1.0 if greedy else temperature, top_p,
+                        top_k, greedy, uniforms,
+                    )  # fmt: skip
+            uniforms.catch_up(max(ranks.gather([uniforms.taken])))
+            rollout.answers += ranks.gather(part.answers)
+            rollout.logprobs += ranks.gather(part.logprobs)
+            rollout.ended += ranks.gather(part.ended)
     finally:
         policy.model.train(training)
     return rollout
+
+
+class _Uniforms:
+    """Random numbers for a batch of answers, one an answer and position, of which a process keeps its own answers'."""
+
+    def __init__(self, generator: torch.Generator | None, prompts: int, group_size: int, ranks: Ranks) -> None:
+        own = ranks.cut(prompts)
+        self.generator, self.rows, self.taken = generator, prompts * group_size, 0
+        self.own = slice(own.start * group_size, own.stop * group_size)
+
+    def next(self) -> Tensor:
+        self.taken += 1
+        return torch.rand(self.rows, dtype=torch.float64, generator=self.generator)[self.own]
+
+    def catch_up(self, count: int) -> None:
+        """Take what the others have taken, so that all generators stand where that of one process would."""
+        while self.taken < count:
+            self.next()
 
 
 def _sample_batch(
@@ -72,7 +101,7 @@ def _sample_batch(
     top_p: float,
     top_k: int,
     greedy: bool,
-    generator: torch.Generator | None,
+    uniforms: _Uniforms,
 ) -> None:
     device, group_size = policy.device, rollout.group_size
     rows = len(prompts) * group_size
@@ -99,7 +128,7 @@ def _sample_batch(
     answers: list[list[int]] = [[] for _ in range(rows)]
     logprobs: list[list[float]] = [[] for _ in range(rows)]
     for t in range(max_new_tokens):
-        uniform = torch.rand(rows, dtype=torch.float64, generator=generator)[alive].to(device)
+        uniform = uniforms.next()[alive].to(device)
         chosen = _draw(policy, logits, uniform, temperature, top_p, top_k, greedy)
         logp = rf.token_logprobs(logits, chosen, temperature=temperature, softcap=policy.softcap)
         assert isinstance(logp, Tensor)
@@ -181,15 +210,17 @@ def evaluate(
     end_ids: Collection[int],
     max_new_tokens: int,
     batch_size: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008
 ) -> Evaluation:
     """Mean reward and accuracy of greedy answers to ``examples``."""
     if not examples:
         raise ValueError("examples: none to evaluate on")
     prompts = [prompt_token_ids(example, tokenizer) for example in examples]
     rollout = sample(
-        policy, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, greedy=True, batch_size=batch_size
-    )
+        policy, prompts, max_new_tokens=max_new_tokens, end_ids=end_ids, greedy=True, batch_size=batch_size,
+        ranks=ranks,
+    )  # fmt: skip
     completions = [completion_of(answer, end_ids, tokenizer) for answer in rollout.answers]
-    rewards = [float(reward(e, c)) for e, c in zip(examples, completions, strict=True)]
+    rewards = ranks.map(lambda i: float(reward(examples[i], completions[i])), range(len(completions)))
     accuracy = sum(r >= 1 for r in rewards) / len(rewards)
     return Evaluation(accuracy, sum(rewards) / len(rewards), completions, rollout)

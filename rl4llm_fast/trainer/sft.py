@@ -70,6 +70,7 @@ class SFTTrainer(Trainer):
     """The loop behind ``train_sft``."""
 
     name = "SFT"
+    many_processes = True
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class SFTTrainer(Trainer):
             loss.backward()
             self.phases.mark("backward")
             total += loss.detach()
-        return self.take_step(step, {"loss": float(total), "answer_tokens": tokens}, batch)
+        return self.take_step(step, {"loss": self.ranks.sum(total), "answer_tokens": tokens}, batch)
 
     def loss(self, examples: Sequence[Example], aggregation: str, *, num_tokens: int, num_sequences: int) -> Tensor:
         """The share of ``examples`` in the loss of a batch of ``num_tokens`` and ``num_sequences``."""
@@ -131,11 +132,11 @@ class SFTTrainer(Trainer):
         if not self.heldout:
             return {}
         tokens, total = sum(len(e.answer) for e in self.heldout), torch.zeros((), device=self.device)
-        size = self.config.micro_batch_size or self.config.batch_size
-        for start in range(0, len(self.heldout), size):
-            part = self.heldout[start : start + size]
+        size, own = self.config.micro_batch_size or self.config.batch_size, self.ranks.share(self.heldout)
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
             total += self.loss(part, "token_mean", num_tokens=tokens, num_sequences=len(self.heldout))
-        loss = float(total)
+        loss = self.ranks.sum(total)
         return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
 
     def before_first_step(self) -> dict[str, float]:

@@ -1,0 +1,100 @@
+"""A run over several processes, one a device, as torchrun starts them: who does what, and what they tell each other.
+
+Every process knows every row of a step and works on its share of them, normalised by the whole step: the shares of the
+loss add up to the loss of one process, and so do the gradients. They are added once a step, in fp32, just before the
+optimizer's step: simpler than overlapping them with the backward pass, and nothing on the way is averaged.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """The processes of a run; one, where nobody else is there."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and draws progress bars."""
+        return self.rank == 0
+
+    def cut(self, count: int) -> slice:
+        """This process's part of ``count`` things: a run of neighbours, as long as another's or one longer."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        return list(items[self.cut(len(items))])
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """Everybody's items, in the order of the ranks: what ``share`` took apart."""
+        if self.size == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """``function`` of each item; each process calls it on its share."""
+        return self.gather([function(item) for item in self.share(items)])
+
+    def sum(self, value: float | Tensor) -> float:
+        """The sum of everybody's value, in the order of the ranks: the same bits everywhere."""
+        return float(sum(self.gather([float(value)])))
+
+    def of_first(self, value: Item) -> Item:
+        """What the first process has there."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes the sum of everybody's."""
+        if self.size > 1:
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes the first process's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+
+def join() -> Ranks:
+    """The processes that torchrun started, or those of a process group that is there already; else this one alone."""
+    if not dist.is_available():
+        return Ranks()
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return Ranks()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    """Print it once, whatever the number of processes."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        print(text)

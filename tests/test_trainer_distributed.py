@@ -1,0 +1,128 @@
+"""Two processes on gloo, started as torchrun starts them, train as one does: the same losses, one set of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_data import demonstrations, pairs, settings
+from tiny_llama import PROMPTS, config, count_sevens, tiny_model
+
+from rl4llm_fast.trainer import DPOConfig, RMConfig, SFTConfig, train_dpo, train_grpo, train_rm, train_sft
+from rl4llm_fast.trainer.tasks import Task
+
+pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LENGTHS = dict.fromkeys(("checkpoint_every", "eval_every"), 2)
+
+
+def runs(folder: pathlib.Path):
+    """(name, function that trains) of each run; 3 rows a step, which two processes cannot share equally."""
+    sft = {"batch_size": 3, "micro_batch_size": 1, "steps": 4, "heldout": 5, "save_model": True, **LENGTHS}
+    yield (
+        "sft",
+        lambda: train_sft(SFTConfig(**settings(folder / "sft", **sft)), model=tiny_model(), rows=demonstrations()),
+    )
+    half = {**sft, "precision": "bf16", "aggregation": "seq_mean_token_mean", "packing": True}
+    yield (
+        "sft_bf16",
+        lambda: train_sft(
+            SFTConfig(**settings(folder / "sft_bf16", **half)),
+            model=tiny_model(dtype=torch.bfloat16),
+            rows=demonstrations(),
+        ),
+    )
+    yield (
+        "dpo",
+        lambda: train_dpo(
+            DPOConfig(**settings(folder / "dpo", **{**sft, "micro_batch_size": 0})), model=tiny_model(), rows=pairs()
+        ),
+    )
+    yield "rm", lambda: train_rm(RMConfig(**settings(folder / "rm", **sft)), model=tiny_model(), rows=pairs())
+    grpo = {
+        "steps": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": 5, "kl_coef": 0.01, "entropy_coef": 1e-3,
+        "advantage_scale": "batch", "prompts_per_step": 3, "sampling_batch_size": 2, **LENGTHS,
+    }  # fmt: skip
+    task = Task(train=PROMPTS, reward=count_sevens, heldout=[[1, 2], [3, 4], [5]])
+    yield "grpo", lambda: train_grpo(config(folder / "grpo", **grpo), model=tiny_model(), task=task)
+
+
+def rows_of(folder: pathlib.Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def start(processes: int, folder: pathlib.Path, port: int, *arguments: str) -> list[subprocess.Popen]:
+    environment = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), *arguments], text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+
+
+def finish(ranks: list[subprocess.Popen]) -> list[str]:
+    try:
+        texts = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, text in zip(ranks, texts, strict=True):
+        assert process.returncode == 0, text
+    return texts
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_train_as_one(tmp_path):
+    both = start(2, tmp_path / "two", free_port())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _, train in runs(tmp_path / "one"):
+            train()
+    finally:
+        torch.set_num_threads(threads)
+    finish(both)
+    for name, _ in runs(tmp_path):
+        one, two = rows_of(tmp_path / "one" / name), rows_of(tmp_path / "two" / name)
+        assert len(one) == len(two) >= 4, name
+        loose = "bf16" in name
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys(), name
+            for key, value in a.items():
+                wanted = pytest.approx(value, rel=2e-2 if loose else 1e-4, abs=2e-3 if loose else 2e-5)
+                assert b[key] == wanted, (name, a["step"], key)
+        weights = [
+            torch.load(tmp_path / count / name / "checkpoint.pt", weights_only=True)["optimizer"]["weights"]
+            for count in ("one", "two")
+        ]
+        for key in weights[0]:
+            torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=2e-2 if loose else 1e-4)
+    files = [{p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*")} for n in ("one", "two")]
+    assert {f for f in files[0] if "reference/" not in f} == {f for f in files[1] if "reference/" not in f}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for _, go in runs(pathlib.Path(sys.argv[1])):
+        go()
