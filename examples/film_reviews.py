@@ -80,7 +80,7 @@ def main(sdist: Path, folder: Path) -> None:
     # Every other sentence of either kind: answers to one prompt that are no pairs.
     labelled = [(s, True) for s in good[::2]] + [(s, False) for s in bad[1::2]]
     random.Random(1).shuffle(labelled)
-    openings = {" ".join(s.split()[:4]) for rating, s in rated if -1.5 < rating < 1.5 and len(s.split()) >= 8}
+    openings = {" ".join(s.split()[:4]) for rating, s, _ in rated if -1.5 < rating < 1.5 and len(s.split()) >= 8}
     files = {
         "answers": [{"prompt": PROMPT, "answer": s} for s in good],
         "pairs": [{"prompt": PROMPT, "chosen": w, "rejected": l} for w, l in zip(good, bad, strict=False)],

@@ -14,7 +14,17 @@ import torch.distributed as dist
 from tiny_data import demonstrations, pairs, settings
 from tiny_llama import PROMPTS, config, count_sevens, tiny_model
 
-from rl4llm_fast.trainer import DPOConfig, RMConfig, SFTConfig, train_dpo, train_grpo, train_rm, train_sft
+from rl4llm_fast.trainer import (
+    DPOConfig,
+    PPOConfig,
+    RMConfig,
+    SFTConfig,
+    train_dpo,
+    train_grpo,
+    train_ppo,
+    train_rm,
+    train_sft,
+)
 from rl4llm_fast.trainer.tasks import Task
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -51,6 +61,16 @@ def runs(folder: pathlib.Path):
     }  # fmt: skip
     task = Task(train=PROMPTS, reward=count_sevens, heldout=[[1, 2], [3, 4], [5]])
     yield "grpo", lambda: train_grpo(config(folder / "grpo", **grpo), model=tiny_model(), task=task)
+    ppo = {
+        "steps": 4, "batch_size": 3, "micro_batch_size": 1, "heldout": 0, "max_new_tokens": 4, "kl_target": 0.01,
+        "kl_every": 2, "trust_region": 0.05, "ptx_coef": 0.1, "ptx_batch_size": 3, "learning_rate": 3e-3, **LENGTHS,
+    }  # fmt: skip
+    for value in ("policy", "shared"):
+        cfg = PPOConfig(**settings(folder / f"ppo_{value}", **{**ppo, "value": value}))
+        yield (
+            f"ppo_{value}",
+            lambda cfg=cfg: train_ppo(cfg, model=tiny_model(), task=task, ptx_rows=demonstrations(8)),
+        )
 
 
 def rows_of(folder: pathlib.Path) -> list[dict]:
@@ -113,9 +133,10 @@ def test_two_processes_train_as_one(tmp_path):
                 wanted = pytest.approx(value, rel=2e-2 if loose else 1e-4, abs=2e-3 if loose else 2e-5)
                 assert b[key] == wanted, (name, a["step"], key)
         weights = [
-            torch.load(tmp_path / count / name / "checkpoint.pt", weights_only=True)["optimizer"]["weights"]
+            torch.load(tmp_path / count / name / "checkpoint.pt", weights_only=True)["optimizer"]
             for count in ("one", "two")
         ]
+        weights = [state.get("policy", state)["weights"] for state in weights]
         for key in weights[0]:
             torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=2e-2 if loose else 1e-4)
     files = [{p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*")} for n in ("one", "two")]

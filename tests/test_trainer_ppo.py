@@ -13,6 +13,7 @@ from tiny_llama import PROMPTS, count_sevens, tiny_model, weights
 import rl4llm_fast as rf
 from rl4llm_fast import cli
 from rl4llm_fast.trainer import PPOConfig, Task, fill, train_ppo
+from rl4llm_fast.trainer.guard import Diverged
 from rl4llm_fast.trainer.ppo import PPOTrainer
 from rl4llm_fast.trainer.reward_model import RewardModel
 from rl4llm_fast.trainer.tasks import prompt_token_ids
@@ -337,6 +338,19 @@ def test_functions_by_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, sources(reward=None), reward=name)
+
+
+def test_a_nan_stops_the_run_with_the_batch_saved(tmp_path):
+    trainer = trainer_of(tmp_path)
+    before = weights(trainer.model)
+    trainer.models.value_model.head.bias.data.fill_(math.nan)
+    with pytest.raises(Diverged, match=r"step 1: the loss is nan"):
+        trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer.model), strict=True))
+    batch = torch.load(tmp_path / "diverged" / "step-1.pt", weights_only=True)["batch"]
+    assert len(batch["answers"]) == 16
+    assert len(batch["index"]) == 8
+    assert batch["values"].isnan().all()
 
 
 # From the outside

@@ -72,6 +72,7 @@ class PPOTrainer(Trainer):
     """The loop behind ``train_ppo``."""
 
     name = "PPO"
+    many_processes = True
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class PPOTrainer(Trainer):
         if reward_model is not None:
             reward_model = reward_model.to(self.device)
             reward_model.autocast = c.precision == "autocast"
-        self.models = Models(c, self.model, reward_model)
+        self.models = Models(c, self.model, reward_model, self.ranks)
         self.policy = self.models.policy
         self.end_ids = end_token_ids(self.model, self.tokenizer)
         by_function = partial(function_scorer, tokenizer=self.tokenizer, end_ids=self.end_ids)
@@ -159,7 +160,7 @@ class PPOTrainer(Trainer):
         prompts = examples_of_step(self.train, step, self.config.batch_size, self.config.seed)
         with self.chosen_backend():
             rollout = self.sample(prompts, self.generator)
-            scores = self.score(prompts, rollout.answers)
+            scores = self.scored(self.score, prompts, rollout)
             self.phases.mark("reward")
             experience, judged = self.judge(rollout, scores)
             learned = self.update(experience, step)
@@ -184,10 +185,14 @@ class PPOTrainer(Trainer):
         rollout = sample(
             self.policy, [prompt.ids for prompt in prompts], max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
             temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=generator,
-            batch_size=c.sampling_batch_size,
+            batch_size=c.sampling_batch_size, ranks=self.ranks,
         )  # fmt: skip
         self.phases.mark("sample")
         return rollout
+
+    def scored(self, score: Scorer, prompts: Sequence[Prompt], rollout: Rollout) -> list[float]:
+        """Each process scores its share."""
+        return self.ranks.gather(score(self.ranks.share(prompts), self.ranks.share(rollout.answers)))
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, scores: list[float]) -> tuple[Experience, dict[str, float]]:
@@ -272,7 +277,7 @@ class PPOTrainer(Trainer):
             share = tokens / sum(lengths)  # losses are shares of the minibatch's: their mean by tokens becomes a sum
             metrics |= {"loss": loss * share, "value_loss": value_loss * share, "value_clip": fit["clip_fraction"]}
             averages.add(metrics, sum(lengths))
-        return averages.result()
+        return averages.result(self.ranks)
 
     def gradients_ptx(self, number: int) -> float:
         """Those of λ times the supervised loss (3) of the pre-training batch of an update, counted from 0 (14)."""
@@ -284,7 +289,7 @@ class PPOTrainer(Trainer):
             (c.ptx_coef * loss).backward()  # type: ignore[no-untyped-call]
             self.phases.mark("backward")
             total += float(loss.detach())
-        return total
+        return self.ranks.sum(total)
 
     @torch.no_grad()
     def adapt(self, e: Experience, step: int) -> dict[str, float]:
@@ -312,7 +317,7 @@ class PPOTrainer(Trainer):
         with self.chosen_backend():
             rollout = self.sample(self.heldout, torch.Generator().manual_seed(self.config.seed))
             e = Experience(rollout, self.device)
-            row = {name: float(np.mean(score(self.heldout, e.answers))) for name, score in self.heldout_scores.items()}
+            row = {k: float(np.mean(self.scored(s, self.heldout, rollout))) for k, s in self.heldout_scores.items()}
             if self.models.reference is not None:
                 both = (self.policy, self.models.reference)
                 e.logp, e.ref_logp = (self.models.logprobs(policy, e, self.parts(e)) for policy in both)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rl4llm_fast as rf
 
+from .distributed import Ranks
 from .layout import Layout, plain_layout
 from .model import recompute_layers
 from .policy import Policy
@@ -54,8 +55,9 @@ class Models:
 
     value_model: ValueModel | None = None
 
-    def __init__(self, config: PPOConfig, model: Any, reward_model: RewardModel | None) -> None:
+    def __init__(self, config: PPOConfig, model: Any, reward_model: RewardModel | None, ranks: Ranks) -> None:
         self.temperature = config.temperature
+        self.ranks = ranks
         autocast = config.precision == "autocast"
         self.policy = Policy(model, autocast=autocast, layout="plain")
         if self.policy.decoder is None:
@@ -81,8 +83,8 @@ class Models:
 
     @torch.no_grad()
     def look(self, e: Experience, parts: Sequence[list[int]]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """log π, log π_ref and V of every token, the answers ``parts`` (in their order) a forward pass."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        """log π, log π_ref and V of every token; ``parts``: this process's answers in order, one forward pass each."""
+        found: list[Tensor] = []
         for part in parts:
             layout = e.layout(part).to(self.policy.device)
             with self.policy.precision():
@@ -91,19 +93,25 @@ class Models:
                 ref = logp
                 if self.reference is not None:
                     ref = self._logprobs(self.reference, layout, *self.reference.head_inputs(layout))
-            found.append((logp, ref, self.values(layout, hidden)))
-        logp, ref, values = (torch.cat(tensors).float() for tensors in zip(*found, strict=True))
+            found.append(torch.stack([logp, ref, self.values(layout, hidden)]))
+        logp, ref, values = self._whole(found)
         return logp, None if self.reference is None else ref, values
 
     @torch.no_grad()
     def logprobs(self, policy: Policy, e: Experience, parts: Sequence[list[int]]) -> Tensor:
-        """log-probabilities (N,) of every token under ``policy`` as it is now."""
-        found = []
+        """log-probabilities (N,) of every token under ``policy`` as it is now; ``parts`` as in ``look``."""
+        found: list[Tensor] = []
         for part in parts:
             layout = e.layout(part).to(policy.device)
             with policy.precision():
                 found.append(self._logprobs(policy, layout, *policy.head_inputs(layout)))
-        return torch.cat(found).float()
+        return self._whole(found)
+
+    def _whole(self, own: list[Tensor]) -> Tensor:
+        """This process's tokens and the others', the last dimension, in the order of the answers."""
+        if self.ranks.size > 1:
+            own = [tensor.to(self.policy.device) for tensor in self.ranks.gather([tensor.cpu() for tensor in own])]
+        return torch.cat(own, -1)
 
     def supervised_loss(self, rows: Sequence[tuple[list[int], list[int]]], *, num_tokens: int) -> Tensor:
         """The share of ``rows``, prompts and answers, in the mean loss of ``num_tokens`` tokens of answers (3)."""
