@@ -133,3 +133,14 @@ def test_what_is_refused(tmp_path):
         trainer_of(tmp_path, rows=[{"prompt": [1], "chosen": [2, END], "rejected": [2, END]}], strict=True)
     with pytest.raises(ValueError, match="rejected: missing"):
         trainer_of(tmp_path, rows=[{"prompt": [1], "chosen": [2, END]}], strict=True)
+
+
+def test_on_repeated_pairs_ipo_settles_where_dpo_grows(tmp_path):
+    # Survey §5.2.9: the margin β·h of IPO comes to rest at its target ½; DPO's has none.
+    changes = {"heldout": 0, "batch_size": 4, "steps": 60, "learning_rate": 2e-3}
+    margins = {
+        loss: [row["margin"] for row in run(tmp_path / loss, rows=pairs(4), loss=loss, **changes).history]
+        for loss in ("ipo", "dpo")
+    }
+    assert all(abs(margin - 0.5) < 0.05 for margin in margins["ipo"][-20:])
+    assert margins["dpo"][-1] > margins["dpo"][-20] + 0.05 > 1.0
