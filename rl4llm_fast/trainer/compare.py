@@ -152,7 +152,9 @@ def _peak(device: torch.device) -> int:
 
 def _work(name: str, path: Path) -> None:
     stored = json.loads(path.read_text(encoding="utf-8"))
-    settings: dict[str, Any] = stored["config"] | {"backend": "eager" if name == "eager" else "auto", "progress": False}
+    settings: dict[str, Any] = stored["config"] | {"progress": False}
+    if name == "eager":
+        settings |= {"backend": "eager", "head": "logits"}
     kept = stored["batch"]
     batch = Batch(Rollout(**kept["rollout"]), kept["rewards"], torch.tensor(kept["advantages"]))
     # The batch is given, so nothing is sampled and no task has to be built.

@@ -57,6 +57,7 @@ class GRPOConfig(RunConfig):
     epochs: int = 1  # passes over each batch
     minibatches: int = 1  # optimizer steps a pass
     layout: str = "auto"  # shared: one copy of every prefix that answers share | plain: one row an answer
+    head: str = "auto"  # the loss from hidden states, or from logits | auto: see GRPOTrainer.from_hidden
 
     # The run
     output_dir: str = "runs/grpo"
@@ -65,6 +66,7 @@ class GRPOConfig(RunConfig):
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "layout": ("auto", "shared", "plain"),
+        "head": ("auto", "hidden", "logits"),
         "advantage_scale": ("group", "batch", "none"),
         "advantage_baseline": ("mean", "leave_one_out"),
         "old_logprobs": ("policy", "sampler"),

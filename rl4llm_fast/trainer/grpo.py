@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
+from ..chunked import chunk_rule
 from .config import GRPOConfig
+from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .model import end_token_ids
 from .named import named_function
-from .objective import check_objective, objective, silent_at_zero
+from .objective import Head, check_objective, objective, silent_at_zero
 from .optimizer import learning_rate
 from .policy import Policy
 from .rewards import Rewards, Sample, make_rewards, of_function, r1_zero_task, trace_means
@@ -333,26 +335,51 @@ class GRPOTrainer(Trainer):
             lengths = [len(answers[i]) for i in micro]
             sampled = _packed(sampler, micro, device)
             with self.chosen_backend():
-                logp, entropy = self._logprobs(self.policy, batch, micro, self.phases.mark, entropy=c.entropy_coef != 0)
-                loss, metrics = objective(
-                    c, logp, _packed(old, micro, device), batch.advantages_of(micro).to(device), lengths, num_tokens,
-                    num_sequences, ref_logp=_packed(reference, micro, device), entropy=entropy, sampled=sampled,
-                )  # fmt: skip
+                layout = self._layout(self.policy, batch, micro)
+                source: Tensor | Head
+                if self.from_hidden(layout):
+                    source, entropy = self._head(layout), None
+                else:
+                    source, entropy = self.policy.token_logprobs(
+                        layout, temperature=c.temperature, return_entropy=c.entropy_coef != 0, mark=self.phases.mark
+                    )
+                with self.policy.precision():
+                    loss, metrics = objective(
+                        c, source, _packed(old, micro, device), batch.advantages_of(micro).to(device), lengths,
+                        num_tokens, num_sequences, ref_logp=_packed(reference, micro, device), entropy=entropy,
+                        sampled=sampled,
+                    )  # fmt: skip
+                self.phases.mark("loss")
                 loss.backward()
             self.phases.mark("backward")
             averages.add(metrics, sum(lengths))
-            if sampled is not None:  # what bf16 and the cache make of the same weights
-                averages.add({"sampler_gap": (logp.detach() - sampled).abs().mean()}, sum(lengths))
+            if sampled is not None and isinstance(source, Tensor):  # what bf16 and the cache make of the same weights
+                averages.add({"sampler_gap": (source.detach() - sampled).abs().mean()}, sum(lengths))
             total += float(loss.detach())
         return self.ranks.sum(total)
 
-    def _logprobs(
-        self, policy: Policy, batch: Batch, index: list[int], mark: Callable[[str], None], *, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def from_hidden(self, layout: Layout) -> bool:
+        """Whether the loss is made from hidden states, chunk by chunk: the setting ``head``.
+
+        With "auto" where the logits would be larger than one chunk's workspace. Smaller ones are overwritten by their
+        gradient, and need no second accumulator of the head's; predictions that answers share are then made once.
+        """
+        if self.config.head != "auto" or not self.policy.has_linear_head:
+            return self.config.head == "hidden"
+        weight = self.policy.head.weight
+        dtype = torch.bfloat16 if self.policy.autocast else weight.dtype
+        return len(layout.source) > chunk_rule(weight.shape[0], dtype, weight.device.type)
+
+    def _head(self, layout: Layout) -> Head:
+        with self.policy.precision():
+            hidden, weight, bias = self.policy.head_inputs(layout)
+        self.phases.mark("forward")
+        return Head(hidden[layout.prediction], weight, bias, layout.token_ids[layout.prediction], self.policy.softcap)
+
+    def _layout(self, policy: Policy, batch: Batch, index: list[int]) -> Layout:
         rollout = batch.rollout
         groups = [i // rollout.group_size for i in index]
-        layout = policy.choose_layout([rollout.prompts[g] for g in groups], [rollout.answers[i] for i in index], groups)
-        return policy.token_logprobs(layout, temperature=self.config.temperature, return_entropy=entropy, mark=mark)
+        return policy.choose_layout([rollout.prompts[g] for g in groups], [rollout.answers[i] for i in index], groups)
 
     @torch.no_grad()
     def _logprobs_without_grad(self, policy: Policy, batch: Batch, index: list[int]) -> list[Tensor]:
@@ -360,7 +387,10 @@ class GRPOTrainer(Trainer):
         found = [torch.empty(0)] * len(batch.rollout.answers)
         for micro in self.micro_batches(index):
             with self.chosen_backend():
-                logp, _ = self._logprobs(policy, batch, micro, lambda phase: None)
+                layout = self._layout(policy, batch, micro)
+                logp, _ = policy.token_logprobs(
+                    layout, temperature=self.config.temperature, from_hidden=self.from_hidden(layout)
+                )
             for i, own in zip(micro, logp.split([len(batch.rollout.answers[i]) for i in micro]), strict=True):
                 found[i] = own
         if self.ranks.size > 1:

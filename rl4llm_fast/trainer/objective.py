@@ -1,9 +1,9 @@
-"""The settings of a run as one call of rf.policy_loss."""
+"""The settings of a run as one call of rf.policy_loss or rf.linear_policy_loss."""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,19 @@ from .config import GRPOConfig
 _SILENT_AT_ZERO = {"pg", "cpi", "ppo_clip", "grpo", "gspo", "cispo", "sapo"}
 
 
+class Head(NamedTuple):
+    """Where log-probabilities come from: hidden (N, D), weight (V, D), bias (V,) or None, token_ids (N,)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    softcap: float | None
+
+
 def objective(
     config: GRPOConfig,
-    logp: Tensor,
+    logp: Tensor | Head,
     old_logp: Tensor | None,
     advantages: Tensor,
     lengths: list[int],
@@ -32,10 +42,11 @@ def objective(
     """The loss of a micro-batch, packed (N,), as its share of a minibatch of ``num_tokens`` and ``num_sequences``.
 
     Args:
+        logp: the answers' log-probabilities (N,), or what makes them: then no logits exist, and entropy is made too.
         advantages: (B,), one per answer, or (N,), one per token; ``lengths`` the answers' tokens.
         old_logp, ref_logp, entropy, sampled: (N,) each; ``sampled`` are the sampler's own log-probabilities.
     """
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=logp.device)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=advantages.device)
     options: dict[str, Any] = dict(config.loss_options)
     if config.rollout_correction != "none" and sampled is not None:
         options["rollout_logp"] = sampled
@@ -48,21 +59,22 @@ def objective(
         options["kl_coef"] = config.kl_coef
         options["kl_estimator"] = config.kl_estimator
         options["kl_gradient"] = config.kl_gradient
-    if entropy is not None:
-        options["entropy"] = entropy
-        options["entropy_coef"] = config.entropy_coef
-    result: tuple[Tensor, dict[str, Tensor]] = rf.policy_loss(
-        logp,
-        old_logp,
-        advantages,
-        kind=config.loss,
-        cu_seqlens=cu_seqlens,
-        aggregation=config.aggregation,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        max_length=config.max_new_tokens,
-        **options,
-    )
+    options |= {
+        "kind": config.loss,
+        "cu_seqlens": cu_seqlens,
+        "aggregation": config.aggregation,
+        "num_tokens": num_tokens,
+        "num_sequences": num_sequences,
+        "max_length": config.max_new_tokens,
+        "entropy_coef": config.entropy_coef,
+    }
+    result: tuple[Tensor, dict[str, Tensor]]
+    if isinstance(logp, Head):
+        hidden, weight, bias, token_ids, softcap = logp
+        options |= {"temperature": config.temperature, "softcap": softcap}
+        result = rf.linear_policy_loss(hidden, weight, token_ids, old_logp, advantages, bias, **options)
+    else:
+        result = rf.policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
     return result
 
 

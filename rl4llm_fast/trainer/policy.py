@@ -79,18 +79,37 @@ class Policy:
         *,
         temperature: float,
         return_entropy: bool = False,
+        from_hidden: bool = False,
         mark: Callable[[str], None] = lambda phase: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (N,), and entropies, of the layout's answer tokens, one answer behind the other.
 
         ``mark(phase)`` is told when a phase ends, the backward's included: "forward", "loss", "backward".
+        ``from_hidden`` makes the logits chunk by chunk, for a linear head.
         """
+        result: Any
+        if from_hidden:
+            with self.precision():
+                hidden, weight, bias = self.head_inputs(layout)
+                mark("forward")
+                result = rf.linear_token_logprobs(
+                    hidden, weight, layout.token_ids, bias,
+                    temperature=temperature, softcap=self.softcap, return_entropy=return_entropy,  # type: ignore[call-overload]
+                )  # fmt: skip
+        else:
+            result = self._from_logits(layout, temperature, return_entropy, mark)
+        logp, entropy = result if isinstance(result, tuple) else (result, None)
+        return logp[layout.prediction], None if entropy is None else entropy[layout.prediction]
+
+    def _from_logits(
+        self, layout: Layout, temperature: float, return_entropy: bool, mark: Callable[[str], None]
+    ) -> Any:
         with self.precision():
             logits = self.logits(self._predicting(layout))
         mark("forward")
         if logits.requires_grad:
             logits.register_hook(lambda grad: mark("loss"))
-        result = self.logprobs_op(
+        return self.logprobs_op(
             logits,
             layout.token_ids,
             temperature=temperature,
@@ -98,8 +117,11 @@ class Policy:
             return_entropy=return_entropy,
             inplace_backward=logits.requires_grad and not logits.is_leaf,
         )
-        logp, entropy = result if isinstance(result, tuple) else (result, None)
-        return logp[layout.prediction], None if entropy is None else entropy[layout.prediction]
+
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether the logits are one linear layer of the last hidden states, as losses from hidden states need."""
+        return isinstance(self.head, nn.Linear)
 
     def head_inputs(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """What losses from hidden states take: hidden (M, D) of the predictions, the head's weight (V, D) and bias.
@@ -107,7 +129,7 @@ class Policy:
         Raises:
             ValueError: the model's logits are not one linear layer of its hidden states.
         """
-        if not isinstance(self.head, nn.Linear):
+        if not self.has_linear_head:
             raise ValueError("model: its logits are not one linear layer of its last hidden states, which this needs")
         return self._predicting(layout), self.head.weight, self.head.bias
 
