@@ -124,9 +124,10 @@ class PPOTrainer(Trainer):
         self.models = Models(c, self.model, reward_model, self.ranks)
         self.policy = self.models.policy
         self.end_ids = end_token_ids(self.model, self.tokenizer)
-        by_function = partial(function_scorer, tokenizer=self.tokenizer, end_ids=self.end_ids)
+        by_function = partial(function_scorer, tokenizer=self.tokenizer, end_ids=self.end_ids, ranks=self.ranks)
         if reward_model is not None:
-            self.score = model_scorer(reward_model, c.micro_batch_size, vocabulary=self.policy.config.vocab_size)
+            vocabulary = self.policy.config.vocab_size
+            self.score = model_scorer(reward_model, c.micro_batch_size, vocabulary=vocabulary, ranks=self.ranks)
         else:
             self.score = by_function(task.reward if task is not None else reward)  # type: ignore[arg-type]  # one is
         self.heldout_scores: dict[str, Scorer] = {"heldout_reward": self.score}
@@ -160,7 +161,7 @@ class PPOTrainer(Trainer):
         prompts = examples_of_step(self.train, step, self.config.batch_size, self.config.seed)
         with self.chosen_backend():
             rollout = self.sample(prompts, self.generator)
-            scores = self.scored(self.score, prompts, rollout)
+            scores = self.score(prompts, rollout.answers)
             self.phases.mark("reward")
             experience, judged = self.judge(rollout, scores)
             learned = self.update(experience, step)
@@ -189,10 +190,6 @@ class PPOTrainer(Trainer):
         )  # fmt: skip
         self.phases.mark("sample")
         return rollout
-
-    def scored(self, score: Scorer, prompts: Sequence[Prompt], rollout: Rollout) -> list[float]:
-        """Each process scores its share."""
-        return self.ranks.gather(score(self.ranks.share(prompts), self.ranks.share(rollout.answers)))
 
     @torch.no_grad()
     def judge(self, rollout: Rollout, scores: list[float]) -> tuple[Experience, dict[str, float]]:
@@ -317,7 +314,7 @@ class PPOTrainer(Trainer):
         with self.chosen_backend():
             rollout = self.sample(self.heldout, torch.Generator().manual_seed(self.config.seed))
             e = Experience(rollout, self.device)
-            row = {k: float(np.mean(self.scored(s, self.heldout, rollout))) for k, s in self.heldout_scores.items()}
+            row = {name: float(np.mean(score(self.heldout, e.answers))) for name, score in self.heldout_scores.items()}
             if self.models.reference is not None:
                 both = (self.policy, self.models.reference)
                 e.logp, e.ref_logp = (self.models.logprobs(policy, e, self.parts(e)) for policy in both)

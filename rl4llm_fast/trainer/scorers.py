@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .distributed import Ranks, say
 from .reward_model import RewardModel
 from .rewards import Sample, finite
 from .sampling import completion_of
@@ -23,10 +24,11 @@ class Prompt:
     ids: list[int]
 
 
-Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], list[float]]  # prompts and answers -> a score each
+# Prompts and answers of a step -> a score each. Of several processes each scores its share, and gets all.
+Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], list[float]]
 
 
-def function_scorer(function: Reward, *, tokenizer: Any, end_ids: Collection[int]) -> Scorer:
+def function_scorer(function: Reward, *, tokenizer: Any, end_ids: Collection[int], ranks: Ranks) -> Scorer:
     """``function(example, completion)`` of each answer: one finite number, or an error that names both.
 
     An answer on which it raises scores 0 and is reported, unless it raises on all of them.
@@ -34,28 +36,30 @@ def function_scorer(function: Reward, *, tokenizer: Any, end_ids: Collection[int
     name = name_of(function)
 
     def score(prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[float]:
-        scores: list[float] = []
-        failures: list[Exception] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            sample = Sample(prompt.example, completion_of(answer, end_ids, tokenizer))
+        raised: list[Exception] = []
+
+        def one(i: int) -> tuple[float, str]:
+            sample = Sample(prompts[i].example, completion_of(answers[i], end_ids, tokenizer))
             try:
                 value = function(sample.example, sample.completion)
             except Exception as error:
-                failures.append(error)
-                value = 0.0
-            scores.append(finite(name, value, sample))
-        if failures and len(failures) == len(answers):
-            raise ValueError(f"reward {name!r}: raised on every answer: {failures[0]!r}") from failures[0]
+                raised.append(error)
+                return 0.0, repr(error)
+            return finite(name, value, sample), ""
+
+        found = ranks.map(one, range(len(answers)))
+        failures = [error for _, error in found if error]
+        if failures and len(failures) == len(found):
+            cause = raised[0] if raised else None
+            raise ValueError(f"reward {name!r}: raised on every answer: {failures[0]}") from cause
         if failures:
-            print(
-                f"reward {name!r}: raised on {len(failures)} of {len(answers)} answers, which score 0: {failures[0]!r}"
-            )
-        return scores
+            say(f"reward {name!r}: raised on {len(failures)} of {len(found)} answers, which score 0: {failures[0]}")
+        return [value for value, _ in found]
 
     return score
 
 
-def model_scorer(model: RewardModel, batch_size: int, *, vocabulary: int) -> Scorer:
+def model_scorer(model: RewardModel, batch_size: int, *, vocabulary: int, ranks: Ranks) -> Scorer:
     """The reward model's scores of prompts with their answers, ``batch_size`` at a time; 0: all.
 
     Raises:
@@ -67,11 +71,12 @@ def model_scorer(model: RewardModel, batch_size: int, *, vocabulary: int) -> Sco
 
     @torch.no_grad()
     def score(prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[float]:
-        sequences = [prompt.ids + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        sequences = ranks.share([p.ids + answer for p, answer in zip(prompts, answers, strict=True)])
         size = batch_size or max(len(sequences), 1)
-        scores: list[float] = []
+        own: list[float] = []
         for start in range(0, len(sequences), size):
-            scores += model(sequences[start : start + size]).tolist()
+            own += model(sequences[start : start + size]).tolist()
+        scores = ranks.gather(own)
         bad = next((i for i, value in enumerate(scores) if not math.isfinite(value)), None)
         if bad is not None:
             raise ValueError(f"reward model: wanted a finite score, got {scores[bad]} for {prompts[bad].example!r}")
