@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .config import GRPOConfig
-from .grpo import Batch, GRPOTrainer
+from .grpo import GRPOTrainer
 from .metrics import Phases
 from .sampling import Rollout
 from .tasks import Task

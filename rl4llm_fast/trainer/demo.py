@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .batch import Batch, joined
 from .compare import Cost, compare, write_batch
 from .config import GRPOConfig
 from .extras import require
-from .grpo import Batch, GRPOTrainer, joined
+from .grpo import GRPOTrainer
 from .smollm2 import model_folder
 
 _DONE, _BEFORE, _BATCH = "demo.json", "before.json", "compare.json"

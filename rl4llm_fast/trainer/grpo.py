@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from ..chunked import chunk_rule
+from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
@@ -30,30 +30,6 @@ from .steps import StepReward, Steps
 from .steps import advantages as step_advantages
 from .steps import score as score_steps
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
-
-PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
-
-
-@dataclass
-class Batch:
-    """One step's answers with their scores."""
-
-    rollout: Rollout
-    rewards: list[float]
-    advantages: Tensor  # (B,) fp32, CPU; (B, T) under process supervision
-    groups: list[int] | None = None  # that are learned from; None: all
-    traces: list[dict[str, float]] = field(default_factory=list)  # what each rule gave to each answer
-    measures: dict[str, float] = field(default_factory=dict)  # more for the step's row
-
-    def advantages_of(self, index: list[int]) -> Tensor:
-        """What rf.policy_loss takes for these answers: one number each, or packed one a token."""
-        if self.advantages.dim() == 1:
-            return self.advantages[index]
-        return torch.cat([self.advantages[i, : len(self.rollout.answers[i])] for i in index])
-
-    def is_live(self) -> Tensor:
-        """(B,) whether an answer has any advantage."""
-        return self.advantages.flatten(1).ne(0).any(1) if self.advantages.dim() > 1 else self.advantages.ne(0)
 
 
 def train_grpo(
@@ -333,7 +309,7 @@ class GRPOTrainer(Trainer):
         total, device = 0.0, self.policy.device
         for micro in self.micro_batches(index):
             lengths = [len(answers[i]) for i in micro]
-            sampled = _packed(sampler, micro, device)
+            sampled = packed(sampler, micro, device)
             with self.chosen_backend():
                 layout = self._layout(self.policy, batch, micro)
                 source: Tensor | Head
@@ -345,8 +321,8 @@ class GRPOTrainer(Trainer):
                     )
                 with self.policy.precision():
                     loss, metrics = objective(
-                        c, source, _packed(old, micro, device), batch.advantages_of(micro).to(device), lengths,
-                        num_tokens, num_sequences, ref_logp=_packed(reference, micro, device), entropy=entropy,
+                        c, source, packed(old, micro, device), batch.advantages_of(micro).to(device), lengths,
+                        num_tokens, num_sequences, ref_logp=packed(reference, micro, device), entropy=entropy,
                         sampled=sampled,
                     )  # fmt: skip
                 self.phases.mark("loss")
@@ -398,16 +374,3 @@ class GRPOTrainer(Trainer):
                 found[i] = logp
         self.phases.mark("logprobs")
         return found
-
-
-def _packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:
-    """Per-answer tensors, the chosen ones, one behind the other."""
-    return None if values is None else torch.cat([values[i] for i in index]).to(device)
-
-
-def joined(one: Rollout, other: Rollout) -> Rollout:
-    """The answers of both, those of ``one`` first."""
-    return Rollout(
-        one.prompts + other.prompts, one.group_size, one.answers + other.answers, one.logprobs + other.logprobs,
-        one.ended + other.ended,
-    )  # fmt: skip

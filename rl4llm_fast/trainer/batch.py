@@ -1,0 +1,48 @@
+"""One step's sampled answers, scored, and what of them a loss takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .sampling import Rollout
+
+PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
+
+
+@dataclass
+class Batch:
+    """One step's answers with their scores."""
+
+    rollout: Rollout
+    rewards: list[float]
+    advantages: Tensor  # (B,) fp32, CPU; (B, T) under process supervision
+    groups: list[int] | None = None  # that are learned from; None: all
+    traces: list[dict[str, float]] = field(default_factory=list)  # what each rule gave to each answer
+    measures: dict[str, float] = field(default_factory=dict)  # more for the step's row
+
+    def advantages_of(self, index: list[int]) -> Tensor:
+        """What rf.policy_loss takes for these answers: one number each, or packed one a token."""
+        if self.advantages.dim() == 1:
+            return self.advantages[index]
+        return torch.cat([self.advantages[i, : len(self.rollout.answers[i])] for i in index])
+
+    def is_live(self) -> Tensor:
+        """(B,) whether an answer has any advantage."""
+        return self.advantages.flatten(1).ne(0).any(1) if self.advantages.dim() > 1 else self.advantages.ne(0)
+
+
+def packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:
+    """Per-answer tensors, the chosen ones, one behind the other."""
+    return None if values is None else torch.cat([values[i] for i in index]).to(device)
+
+
+def joined(one: Rollout, other: Rollout) -> Rollout:
+    """The answers of both, those of ``one`` first."""
+    return Rollout(
+        one.prompts + other.prompts, one.group_size, one.answers + other.answers, one.logprobs + other.logprobs,
+        one.ended + other.ended,
+    )  # fmt: skip
