@@ -74,9 +74,9 @@ def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
         result = trainer.train_ppo(trainer.fill(trainer.PPOConfig, path, overrides))
     else:
         result = trainer.train_grpo(trainer.load_config(path, overrides))
-    if result.history and "reward_mean" in result.history[-1]:
-        last = result.history[-min(10, len(result.history)) :]
-        print(f"mean reward of the last {len(last)} steps: {sum(row['reward_mean'] for row in last) / len(last):.3f}")
+    rewards = [row["reward_mean"] for row in result.history if "reward_mean" in row][-10:]
+    if rewards:
+        print(f"mean reward of the last {len(rewards)} steps: {sum(rewards) / len(rewards):.3f}")
     measures = {
         key: value
         for row in result.history

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pathlib
 
 import pytest
 import torch
 from tiny_data import assert_same_gradients, demonstrations, settings, timeless
-from tiny_llama import PROMPTS, count_sevens, tiny_model, weights
+from tiny_llama import PROMPTS, count_sevens, save_with_tokenizer, tiny_model, weights
 
 import rl4llm_fast as rf
 from rl4llm_fast import cli
@@ -356,9 +357,35 @@ def test_a_nan_stops_the_run_with_the_batch_saved(tmp_path):
 # From the outside
 
 
-def test_the_command(tmp_path, capsys):
-    assert cli.main(["train", "ppo", "--set", "stepz=3"]) == 2
-    assert "the nearest is 'steps'" in capsys.readouterr().err
+def test_the_commands_from_pairs_to_a_policy_on_text(tmp_path, capsys, monkeypatch):
+    save_with_tokenizer(tmp_path / "m")
+    pair = {"prompt": "w1 w2", "chosen": "w7 w7", "rejected": "w8 w9"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 12), encoding="utf-8")
+    prompts = [json.dumps({"prompt": f"w{i} w2"}) for i in range(12)] + ["{}"]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts), encoding="utf-8")
+    (tmp_path / "my_words.py").write_text("def words(example, text):\n    return len(text.split())\n")
+    monkeypatch.chdir(tmp_path)
+
+    def command(algorithm: str, *settings: str) -> int:
+        usual = [f"model={tmp_path / 'm'}", "heldout=4", "steps=2", "eval_every=1", "progress=false", "device=cpu"]
+        return cli.main(["train", algorithm, *[part for s in (*usual, *settings) for part in ("--set", s)]])
+
+    assert command("rm", "data=pairs.jsonl", "output_dir=rm", "batch_size=4") == 0
+    ppo = ("data=prompts.jsonl", "reward_model=rm/model", "heldout_reward=my_words:words", "batch_size=4")
+    assert command("ppo", *ppo, "output_dir=ppo", "max_new_tokens=4") == 0
+    printed = capsys.readouterr().out
+    assert "line 13: prompt: missing" in printed
+    assert all(f"heldout {name}: " in printed for name in ("reward", "words", "kl ref"))
+    assert {"metrics.jsonl", "checkpoint.pt", "model", "ppo.png"} <= {p.name for p in (tmp_path / "ppo").iterdir()}
+    assert command("ppo", *ppo, "output_dir=more", "model=ppo/model", "steps=1") == 0  # what it saved, it loads
+    capsys.readouterr()
+    for wrong, message in (
+        ("stepz=3", "the nearest is 'steps'"),
+        ("reward_model=nowhere", "no reward_head.json in 'nowhere'"),
+        ("reward=my_words:words", "reward_model, reward, task: wanted one of them"),
+    ):
+        assert command("ppo", *ppo, "output_dir=wrong", wrong) == 2
+        assert message in capsys.readouterr().err
     example = pathlib.Path(__file__).resolve().parent.parent / "examples" / "ppo_film_reviews.toml"
     assert fill(PPOConfig, example).reward_model
 
