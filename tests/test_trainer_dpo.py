@@ -102,6 +102,28 @@ def test_the_reference_is_computed_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "reference").iterdir())) == 3
 
 
+@pytest.mark.parametrize("layout", ["plain", "shared"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_the_kl_to_the_first_model_by_hand(tmp_path, layout, loss):
+    held = pairs(20)[10:]
+    cfg = DPOConfig(**settings(tmp_path, layout=layout, loss=loss, steps=6, eval_every=3, batch_size=4))
+    result = train_dpo(cfg, model=tiny_model(), rows=pairs(20)[:10], heldout_rows=held)
+    total, tokens = 0.0, 0
+    for row in held:
+        for answer in (row["chosen"], row["rejected"]):
+            now, first = (
+                torch.log_softmax(model(torch.tensor([row["prompt"] + answer])).logits[0].detach().double(), -1)
+                for model in (result.model, tiny_model())
+            )
+            kl = (now.exp() * (now - first)).sum(-1)[len(row["prompt"]) - 1 : -1]
+            total, tokens = total + float(kl.sum()), tokens + len(answer)
+    found = [row["heldout_kl"] for row in result.history if "heldout_kl" in row]
+    assert found[0] == pytest.approx(0.0, abs=1e-6)
+    assert found[-1] == pytest.approx(total / tokens, rel=1e-4)
+    off = DPOConfig(**settings(tmp_path / "off", heldout_kl=False, eval_every=1, steps=1))
+    assert "heldout_kl" not in train_dpo(off, model=tiny_model(), rows=pairs()).history[-1]
+
+
 def test_same_curve_fused_and_eager(tmp_path):
     curves = [run(tmp_path / backend, steps=8, backend=backend).history for backend in ("auto", "eager")]
     for fused, eager in zip(*curves, strict=True):

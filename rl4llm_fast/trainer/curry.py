@@ -134,10 +134,10 @@ class CurryTrainer(DPOTrainer):
 
     def state(self) -> dict[str, Any]:
         kept = [logp for pair in self.drawn() for logp in pair.reference or ()]
-        return {"optimizer": super().state(), "round": self.round, "reference": torch.cat(kept)}
+        return {"policy": super().state(), "round": self.round, "reference": torch.cat(kept)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state["optimizer"])
+        super().load_state(state["policy"])
         self.round = state["round"]
         pairs = self.drawn()
         found = state["reference"].split([len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)])

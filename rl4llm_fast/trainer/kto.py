@@ -128,14 +128,16 @@ class KTOTrainer(ReferenceTrainer):
     def before_rows(self, rows: Sequence[Labelled]) -> None:
         """z of ``rows``, and how many of them are desirable."""
         size = self.config.micro_batch_size or self.config.batch_size
+        own = self.ranks.share(rows)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self.chosen_backend():
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
+            for start in range(0, len(own), size):
+                part = own[start : start + size]
                 texts = self._mismatched(part)
                 reference = self.reference_logprobs(texts, [row.reference[1] for row in part if row.reference])
                 total += (self.logprobs(texts, measured=False) - reference).double().sum()
-        self.z = (self.config.beta * total / max(len(rows), 1)).clamp(min=0).float()
+        z = max(0.0, self.config.beta * self.ranks.sum(total) / max(len(rows), 1))
+        self.z = torch.tensor(z, device=self.device)
         self.share = sum(row.desirable for row in rows) / max(len(rows), 1)
 
     def loss(self, rows: Sequence[Labelled]) -> tuple[Tensor, dict[str, Tensor]]:
