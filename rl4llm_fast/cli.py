@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
     commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
     train = commands.add_parser("train", help="train a language model")
-    train.add_argument("algorithm", choices=["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo"])
+    train.add_argument("algorithm", choices=["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo", "r1", "distill"])
     train.add_argument("config", nargs="?", help="a TOML file; without it the defaults")
     train.add_argument(
         "--set",
@@ -72,6 +72,10 @@ def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
         result = trainer.train_kto(trainer.fill(trainer.KTOConfig, path, overrides))
     elif algorithm == "ppo":
         result = trainer.train_ppo(trainer.fill(trainer.PPOConfig, path, overrides))
+    elif algorithm == "r1":
+        result = trainer.train_r1(trainer.fill(trainer.R1Config, path, overrides))
+    elif algorithm == "distill":
+        result = trainer.train_distill(trainer.fill(trainer.DistillConfig, path, overrides))
     else:
         result = trainer.train_grpo(trainer.load_config(path, overrides))
     rewards = [row["reward_mean"] for row in result.history if "reward_mean" in row][-10:]

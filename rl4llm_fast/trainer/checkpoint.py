@@ -14,9 +14,9 @@ import torch
 from .settings import RunConfig
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_FREE = {
+FREE = {
     "steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress", "on_divergence",
-    "max_ratio", "gradient_checkpointing", "tensorboard",
+    "max_ratio", "gradient_checkpointing", "tensorboard", "log_samples",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def load(path: Path, config: RunConfig, data_key: str = "") -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint that can be read ({error}); delete it to start over") from error
     now = dataclasses.asdict(config)
-    other = [key for key in now if key not in _FREE and written.get(key) != now[key]]
+    other = [key for key in now if key not in FREE and written.get(key) != now[key]]
     if other:
         changes = ", ".join(f"{key} {written.get(key)!r} -> {now[key]!r}" for key in other)
         raise ValueError(f"{path}: written with other settings ({changes}); use resume=false or another output_dir")

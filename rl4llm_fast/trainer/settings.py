@@ -117,9 +117,14 @@ def fill(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
             if not isinstance(target, dict):
                 raise ValueError(f"--set {override}: {table} is a value, not a table")
         target[leaf] = _parse(text.strip())
-    for key in values:
-        _check_key(kind, key)
+    check_keys(kind, values)
     return kind(**values)
+
+
+def check_keys(kind: type[RunConfig], keys: Iterable[str]) -> None:
+    """Raise ValueError naming the nearest setting of ``kind`` for a key that it does not have."""
+    for key in keys:
+        _check_key(kind, key)
 
 
 def _parse(text: str) -> Any:
