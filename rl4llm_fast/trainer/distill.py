@@ -20,6 +20,7 @@ from torch import nn
 import rl4llm_fast as rf
 
 from .data import Row, digest
+from .distributed import only_one
 from .metrics import History
 from .model import choose_device, end_token_ids, load_model
 from .policy import Policy
@@ -88,6 +89,7 @@ def train_distill(
         ValueError: no answer of the teacher was right and readable.
     """
     c = config or DistillConfig()
+    only_one("train distill")
     task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
     if model is None:
         model, loaded = load_model(c.model, precision=c.precision, device=choose_device(c.device))

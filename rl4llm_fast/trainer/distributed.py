@@ -94,6 +94,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def only_one(command: str) -> None:
+    """Raise ValueError if several processes were started for what one does by itself."""
+    if (size := join().size) > 1:
+        raise ValueError(f"{command}: runs in one process, but {size} were started")
+
+
 def say(text: str) -> None:
     """Print it once, whatever the number of processes."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:

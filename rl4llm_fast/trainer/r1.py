@@ -26,6 +26,7 @@ from . import checkpoint
 from .config import GRPOConfig
 from .data import Row, digest
 from .distill import DistillConfig, question_of, read_rows, train_distill
+from .distributed import only_one
 from .grpo import GRPOTrainer
 from .model import choose_device, end_token_ids, load_model
 from .policy import Policy
@@ -148,6 +149,7 @@ def train_r1(
         cold_start_rows, general_rows: {"prompt", "answer"}, both text; None reads the config's files.
         helpful, harmless: functions (prompt, text) -> number in place of ``helpful_model`` and ``harmless_model``.
     """
+    only_one("train r1")
     recipe = R1(config or R1Config(), task, cold_start_rows, general_rows, helpful, harmless)
     return recipe.run(model, tokenizer)
 
