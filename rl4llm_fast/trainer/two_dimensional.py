@@ -15,7 +15,6 @@ A score is a number, or a list of numbers, one an aspect; r_{w,k} of (79) is the
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -32,6 +31,7 @@ from torch import Tensor
 from .. import segments as library
 from ..sequences import layout_of
 from .data import Row, digest, field_of, token_ids_of
+from .named import named_function
 
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[”’」』）]*\s*|\s*\n\s*")
 
@@ -62,9 +62,9 @@ class Segmenter:
 
     Args:
         scores: "row": the row's "chosen_scores" and "rejected_scores"; a path that ends in .jsonl: lines {"prompt",
-            "answer", "scores"}, prompt and answer as they are in the data; else the dotted name of a function,
-            ``package.module.function(prompt, answer, segments)``, which is given the segments' texts (or token ids) and
-            returns their scores.
+            "answer", "scores"}, prompt and answer as they are in the data; else the dotted name of a function (as
+            ``named_function`` finds it) that is called with the prompt, the answer and its segments, texts or token
+            ids, and returns their scores.
         aspect_weights: of each aspect; empty: the mean over the aspects.
         score_max: 0: scores are the weights r of (79), which for a rejected answer say how bad a segment is. More than
             0: scores say how good a segment is, from 0 to this, and a rejected answer's weight is ``score_max`` less
@@ -79,7 +79,7 @@ class Segmenter:
         self.kept: dict[str, Any] | None = _read(Path(scores)) if scores.endswith(".jsonl") else None
         self.function: Callable[..., Any] | None = None
         if scores != "row" and self.kept is None:
-            self.function = _imported(scores)
+            self.function = named_function(scores, "segment_scores")
 
     def read(self, row: Row, name: str) -> tuple[list[int], Segments]:
         """The answer ``name`` (chosen or rejected) of ``row``: its token ids, and its segments."""
@@ -205,16 +205,3 @@ def _read(path: Path) -> dict[str, Any]:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}, line {line}: wanted prompt, answer and scores ({error!r})") from error
     return found
-
-
-def _imported(name: str) -> Callable[..., Any]:
-    module, _, leaf = name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), leaf)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"config: segment_scores: wanted 'row', a file .jsonl or package.module.function, got {name!r} ({error})"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"config: segment_scores: {name!r} is no function")
-    return function  # type: ignore[no-any-return]
