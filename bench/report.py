@@ -127,7 +127,7 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
     """The newest JSON of each suite and device; a full suite makes its device's smoke run redundant."""
     latest: dict[tuple[str, str], pathlib.Path] = {}
     for path in sorted(folder.glob("*.json")):
-        match = re.fullmatch(r"(smoke|cpu|gpu|sweep)-(.+)-\d{4}-\d\d-\d\d", path.stem)
+        match = re.fullmatch(r"(smoke|cpu|gpu|sweep|end-to-end)-(.+)-\d{4}-\d\d-\d\d", path.stem)
         if match:  # sorted by name, so by date within a suite and device
             latest[match[1], match[2]] = path
     return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
@@ -218,13 +218,21 @@ def rewrite(path: pathlib.Path, name: str, blocks: Sequence[str]) -> None:
     path.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
+def _text(result: dict[str, Any]) -> str:
+    from . import end_to_end
+
+    return table(result) if "cases" in result else end_to_end.markdown(result)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    from . import end_to_end
+
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables from recorded results.")
     parser.add_argument("files", nargs="*", type=pathlib.Path, help="JSON files of bench.run; default: the newest")
     parser.add_argument("--plots", action="store_true", help="draw their plots anew, beside them")
     parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=pathlib.Path, help="rewrite its table")
     page = ROOT / "docs" / "performance.md"
-    parser.add_argument("--performance", nargs="?", const=page, type=pathlib.Path, help="rewrite its sweep table")
+    parser.add_argument("--performance", nargs="?", const=page, type=pathlib.Path, help="rewrite its tables")
     arguments = parser.parse_args(argv)
     files = arguments.files or newest()
     if not files:
@@ -232,25 +240,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
     if not (arguments.plots or arguments.readme or arguments.performance):
-        print("\n\n".join(table(result) for result in results.values()))
+        print("\n\n".join(_text(result) for result in results.values()))
     if arguments.plots:
         for path, result in results.items():
+            if "cases" not in result:
+                continue
             print("\n".join(f"wrote {plot}" for plot in plots.draw(result, path.parent, path.stem)))
     if arguments.readme is not None:
         from rl4llm_fast.info import ledger_lines
 
-        blocks = [markdown(result) for result in results.values() if result["meta"]["suite"] != "sweep"]
+        suites = ("smoke", "cpu", "gpu")
+        blocks = [markdown(result) for result in results.values() if result["meta"]["suite"] in suites]
         blocks += [pictures(path.with_suffix(""), arguments.readme) for path in results]
         blocks.append("\n".join(ledger_lines(bullet="- ")))
         rewrite(arguments.readme, "bench", [block for block in blocks if block])
         print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in results)}")
     if arguments.performance is not None:
-        swept = [sweeps.markdown(result) for result in results.values() if result["meta"]["suite"] == "sweep"]
-        if not swept:
-            print("no result of the suite sweep: run python -m bench.run --suite sweep first")
+        made = {"sweep": sweeps.markdown, "end-to-end": end_to_end.markdown}
+        written = 0
+        for suite, make in made.items():
+            blocks = [make(result) for result in results.values() if result["meta"]["suite"] == suite]
+            if blocks:
+                rewrite(arguments.performance, suite, blocks)
+                print(f"rewrote the table {suite} in {arguments.performance}")
+                written += 1
+        if not written:
+            print("no result: run python -m bench.run --suite sweep or python -m bench.end_to_end first")
             return 1
-        rewrite(arguments.performance, "sweep", swept)
-        print(f"rewrote the sweep in {arguments.performance}")
     return 0
 
 

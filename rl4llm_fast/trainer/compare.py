@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from .sampling import Rollout
 from .tasks import Task
 
 _READY = "ready"
+_ANSWER = "\x1e"
 
 
 def plain_token_logprobs(
@@ -71,19 +73,25 @@ def compare(path: Path, *, rounds: int = 7) -> dict[str, Cost]:
     Raises:
         RuntimeError: one of the two processes died; its message says with what.
     """
-    workers = {name: _Worker(name, path) for name in ("fused", "eager")}
+    module = [sys.executable, "-m", "rl4llm_fast.trainer.compare"]
+    workers = {name: Worker(name, [*module, name, str(path)]) for name in ("fused", "eager")}
     try:
         for worker in workers.values():
             worker.wait_until_ready()
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
-        for turn in range(rounds):
-            # The order alternates: whoever goes second finds the caches as the first one left them.
-            for name in workers if turn % 2 == 0 else reversed(workers):
-                rows[name].append(workers[name].step())
-        return {name: _cost(steps) for name, steps in rows.items()}
+        return {name: _cost(steps) for name, steps in take_turns(workers, rounds).items()}
     finally:
         for worker in workers.values():
             worker.stop()
+
+
+def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """What each worker says of each of its steps; they are ready."""
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for turn in range(rounds):
+        # The order alternates: whoever goes second finds the caches as the first one left them.
+        for name in workers if turn % 2 == 0 else reversed(workers):
+            rows[name].append(workers[name].step())
+    return rows
 
 
 def _cost(steps: list[dict[str, float]]) -> Cost:
@@ -97,15 +105,12 @@ def _cost(steps: list[dict[str, float]]) -> Cost:
     )
 
 
-class _Worker:
-    def __init__(self, name: str, path: Path) -> None:
+class Worker:
+    """A process that takes a step when it is told to; :func:`serve` is its other end."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rl4llm_fast.trainer.compare", name, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait_until_ready(self) -> None:
         while (line := self._line()) != _READY:  # whatever a library prints on loading
@@ -115,7 +120,9 @@ class _Worker:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        values: dict[str, float] = json.loads(self._line())
+        while not (line := self._line()).startswith(_ANSWER):  # whatever a library prints on the way
+            print(line)
+        values: dict[str, float] = json.loads(line.removeprefix(_ANSWER))
         return values
 
     def stop(self) -> None:
@@ -163,24 +170,23 @@ def _work(name: str, path: Path) -> None:
     if name == "eager":
         trainer.policy.logprobs_op = plain_token_logprobs
     device = trainer.policy.device
-    print(_READY, flush=True)
-    for _ in sys.stdin:
-        before = _reset_peak(device)
+
+    def step() -> dict[str, float]:
         trainer.phases = Phases(device)
         metrics = trainer.update(batch, step=1)
         seconds = trainer.phases.seconds
-        print(
-            json.dumps(
-                {
-                    "seconds": sum(seconds.values()),
-                    "loss_seconds": seconds["loss"],
-                    "before": before,
-                    "peak": _peak(device),
-                    "loss": metrics["loss"],
-                }
-            ),
-            flush=True,
-        )
+        return {"seconds": sum(seconds.values()), "loss_seconds": seconds["loss"], "loss": metrics["loss"]}
+
+    serve(step, device)
+
+
+def serve(step: Callable[[], dict[str, float]], device: torch.device) -> None:
+    """A worker's end: a step for every line, answered with what the step returns and its memory."""
+    print(_READY, flush=True)
+    for _ in sys.stdin:
+        before = _reset_peak(device)
+        values = step()
+        print(_ANSWER + json.dumps({**values, "before": before, "peak": _peak(device)}), flush=True)
 
 
 if __name__ == "__main__":

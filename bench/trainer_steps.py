@@ -1,0 +1,212 @@
+"""One training step on given answers: this library's trainers, fused and in plain PyTorch, and TRL's.
+
+A batch is plain data, token ids throughout, so that everyone trains on the same tokens; nothing is sampled.
+grpo: {"prompts", "group_size", "answers", "advantages"}. dpo: {"rows": [{"prompt", "chosen", "rejected"}]}.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIANTS = ("fused", "eager", "trl")
+Step = Callable[[], dict[str, float]]  # {"loss", "grad_norm"}
+
+_RATE = 1e-6  # the weights move, the batch stays about on-policy
+_CLIP = 1.0
+_BETA = 0.1  # of DPO
+
+
+def make_batch(trainer: str, sizes: dict[str, int], vocabulary: int, seed: int = 0) -> dict[str, Any]:
+    """Random tokens, with lengths as answers have them: from a quarter of the longest up."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        count = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    def answer() -> list[int]:
+        return tokens(max(1, sizes["answer"] // 4), sizes["answer"])
+
+    prompts = [tokens(sizes["prompt"] // 2, sizes["prompt"]) for _ in range(sizes["prompts"])]
+    if trainer == "dpo":
+        return {"rows": [{"prompt": prompt, "chosen": answer(), "rejected": answer()} for prompt in prompts]}
+    answers = [answer() for _ in prompts for _ in range(sizes["group"])]
+    advantages = torch.randn(len(answers), generator=generator).tolist()
+    return {"prompts": prompts, "group_size": sizes["group"], "answers": answers, "advantages": advantages}
+
+
+def tokens_of(trainer: str, batch: dict[str, Any]) -> int:
+    """What a model reads where every answer is a row with its prompt, without padding."""
+    if trainer == "dpo":
+        return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in batch["rows"])
+    prompts = sum(len(prompt) for prompt in batch["prompts"]) * batch["group_size"]
+    return prompts + sum(map(len, batch["answers"]))
+
+
+def make_step(trainer: str, variant: str, batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
+    """A function that takes one step and returns its loss and the gradient's norm before clipping."""
+    if variant == "trl":
+        return (_trl_grpo if trainer == "grpo" else _trl_dpo)(batch, model, precision, device)
+    settings = {
+        "model": model,
+        "precision": precision,
+        "device": device,
+        "learning_rate": _RATE,
+        "max_grad_norm": _CLIP,
+        "backend": "eager" if variant == "eager" else "auto",
+        "output_dir": tempfile.mkdtemp(),
+        "checkpoint_every": 0,
+        "progress": False,
+    }
+    return (_grpo if trainer == "grpo" else _dpo)(batch, settings, plain=variant == "eager")
+
+
+def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    from rl4llm_fast.trainer.compare import plain_token_logprobs
+    from rl4llm_fast.trainer.config import GRPOConfig
+    from rl4llm_fast.trainer.grpo import Batch, GRPOTrainer
+    from rl4llm_fast.trainer.sampling import Rollout
+    from rl4llm_fast.trainer.tasks import Task
+
+    answers = batch["answers"]
+    unknown = [[0.0] * len(answer) for answer in answers]  # the sampler's log-probabilities are not asked for
+    rollout = Rollout(batch["prompts"], batch["group_size"], answers, unknown, [True] * len(answers))
+    given = Batch(rollout, [0.0] * len(answers), torch.tensor(batch["advantages"]))
+    config = GRPOConfig(**settings, prompts_per_step=len(batch["prompts"]), group_size=batch["group_size"])
+    made = GRPOTrainer(config, task=Task(train=[[1]], reward=lambda example, answer: 0.0))
+    if plain:
+        made.policy.logprobs_op = plain_token_logprobs
+    return lambda: _two(made.update(given, step=1))
+
+
+def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    from rl4llm_fast.trainer.compare import plain_token_logprobs
+    from rl4llm_fast.trainer.dpo import DPOConfig, DPOTrainer
+
+    rows = batch["rows"]
+    config = DPOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
+    made = DPOTrainer(config, rows=rows, heldout_rows=rows[:1])
+    if plain:
+        for policy in (made.policy, made.reference):
+            assert policy is not None
+            policy.logprobs_op = plain_token_logprobs
+    return lambda: _two(made.step(1))
+
+
+def _two(metrics: dict[str, float]) -> dict[str, float]:
+    return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
+
+
+def _trl_arguments(precision: str, device: str) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": device == "cpu",
+        "bf16": precision == "autocast",
+        "learning_rate": _RATE,
+        "max_grad_norm": _CLIP,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def _trl_model(model: str, device: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device), tokenizer
+
+
+def _trl_grpo(batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
+    import datasets
+    import trl
+
+    network, tokenizer = _trl_model(model, device)
+    size = batch["group_size"]
+    arguments = trl.GRPOConfig(
+        **_trl_arguments(precision, device),
+        num_generations=size,
+        per_device_train_batch_size=len(batch["answers"]),
+        beta=0.0,
+        loss_type="bnpo",  # a mean over the tokens of the batch, as ours
+        temperature=1.0,
+    )
+    data = datasets.Dataset.from_dict({"prompt": ["w"] * len(batch["prompts"])})
+    made = trl.GRPOTrainer(
+        network,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    prompts = [prompt for prompt in batch["prompts"] for _ in range(size)]
+    prompt_ids, prompt_mask = _padded(prompts, tokenizer.pad_token_id, left=True)
+    answer_ids, answer_mask = _padded(batch["answers"], tokenizer.pad_token_id, left=False)
+    inputs = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": answer_ids,
+        "completion_mask": answer_mask,
+        "advantages": torch.tensor(batch["advantages"]),
+        "num_items_in_batch": answer_mask.sum(),
+    }
+    return _trl_step(made, {name: t.to(device) for name, t in inputs.items()})
+
+
+def _trl_dpo(batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
+    import datasets
+    import trl
+
+    network, tokenizer = _trl_model(model, device)
+    rows = batch["rows"]
+    arguments = trl.DPOConfig(
+        **_trl_arguments(precision, device), per_device_train_batch_size=len(rows), beta=_BETA, max_length=None
+    )
+    data = datasets.Dataset.from_list([{"prompt": "w", "chosen": " w", "rejected": " w w"}])
+    reference, _ = _trl_model(model, device)
+    made = trl.DPOTrainer(network, ref_model=reference, args=arguments, train_dataset=data, processing_class=tokenizer)
+    named = [{f"{name}_ids": ids for name, ids in row.items()} for row in rows]
+    inputs = made.data_collator(named)
+    return _trl_step(made, {name: t.to(device) for name, t in inputs.items()})
+
+
+def _trl_step(made: Any, inputs: dict[str, Any]) -> Step:
+    """Forward, backward, clipping and optimizer, as the trainer's own loop takes them around its loss."""
+    made.current_gradient_accumulation_steps = 1
+    made.create_optimizer()
+    network = made.model.train()
+
+    def step() -> dict[str, float]:
+        with made.compute_loss_context_manager():
+            loss = made.compute_loss(network, inputs)
+        made.accelerator.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), _CLIP)
+        made.optimizer.step()
+        network.zero_grad()
+        return {"loss": float(loss.detach()), "grad_norm": float(norm)}
+
+    return step
+
+
+def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, longest)."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        part = slice(longest - len(row), None) if left else slice(len(row))
+        ids[i, part], mask[i, part] = torch.tensor(row), 1
+    return ids, mask
+
+
+def agrees(one: float, other: float, precision: str) -> bool:
+    """Whether two norms of the first step's gradient are the same up to the rounding of their passes."""
+    return math.isclose(one, other, rel_tol=1e-3 if precision == "fp32" else 5e-2)
