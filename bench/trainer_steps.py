@@ -78,7 +78,8 @@ def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     unknown = [[0.0] * len(answer) for answer in answers]  # the sampler's log-probabilities are not asked for
     rollout = Rollout(batch["prompts"], batch["group_size"], answers, unknown, [True] * len(answers))
     given = Batch(rollout, [0.0] * len(answers), torch.tensor(batch["advantages"]))
-    config = GRPOConfig(**settings, prompts_per_step=len(batch["prompts"]), group_size=batch["group_size"])
+    sizes = {"prompts_per_step": len(batch["prompts"]), "group_size": batch["group_size"]}
+    config = GRPOConfig(**settings, **sizes, head="logits" if plain else "auto")
     made = GRPOTrainer(config, task=Task(train=[[1]], reward=lambda example, answer: 0.0))
     if plain:
         made.policy.logprobs_op = plain_token_logprobs
