@@ -110,7 +110,7 @@ class CurryTrainer(DPOTrainer):
     def encode_ranking(self, row: Row) -> Ranking:
         prompt = prompt_of(row, self.tokenizer)
         answers, ranks = ranked_answers(row, self.tokenizer)
-        check_length(prompt, answers, self.config.max_length)
+        check_length(prompt, answers, self.config.max_length, self.limits)
         return Ranking(prompt, answers, ranks)
 
     def round_of(self, step: int) -> int:

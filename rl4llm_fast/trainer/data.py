@@ -1,17 +1,19 @@
-"""Rows of a data set: read from JSONL or given, made into token ids, held out, and what cannot be used counted."""
+"""Rows of a data set: read or given, made into token ids, held out, and what cannot be used counted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from .distributed import say
+from .extras import require
 from .settings import RunConfig
 from .tasks import prompt_token_ids
 
@@ -23,15 +25,35 @@ Encoded = TypeVar("Encoded")
 class DataConfig(RunConfig):
     """The settings of a trainer that learns from rows of data."""
 
-    data: str = ""  # a JSONL file, one row a line
-    heldout_data: str = ""  # another; without it ``heldout`` rows of ``data`` are held out
+    data: str = ""  # a JSONL file, one row a line; or a folder or the id of a Hugging Face data set
+    split: str = "train"  # of such a data set
+    columns: dict[str, Any] = field(default_factory=dict)  # what a field is called in the data: answer = "completion"
+    heldout_data: str = ""  # another source; without it ``heldout`` rows of ``data`` are held out
+    heldout_split: str = ""  # of ``heldout_data``, or another split of ``data``
     heldout: int = 64
-    strict: bool = False  # stop at a row that cannot be used, in place of leaving it out
     max_length: int = 1024  # tokens of prompt and answer; a longer row cannot be used
     batch_size: int = 8  # rows a step
 
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = ("batch_size", "max_length")
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("heldout",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.wanted(all(isinstance(name, str) for name in self.columns.values()), "columns", "names of columns")
+
+
+@dataclass
+class Limits:
+    """What a model can take: None where it does not say."""
+
+    context: int | None = None  # tokens
+    vocabulary: int | None = None  # token ids are below it
+
+    @classmethod
+    def of(cls, model: Any) -> Limits:
+        config: Any = getattr(model, "config", None) or getattr(getattr(model, "decoder", None), "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return cls(getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None))
 
 
 def load_rows(
@@ -47,11 +69,19 @@ def load_rows(
         FileNotFoundError: there is no such file.
     """
     if rows is None and not config.data:
-        raise ValueError("config: data: wanted a JSONL file (or rows from Python), got ''")
-    train = _encoded(_numbered(rows, config.data), config.data or "rows", encode, config.strict)
-    if heldout_rows is not None or config.heldout_data:
-        numbered = _numbered(heldout_rows, config.heldout_data)
-        return train, _encoded(numbered, config.heldout_data or "heldout_rows", encode, config.strict)
+        raise ValueError("config: data: wanted a JSONL file, a data set of Hugging Face (or rows from Python), got ''")
+
+    def usable_rows(given: Sequence[Row] | None, source: str, split: str, name: str) -> list[Encoded]:
+        numbered = list(enumerate(given, 1)) if given is not None else numbered_rows(source, split)
+        names = config.columns if given is None else {}
+        return usable(
+            numbered, source if given is None else name, lambda row: encode(_object(row, names)), config.strict
+        )
+
+    train = usable_rows(rows, config.data, config.split, "rows")
+    if heldout_rows is not None or config.heldout_data or config.heldout_split:
+        source, split = config.heldout_data or config.data, config.heldout_split or config.split
+        return train, usable_rows(heldout_rows, source, split, "heldout_rows")
     if config.heldout >= len(train):
         raise ValueError(f"config: heldout: wanted fewer than the {len(train)} rows there are, got {config.heldout}")
     order = np.random.default_rng([config.seed, 1]).permutation(len(train))
@@ -62,40 +92,75 @@ def load_rows(
     )
 
 
-def _numbered(rows: Sequence[Row] | None, path: str) -> list[tuple[int, Row | Exception]]:
-    if rows is not None:
-        return list(enumerate(rows, 1))
+def numbered_rows(source: str, split: str = "train") -> list[tuple[int, Row | Exception]]:
+    """The rows of a JSONL file with their lines, an exception in the place of one that is no JSON; or of a data set.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: the package datasets is missing, where it takes it.
+        ValueError: datasets cannot load it.
+    """
+    path = Path(source)
+    if not path.is_file() and (path.is_dir() or _DATASET_ID.fullmatch(source)):
+        return list(enumerate(_data_set(source, split), 1))
     numbered: list[tuple[int, Row | Exception]] = []
-    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(path.read_bytes().split(b"\n"), 1):  # U+2028 and the like end no line of JSON
         if text.strip():
             try:
                 numbered.append((line, json.loads(text)))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 numbered.append((line, error))
     return numbered
 
 
-def _encoded(
-    numbered: list[tuple[int, Row | Exception]], name: str, encode: Callable[[Row], Encoded], strict: bool
+_DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)")  # owner/name
+
+
+def _data_set(source: str, split: str) -> Any:
+    require("datasets", extra="datasets")
+    import datasets
+
+    try:
+        if any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(source)
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        return datasets.load_dataset(source, split=split)
+    except Exception as error:  # what it raises depends on where the data comes from
+        raise ValueError(f"data: datasets cannot load split {split!r} of {source!r}: {error}") from error
+
+
+def _object(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row, with its fields under the names that trainers know."""
+    if not isinstance(row, dict):
+        raise TypeError(f"wanted an object, got {type(row).__name__}")
+    return row if not columns else row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def usable(
+    numbered: Iterable[tuple[int, Row | Exception]], name: str, encode: Callable[[Row], Encoded], strict: bool
 ) -> list[Encoded]:
+    """What ``encode`` makes of the rows; those that it refuses are counted and reported with their lines.
+
+    Raises:
+        ValueError: under ``strict`` at the first of them; else if not one row can be used.
+    """
     found: list[Encoded] = []
     refused: list[str] = []
     for line, row in numbered:
         try:
             if isinstance(row, Exception):
                 raise ValueError(f"no JSON: {row}")
-            if not isinstance(row, dict):
-                raise TypeError(f"wanted an object, got {type(row).__name__}")
             found.append(encode(row))
         except (ValueError, TypeError) as error:
             if strict:
                 raise ValueError(f"{name}, line {line}: {error}") from error
             refused.append(f"  line {line}: {error}")
+    count = len(found) + len(refused)
     if refused:
         more = [f"  and {len(refused) - 5} more"] if len(refused) > 5 else []
-        say("\n".join([f"{name}: {len(refused)} of {len(numbered)} rows cannot be used", *refused[:5], *more]))
+        say("\n".join([f"{name}: {len(refused)} of {count} rows cannot be used", *refused[:5], *more]))
     if not found:
-        raise ValueError(f"{name}: none of {len(numbered)} rows can be used" + "".join("\n" + r for r in refused[:5]))
+        raise ValueError(f"{name}: none of {count} rows can be used" + "".join("\n" + r for r in refused[:5]))
     return found
 
 
@@ -151,12 +216,26 @@ def prompt_of(row: Row, tokenizer: Any) -> list[int]:
     return prompt_token_ids(row, tokenizer)
 
 
-def check_length(prompt: list[int], answers: Sequence[list[int]], max_length: int) -> None:
+def check_length(prompt: list[int], answers: Sequence[list[int]], max_length: int, limits: Limits) -> None:
+    """Refuse a row that is too long for the run or the model, or has token ids that the model does not know.
+
+    Raises:
+        ValueError: naming what is too long, and for what.
+    """
     longest = len(prompt) + max(map(len, answers))
+    if limits.context is not None and len(prompt) >= limits.context:
+        raise ValueError(f"prompt: {len(prompt)} tokens leave no room in the model's context of {limits.context}")
+    whole = f"prompt and answer: {longest} tokens ({len(prompt)} of the prompt)"
     if longest > max_length:
-        raise ValueError(
-            f"prompt and answer: {longest} tokens ({len(prompt)} of the prompt), more than max_length = {max_length}"
-        )
+        raise ValueError(f"{whole}, more than max_length = {max_length}")
+    if limits.context is not None and longest > limits.context:
+        raise ValueError(f"{whole}, more than the model's context of {limits.context}")
+    if limits.vocabulary is not None:
+        low, high = (pick(map(pick, [prompt, *answers])) for pick in (min, max))
+        if low < 0 or high >= limits.vocabulary:
+            raise ValueError(
+                f"token ids: {low if low < 0 else high} is outside the vocabulary [0, {limits.vocabulary})"
+            )
 
 
 def digest(*parts: Any) -> str:

@@ -147,7 +147,7 @@ class DPOTrainer(ReferenceTrainer):
             segments = (first, second)
         else:
             chosen, rejected = (answer_token_ids(row, name, self.tokenizer) for name in ("chosen", "rejected"))
-        check_length(prompt, [chosen, rejected], self.config.max_length)
+        check_length(prompt, [chosen, rejected], self.config.max_length, self.limits)
         if chosen == rejected:
             raise ValueError("chosen, rejected: the same answer")
         prob = row.get("prob")

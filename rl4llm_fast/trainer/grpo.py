@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import rl4llm_fast as rf
 from ..chunked import chunk_rule
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig
+from .data import check_length, usable
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .model import end_token_ids
@@ -103,11 +105,22 @@ class GRPOTrainer(Trainer):
             raise ValueError("tokenizer: supervision = 'process' cuts texts into steps and needs one")
         if c.template == "r1_zero":
             self.task = r1_zero_task(self.task, self.tokenizer, c.template_example)
+        self.task = replace(self.task, train=self.usable(self.task.train), heldout=self.usable(self.task.heldout))
         self.samples: History | None = None
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
         self.end_ids = end_token_ids(self.model, self.tokenizer)
         self.optimizer = self.make_optimizer(self.model)
+
+    def usable(self, examples: Sequence[Example]) -> list[Example]:
+        """Those whose prompt can be read and leaves room for an answer."""
+
+        def check(example: Example) -> Example:
+            prompt, answer = prompt_token_ids(example, self.tokenizer), [0] * self.config.max_new_tokens
+            check_length(prompt, [answer], len(prompt) + len(answer), self.limits)
+            return example
+
+        return usable(enumerate(examples, 1), "prompts", check, self.config.strict) if examples else []
 
     def heldout_row(self) -> dict[str, float]:
         if not self.task.heldout:

@@ -101,7 +101,7 @@ class KTOTrainer(ReferenceTrainer):
     def encode(self, row: Row) -> Labelled:
         prompt = prompt_of(row, self.tokenizer)
         answer = answer_token_ids(row, "answer", self.tokenizer)
-        check_length(prompt, [answer], self.config.max_length)
+        check_length(prompt, [answer], self.config.max_length, self.limits)
         desirable = field_of(row, "desirable")
         if not isinstance(desirable, bool):
             raise TypeError(f"desirable: wanted true or false, got {desirable!r}")

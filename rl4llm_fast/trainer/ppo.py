@@ -145,12 +145,12 @@ class PPOTrainer(Trainer):
     def encode(self, example: Example) -> Prompt:
         read = prompt_of if isinstance(example, dict) else prompt_token_ids
         prompt = Prompt(example, read(example, self.tokenizer))
-        check_length(prompt.ids, [[0] * self.config.max_new_tokens], self.config.max_length)
+        check_length(prompt.ids, [[0] * self.config.max_new_tokens], self.config.max_length, self.limits)
         return prompt
 
     def encode_ptx(self, row: Row) -> tuple[list[int], list[int]]:
         prompt, answer = prompt_of(row, self.tokenizer), answer_token_ids(row, "answer", self.tokenizer)
-        check_length(prompt, [answer], self.config.max_length)
+        check_length(prompt, [answer], self.config.max_length, self.limits)
         return prompt, answer
 
     # One step: Algorithm 1

@@ -98,7 +98,7 @@ class RMTrainer(MeanLossTrainer):
             answers, ranks = [answer_token_ids(row, name, self.tokenizer) for name in ("chosen", "rejected")], [0, 1]
             if answers[0] == answers[1]:
                 raise ValueError("chosen, rejected: the same answer")
-        check_length(prompt, answers, self.config.max_length)
+        check_length(prompt, answers, self.config.max_length, self.limits)
         return Ranking(prompt, answers, ranks)
 
     def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch import nn
 import rl4llm_fast as rf
 
 from . import checkpoint
+from .data import Limits
 from .distributed import join
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
@@ -69,6 +70,7 @@ class Trainer:
         self.model: Any = model.eval()
         self.ranks.copy_first([*model.parameters(), *model.buffers()])
         self.tokenizer = tokenizer
+        self.limits = Limits.of(model)
         if config.gradient_checkpointing:
             recompute_layers(self.model)
         self.device: torch.device = next(model.parameters()).device

@@ -42,6 +42,7 @@ class RunConfig:
     device: str = "auto"
     backend: str = "auto"  # of every op of the library; eager: plain PyTorch
     output_dir: str = "runs/run"
+    strict: bool = False  # stop at a row or prompt that cannot be used, in place of leaving it out
     resume: bool = True  # go on from the checkpoint in output_dir, where there is one
     checkpoint_every: int = 20  # steps; 0: never
     save_model: bool = True  # at the end, as a folder that from_pretrained takes

@@ -91,7 +91,7 @@ class SFTTrainer(Trainer):
 
     def encode(self, row: Row) -> Example:
         prompt, answer = prompt_of(row, self.tokenizer), answer_token_ids(row, "answer", self.tokenizer)
-        check_length(prompt, [answer], self.config.max_length)
+        check_length(prompt, [answer], self.config.max_length, self.limits)
         return Example(prompt, answer)
 
     def step(self, step: int) -> dict[str, Any]:
