@@ -14,6 +14,7 @@ from .r1 import R1Config, train_r1
 from .reward_model import RewardModel, load_reward_model
 from .rm import RMConfig, train_rm
 from .run import TrainResult
+from .sampler import Sampler, VLLMSampler
 from .sampling import Rollout, evaluate, sample
 from .settings import fill
 from .sft import SFTConfig, train_sft
@@ -31,8 +32,10 @@ __all__ = [
     "RewardModel",
     "Rollout",
     "SFTConfig",
+    "Sampler",
     "Task",
     "TrainResult",
+    "VLLMSampler",
     "evaluate",
     "fill",
     "load_config",

@@ -30,6 +30,9 @@ class GRPOConfig(RunConfig):
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     sampling_batch_size: int = 0  # prompts sampled at a time; 0: all of them
+    stop_tokens: list[Any] = field(default_factory=list)  # that end an answer beside the model's: ids, or their text
+    sampler: str = "own"  # own: the model itself | vllm: an engine beside it; or an object from Python
+    sampler_options: dict[str, Any] = field(default_factory=dict)  # e.g. gpu_memory_utilization = 0.3
 
     # Advantages and loss
     loss: str = "grpo"  # a kind of rf.policy_loss
@@ -70,6 +73,7 @@ class GRPOConfig(RunConfig):
         "advantage_scale": ("group", "batch", "none"),
         "advantage_baseline": ("mean", "leave_one_out"),
         "old_logprobs": ("policy", "sampler"),
+        "sampler": ("own", "vllm"),
         "rollout_correction": ("none", "truncate", "mask"),
         "rollout_level": ("token", "sequence"),
         "template": ("none", "r1_zero"),
@@ -98,6 +102,9 @@ class GRPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted(self.top_p <= 1, "top_p", "at most 1")
+        truncated = self.sampler == "vllm" and (self.top_p < 1 or self.top_k > 0)
+        used = self.old_logprobs == "sampler" or self.rollout_correction != "none"
+        self.wanted(not (truncated and used), "sampler", "own: the log-probabilities of vLLM are after top-p and top-k")
         self.wanted(self.minibatches <= self.prompts_per_step, "minibatches", "at most prompts_per_step")
         self.wanted(bool(self.step_separator), "step_separator", "a text")
         if self.supervision == "process":  # its normalisation is that of §6.3, over all steps of a group

@@ -20,14 +20,14 @@ from .config import GRPOConfig
 from .data import check_length, usable
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
-from .model import end_token_ids
 from .named import named_function
 from .objective import Head, check_objective, objective, silent_at_zero
 from .optimizer import learning_rate
 from .policy import Policy
 from .rewards import Rewards, Sample, make_rewards, of_function, r1_zero_task, trace_means
-from .run import Trainer, TrainResult
-from .sampling import Evaluation, Rollout, completion_of, evaluate, sample
+from .run import TrainResult
+from .sampler import Sampler, SamplingTrainer
+from .sampling import Evaluation, Rollout, completion_of, evaluate
 from .steps import StepReward, Steps
 from .steps import advantages as step_advantages
 from .steps import score as score_steps
@@ -43,6 +43,7 @@ def train_grpo(
     prompts: Sequence[Example] | None = None,
     reward: Reward | None = None,
     step_reward: StepReward | None = None,
+    sampler: Sampler | None = None,
 ) -> TrainResult:
     """Train a causal language model with GRPO; see ``GRPOConfig`` for every setting.
 
@@ -53,23 +54,26 @@ def train_grpo(
         task: what to learn; or ``prompts`` and ``reward``, a function (example, completion) -> number; or neither,
             for ``config.task``.
         step_reward: (example, texts of an answer's steps) -> one number a step, for ``supervision = "process"``.
+        sampler: an inference engine that answers the prompts; see ``Sampler``.
 
     An interrupted run goes on from the last checkpoint in ``config.output_dir`` when it is started again.
     """
     trainer = GRPOTrainer(
-        config, model=model, tokenizer=tokenizer, task=task, prompts=prompts, reward=reward, step_reward=step_reward
-    )
+        config, model=model, tokenizer=tokenizer, task=task, prompts=prompts, reward=reward, step_reward=step_reward,
+        sampler=sampler,
+    )  # fmt: skip
     try:
         return trainer.run()
     finally:
         trainer.optimizer.close()
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(SamplingTrainer):
     """The loop behind ``train_grpo``."""
 
     name = "GRPO"
     many_processes = True
+    config: GRPOConfig
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class GRPOTrainer(Trainer):
         reward: Reward | None = None,
         step_reward: StepReward | None = None,
         rewards: Rewards | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.config = c = config or GRPOConfig()
         check_objective(c)  # a wrong setting shows before the work
@@ -109,7 +114,7 @@ class GRPOTrainer(Trainer):
         self.samples: History | None = None
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
-        self.end_ids = end_token_ids(self.model, self.tokenizer)
+        self.set_up_sampling(sampler)
         self.optimizer = self.make_optimizer(self.model)
 
     def usable(self, examples: Sequence[Example]) -> list[Example]:
@@ -169,6 +174,7 @@ class GRPOTrainer(Trainer):
             "answer_tokens": sum(lengths),
             "answer_length": sum(lengths) / len(lengths),
             "ended": sum(rollout.ended) / len(rollout.ended),
+            "rollout_logp": float(np.mean(sampled)),  # the sampler's own, a token
             "entropy_sampled": -float(np.mean(sampled)),  # −log p of what was drawn: unbiased for the entropy
             **metrics,
             "seconds": sum(seconds.values()),
@@ -207,14 +213,8 @@ class GRPOTrainer(Trainer):
 
     def sample(self, examples: Sequence[Example]) -> Rollout:
         """``group_size`` answers to each example."""
-        c = self.config
         prompts = [prompt_token_ids(example, self.tokenizer) for example in examples]
-        with self.chosen_backend():
-            return sample(
-                self.policy, prompts, group_size=c.group_size, max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
-                temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=self.generator,
-                batch_size=c.sampling_batch_size, ranks=self.ranks,
-            )  # fmt: skip
+        return self.draw(prompts, self.config.group_size)
 
     def score(self, examples: Sequence[Example], rollout: Rollout) -> tuple[list[float], list[dict[str, float]]]:
         """The reward of each answer, and what each rule gave to it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ def load_model(name: str, *, precision: str, device: torch.device) -> tuple[nn.M
         ValueError: there is no such model.
     """
     require("transformers", extra="trainer")
-    source = name
+    source = model_source(name)
     if name == smollm2.NAME:
-        source = str(smollm2.model_folder())
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +37,11 @@ def load_model(name: str, *, precision: str, device: torch.device) -> tuple[nn.M
             f"model: {name!r} is neither {smollm2.NAME!r} nor one transformers can load: {error}"
         ) from error
     return model.to(device), tokenizer
+
+
+def model_source(name: str) -> str:
+    """The folder or id that transformers takes for a model's name."""
+    return str(smollm2.model_folder()) if name == smollm2.NAME else name
 
 
 def _quietly(load: Callable[[], Any]) -> Any:
@@ -76,9 +80,20 @@ def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> An
     return torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: those of the generation config and the tokenizer's own."""
+def end_token_ids(model: nn.Module, tokenizer: Any, more: Sequence[Any] = ()) -> frozenset[int]:
+    """Every token that ends an answer: those of the generation config, the tokenizer's own, and ``more``.
+
+    Raises:
+        ValueError: one of ``more`` is neither a token id nor a text that is one token.
+    """
     found: set[int] = set()
+    for token in more:
+        read = [token]
+        if isinstance(token, str) and tokenizer is not None:
+            read = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(read) != 1 or isinstance(read[0], bool) or not isinstance(read[0], int):
+            raise ValueError(f"config: stop_tokens: wanted token ids, or texts that are one token, got {token!r}")
+        found.update(read)
     for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])

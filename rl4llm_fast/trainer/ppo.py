@@ -17,14 +17,14 @@ import rl4llm_fast as rf
 
 from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of
 from .metrics import Averages, Phases, plot_curves
-from .model import end_token_ids
 from .named import named_function
 from .optimizer import learning_rate
 from .ppo_config import PPOConfig
 from .ppo_models import Experience, Models, starts_of
 from .reward_model import RewardModel, load_reward_model
-from .run import Trainer, TrainResult
-from .sampling import Rollout, sample
+from .run import TrainResult
+from .sampler import Sampler, SamplingTrainer
+from .sampling import Rollout
 from .scorers import Prompt, Scorer, function_scorer, model_scorer, name_of
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
 
@@ -41,6 +41,7 @@ def train_ppo(
     reward: Reward | None = None,
     heldout_reward: Reward | None = None,
     ptx_rows: Sequence[Row] | None = None,
+    sampler: Sampler | None = None,
 ) -> TrainResult:
     """Train a causal language model with PPO; see ``PPOConfig`` for every setting.
 
@@ -55,12 +56,13 @@ def train_ppo(
             neither, for ``config.reward_model`` or ``config.reward``.
         heldout_reward: a second function, which held-out answers are measured with, never trained on.
         ptx_rows: {"prompt", "answer"}, the pre-training batches of PPO-ptx; None reads ``config.ptx_data``.
+        sampler: an inference engine that answers the prompts; see ``Sampler``.
 
     An interrupted run goes on from the last checkpoint in ``config.output_dir`` when it is started again.
     """
     trainer = PPOTrainer(
         config, model=model, tokenizer=tokenizer, prompts=prompts, heldout_prompts=heldout_prompts, task=task,
-        reward_model=reward_model, reward=reward, heldout_reward=heldout_reward, ptx_rows=ptx_rows,
+        reward_model=reward_model, reward=reward, heldout_reward=heldout_reward, ptx_rows=ptx_rows, sampler=sampler,
     )  # fmt: skip
     try:
         return trainer.run()
@@ -68,7 +70,7 @@ def train_ppo(
         trainer.close()
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(SamplingTrainer):
     """The loop behind ``train_ppo``."""
 
     name = "PPO"
@@ -87,6 +89,7 @@ class PPOTrainer(Trainer):
         reward: Reward | None = None,
         heldout_reward: Reward | None = None,
         ptx_rows: Sequence[Row] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.config = c = config or PPOConfig()
         one = torch.zeros(1)
@@ -123,7 +126,7 @@ class PPOTrainer(Trainer):
             reward_model.autocast = c.precision == "autocast"
         self.models = Models(c, self.model, reward_model, self.ranks)
         self.policy = self.models.policy
-        self.end_ids = end_token_ids(self.model, self.tokenizer)
+        self.set_up_sampling(sampler)
         by_function = partial(function_scorer, tokenizer=self.tokenizer, end_ids=self.end_ids, ranks=self.ranks)
         if reward_model is not None:
             vocabulary = self.policy.config.vocab_size
@@ -173,6 +176,7 @@ class PPOTrainer(Trainer):
             "reward_std": float(np.std(scores)),
             "answer_length": float(np.mean(experience.lengths)),
             "ended": float(np.mean(rollout.ended)),
+            "rollout_logp": float(np.mean([value for answer in rollout.logprobs for value in answer])),
             "entropy_sampled": -float(np.mean([value for answer in rollout.logprobs for value in answer])),
             **judged,
             **learned,
@@ -182,12 +186,7 @@ class PPOTrainer(Trainer):
         }
 
     def sample(self, prompts: Sequence[Prompt], generator: torch.Generator) -> Rollout:
-        c = self.config
-        rollout = sample(
-            self.policy, [prompt.ids for prompt in prompts], max_new_tokens=c.max_new_tokens, end_ids=self.end_ids,
-            temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, generator=generator,
-            batch_size=c.sampling_batch_size, ranks=self.ranks,
-        )  # fmt: skip
+        rollout = self.draw([prompt.ids for prompt in prompts], generator=generator)
         self.phases.mark("sample")
         return rollout
 

@@ -28,6 +28,9 @@ class PPOConfig(DataConfig):
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     sampling_batch_size: int = 0  # prompts sampled at a time; 0: all of them
+    stop_tokens: list[Any] = field(default_factory=list)  # that end an answer beside the model's: ids, or their text
+    sampler: str = "own"  # own: the model itself | vllm: an engine beside it; or an object from Python
+    sampler_options: dict[str, Any] = field(default_factory=dict)  # e.g. gpu_memory_utilization = 0.3
 
     # Rewards and advantages
     kl_coef: float = 0.05  # β of the shaped reward (7); 0: no reference model
@@ -62,7 +65,10 @@ class PPOConfig(DataConfig):
     batch_size: int = 16
     output_dir: str = "runs/ppo"
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"value": ("auto", "reward_model", "policy", "shared")}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "value": ("auto", "reward_model", "policy", "shared"),
+        "sampler": ("own", "vllm"),
+    }
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = (
         "max_new_tokens",
         "kl_every",

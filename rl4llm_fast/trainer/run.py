@@ -51,6 +51,7 @@ class Trainer:
     many_processes = False  # whether torchrun may start several of it
     data_key = ""  # a digest of the rows, where a step's place in them is all that a checkpoint knows of the data
     optimizer: MasterAdamW
+    updates = 0  # how often the weights have been changed since the run was started
 
     def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
         require("transformers", "tqdm", extra="trainer")
@@ -192,6 +193,7 @@ class Trainer:
             norm = math.nan
         else:
             norm = self.optimizer.step(rate, c.max_grad_norm)
+            self.updates += 1
             if not math.isfinite(norm):
                 problem = gradient_problem(norm, self.optimizer.nonfinite, len(self.optimizer.names))
         self.phases.mark("optimizer")
