@@ -24,7 +24,7 @@ class PPOConfig(DataConfig):
 
     # Sampling
     max_new_tokens: int = 24
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling, and of log-probabilities throughout
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     sampling_batch_size: int = 0  # prompts sampled at a time; 0: all of them
