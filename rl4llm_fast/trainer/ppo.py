@@ -15,7 +15,7 @@ from torch import nn
 
 import rl4llm_fast as rf
 
-from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of
+from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of, usable
 from .metrics import Averages, Phases, plot_curves
 from .named import named_function
 from .optimizer import learning_rate
@@ -107,14 +107,18 @@ class PPOTrainer(SamplingTrainer):
 
         # The prompts, and what PPO-ptx mixes in
         if task is not None:
-            self.train, self.heldout = ([self.encode(e) for e in part] for part in (task.train, task.heldout))
+            parts = {"task": task.train, "held-out task": task.heldout}
+            self.train, self.heldout = (
+                usable(enumerate(part, 1), name, self.encode, c.strict) if len(part) else []
+                for name, part in parts.items()
+            )
         else:
             self.train, self.heldout = load_rows(c, prompts, heldout_prompts, self.encode)
         if not self.train:
             raise ValueError("prompts: none to train on")
         self.ptx: list[tuple[list[int], list[int]]] = []
         if c.ptx_coef > 0:
-            whole = replace(c, data=c.ptx_data, heldout_data="", heldout=0)
+            whole = replace(c, data=c.ptx_data, heldout_data="", heldout_split="", heldout=0)
             self.ptx, _ = load_rows(whole, ptx_rows, None, self.encode_ptx)
         self.data_key = digest([prompt.ids for prompt in self.train], self.ptx)
 
