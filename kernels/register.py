@@ -6,7 +6,19 @@ import torch
 
 from rl4llm_fast.schemas import TRITON_NAMESPACE
 
-from . import gae, groups, kl, kl_estimate, n_step, preference, token_logprobs, token_loss, vtrace, whiten
+from . import (
+    gae,
+    groups,
+    kl,
+    kl_estimate,
+    n_step,
+    preference,
+    token_logprobs,
+    token_loss,
+    token_loss_sequences,
+    vtrace,
+    whiten,
+)
 
 # op name -> launcher with the signature of schemas.OPS
 LAUNCHERS = {
@@ -17,6 +29,7 @@ LAUNCHERS = {
     "kl_divergence_bwd": kl.kl_divergence_bwd,
     "kl_divergence_bwd_": kl.kl_divergence_bwd_,
     "policy_loss_fwd": token_loss.policy_loss_fwd,
+    "policy_loss_sequences_fwd": token_loss_sequences.policy_loss_sequences_fwd,
     "kl_estimate_fwd": kl_estimate.kl_estimate_fwd,
     "token_loss_bwd": token_loss.token_loss_bwd,
     "preference_loss_fwd": preference.preference_loss_fwd,

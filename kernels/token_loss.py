@@ -12,48 +12,29 @@ import triton.language as tl
 from torch import Tensor
 
 from rl4llm_fast import user_losses
-from rl4llm_fast.formulas import MAX_KNOBS, METRICS, PARAMS
+from rl4llm_fast.formulas import METRICS
 
 from .configs import COMPILE
 from .rows import DTYPES, check_grid, on_device
+from .token_block import (
+    DP_SIZE,
+    MAX_LENGTH,
+    NUM_PARTIALS,
+    NUM_SEQUENCES,
+    NUM_SUMS,
+    NUM_TOKENS,
+    block_of_tokens,
+    live_tokens,
+    param,
+    store_sums,
+)
 from .token_formulas_gen import CORRECTIONS, KL, POLICY, WEIGHTS
-
-# Where each hyperparameter stands in params; knob k of the formula is at NUM_PARAMS + k.
-NUM_TOKENS = tl.constexpr(PARAMS.index("num_tokens"))
-NUM_SEQUENCES = tl.constexpr(PARAMS.index("num_sequences"))
-MAX_LENGTH = tl.constexpr(PARAMS.index("max_length"))
-DP_SIZE = tl.constexpr(PARAMS.index("dp_size"))
-KL_COEF = tl.constexpr(PARAMS.index("kl_coef"))
-ENTROPY_COEF = tl.constexpr(PARAMS.index("entropy_coef"))
-ROLLOUT_CAP = tl.constexpr(PARAMS.index("rollout_cap"))
-ROLLOUT_FLOOR = tl.constexpr(PARAMS.index("rollout_floor"))
-NUM_PARAMS = tl.constexpr(len(PARAMS))
-
-# What is summed up over the live tokens of a segment; the last two are the least and the largest ratio.
-SUMS = ("count", "loss", "clipped_low", "clipped_high", "ratio", "k1", "k3", "kl", "entropy")
-NUM_SUMS = tl.constexpr(len(SUMS))
-NUM_PARTIALS = len(SUMS) + 2
 
 SEGMENT = 1024  # tokens of a row that one program takes: 4 loads a thread of each input in flight; not yet measured
 WARPS = 8
 # Left alone, or at 80, some version of ptxas aims at 48 or 64 for some formula and architecture, and spills 8 bytes.
 REGISTERS = {"maxnreg": 96} if torch.version.hip is None else {}
 FINISH_TILE = 1024  # partial sums that the last program holds at once
-
-
-@triton.jit
-def param(params_ptr, params, INDEX: tl.constexpr):
-    """A hyperparameter: read on the device where the user gave tensors there, else one of the launch's numbers."""
-    if params_ptr is not None:
-        value = tl.load(params_ptr + INDEX).to(tl.float32)
-    else:
-        value = params[INDEX]
-    return value
-
-
-@triton.jit
-def store_sum(partial_ptr, INDEX: tl.constexpr, programs, live, value):
-    tl.store(partial_ptr + INDEX * programs + tl.program_id(0), tl.sum(tl.where(live, value, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["T", "segments", "programs"])
@@ -95,77 +76,22 @@ def policy_loss_fwd_kernel(
     t = tl.program_id(0) % segments * BLOCK_T + tl.arange(0, BLOCK_T)
     n = row.to(tl.int64) * T + t
     inside = t < T
-    live = inside
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + n, mask=inside, other=0) != 0)
-    logp = tl.load(logp_ptr + n, mask=live, other=0.0).to(tl.float32)
-    old = logp
-    if old_ptr is not None:
-        old = tl.load(old_ptr + n, mask=live, other=0.0).to(tl.float32)
-    if ONE_ADV:
-        adv = tl.where(live, tl.load(adv_ptr + row).to(tl.float32), 0.0)
-    else:
-        adv = tl.load(adv_ptr + n, mask=live, other=0.0).to(tl.float32)
-    log_s = logp
+    live = live_tokens(mask_ptr, n, inside)
+    log_s = 0.0
     if log_s_ptr is not None:
         if ONE_LOG_S:
             log_s = tl.where(live, tl.load(log_s_ptr + row), 0.0)
         else:
             log_s = tl.load(log_s_ptr + n, mask=live, other=0.0).to(tl.float32)
-    knobs = (
-        param(params_ptr, params, NUM_PARAMS),
-        param(params_ptr, params, NUM_PARAMS + 1),
-        param(params_ptr, params, NUM_PARAMS + 2),
-        param(params_ptr, params, NUM_PARAMS + 3),
-    )
-    ref = logp
-    if ref_ptr is not None:
-        ref = tl.load(ref_ptr + n, mask=live, other=0.0).to(tl.float32)
-    loss, dlogp, ratio, clipped_low, clipped_high, k1, k3 = FORMULA(logp, old, ref, adv, log_s, knobs)
-    if policy_weights_ptr is not None:
-        omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
-        if CORRECTION is not None:
-            cap = param(params_ptr, params, ROLLOUT_CAP)
-            omega = CORRECTION(old - omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
-        loss *= omega
-        dlogp *= omega
-    if ref_ptr is not None:
-        kl, dkl = KL_FORMULA(logp, ref, old)
-        kl_coef = param(params_ptr, params, KL_COEF)
-        # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
-        loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
-        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl, 0.0)
-        store_sum(partial_ptr, 7, programs, live, kl)
-    else:
-        store_sum(partial_ptr, 7, programs, live, 0.0)
     weight = tl.where(live, 1.0, 0.0)
     if token_weights_ptr is not None:
         weight = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
-    if entropy_ptr is not None:
-        entropy = tl.load(entropy_ptr + n, mask=live, other=0.0).to(tl.float32)
-        entropy_coef = param(params_ptr, params, ENTROPY_COEF)
-        loss -= tl.where(entropy_coef != 0.0, entropy_coef * entropy, 0.0)
-        store_sum(partial_ptr, 8, programs, live, entropy)
-        if dentropy_ptr is not None:
-            tl.store(dentropy_ptr + n, tl.where(live, -entropy_coef * weight, 0.0), mask=inside)
-    else:
-        store_sum(partial_ptr, 8, programs, live, 0.0)
-    loss = tl.where(live, loss * weight, 0.0)
-    if loss_ptr is not None:
-        tl.store(loss_ptr + n, loss * param(params_ptr, params, DP_SIZE), mask=inside)
-    tl.store(dlogp_ptr + n, tl.where(live, dlogp * weight, 0.0), mask=inside)
-    store_sum(partial_ptr, 0, programs, live, 1.0)
-    store_sum(partial_ptr, 1, programs, live, loss)
-    store_sum(partial_ptr, 2, programs, live, clipped_low)
-    store_sum(partial_ptr, 3, programs, live, clipped_high)
-    store_sum(partial_ptr, 4, programs, live, ratio)
-    store_sum(partial_ptr, 5, programs, live, k1)
-    store_sum(partial_ptr, 6, programs, live, k3)
-    # The extremes of a reduction drop NaN, its sum does not; a ratio is at most e^20, so 0·sum is 0 or NaN.
-    poison = 0.0 * tl.sum(tl.where(live, ratio, 0.0), axis=0)
-    extremes_ptr = partial_ptr + NUM_SUMS * programs + tl.program_id(0)
-    tl.store(extremes_ptr, tl.min(tl.where(live, ratio, float("inf")), axis=0) + poison)
-    tl.store(extremes_ptr + programs, tl.max(tl.where(live, ratio, float("-inf")), axis=0) + poison)
+    count, loss, low, high, ratio, k1, k3, kl, entropy, least, largest = block_of_tokens(
+        logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, params, loss_ptr, dlogp_ptr,
+        dentropy_ptr, row, n, inside, live, log_s, 1.0, weight, FORMULA, KL_FORMULA, CORRECTION, ONE_ADV,
+    )  # fmt: skip
+    sums = (count, loss, low, high, ratio, k1, k3, kl, entropy, least, largest)
+    store_sums(partial_ptr + tl.program_id(0), programs, sums)
 
 
 @triton.jit
@@ -308,6 +234,29 @@ def check_rows(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | Non
             raise TypeError(f"{op}: {name} must be contiguous and one of {dtypes} here, got {tensor.dtype}")
 
 
+def numbers_or_pointer(params: Tensor) -> tuple[Tensor | None, tuple[float, ...] | None]:
+    """On the CPU they are read here, without a synchronisation; on the device, when the kernels run."""
+    return (None, tuple(params.tolist())) if params.device.type == "cpu" else (params, None)
+
+
+def finish(
+    partial: Tensor,
+    params: Tensor,
+    loss: Tensor | None,
+    scale: Tensor,
+    metrics: Tensor,
+    B: int,
+    segments: int,
+    how: str,
+) -> None:
+    tile_s = min(FINISH_TILE, triton.next_power_of_2(max(segments, 1)))
+    policy_loss_finish_kernel[(1,)](
+        partial, *numbers_or_pointer(params), loss, scale, metrics, B, segments,
+        WEIGHT=WEIGHTS["token_sum" if how == "none" else how], TILE_B=FINISH_TILE // tile_s, TILE_S=tile_s,
+        num_warps=8, **COMPILE,
+    )  # fmt: skip
+
+
 def policy_loss_fwd(
     logp: Tensor,
     old: Tensor | None,
@@ -337,11 +286,8 @@ def policy_loss_fwd(
     block, segments = cut(T)
     programs = B * segments
     (grid,) = check_grid("policy_loss_fwd", programs)
-    partial = fp32((NUM_PARTIALS, programs))
-    # On the CPU they are read here, without a synchronisation; on the device, when the kernels run.
-    host = params.device.type == "cpu"
-    params_ptr, numbers = (None, tuple(params.tolist())) if host else (params, None)
-    tile_s = min(FINISH_TILE, triton.next_power_of_2(max(segments, 1)))
+    partial = fp32((NUM_PARTIALS.value, programs))
+    params_ptr, numbers = numbers_or_pointer(params)
     with on_device(logp):
         if programs:
             policy_loss_fwd_kernel[(grid,)](
@@ -352,11 +298,7 @@ def policy_loss_fwd(
                 ONE_ADV=advantages.shape != (B, T), ONE_LOG_S=log_s is not None and log_s.shape != (B, T),
                 BLOCK_T=block, num_warps=WARPS, **REGISTERS, **COMPILE,
             )  # fmt: skip
-        policy_loss_finish_kernel[(1,)](
-            partial, params_ptr, numbers, None if per_token else loss, scale, metrics, B, segments,
-            WEIGHT=WEIGHTS["token_sum" if per_token else aggregation], TILE_B=FINISH_TILE // tile_s, TILE_S=tile_s,
-            num_warps=8, **COMPILE,
-        )  # fmt: skip
+        finish(partial, params, None if per_token else loss, scale, metrics, B, segments, aggregation)
     return loss, dlogp, dentropy, scale, metrics
 
 
@@ -379,6 +321,3 @@ def token_loss_bwd(
                 BLOCK_T=block, num_warps=WARPS, **COMPILE,
             )  # fmt: skip
     return grad_logp, grad_entropy
-
-
-assert MAX_KNOBS == 4, "policy_loss_fwd_kernel unpacks four knobs"

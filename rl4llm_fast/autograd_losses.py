@@ -21,10 +21,15 @@ class PolicyLossOptions:
     aggregation: str
     correction: str
     entropy_grad: bool
+    # What policy_loss_sequences_fwd makes of whole sequences: (the ratio, the correction). None: policy_loss_fwd.
+    of_sequences: tuple[bool, bool] | None = None
 
 
 class PolicyLoss(torch.autograd.Function):
-    """(loss, metrics); the arguments are those of ``policy_loss_fwd``. Differentiable in logp and entropy."""
+    """(loss, metrics); the arguments are those of ``policy_loss_fwd``, or of ``policy_loss_sequences_fwd``.
+
+    Differentiable in logp and entropy.
+    """
 
     @staticmethod
     def forward(
@@ -38,26 +43,19 @@ class PolicyLoss(torch.autograd.Function):
         policy_weights: Tensor | None,
         token_weights: Tensor | None,
         log_s: Tensor | None,
+        cu_seqlens: Tensor | None,
         params: Tensor,
         options: PolicyLossOptions,
     ) -> tuple[Tensor, Tensor]:
-        loss, dlogp, dentropy, scale, metrics = dispatch.ops(options.backend).policy_loss_fwd(
-            logp,
-            old,
-            advantages,
-            ref,
-            entropy,
-            mask,
-            policy_weights,
-            token_weights,
-            log_s,
-            params,
-            options.formula,
-            options.kl,
-            options.aggregation,
-            options.correction,
-            options.entropy_grad,
-        )
+        kernels = dispatch.ops(options.backend)
+        tensors = (logp, old, advantages, ref, entropy, mask, policy_weights, token_weights)
+        how = (options.formula, options.kl, options.aggregation, options.correction)
+        if options.of_sequences is None:
+            found = kernels.policy_loss_fwd(*tensors, log_s, params, *how, options.entropy_grad)
+        else:
+            given = (cu_seqlens, params, *how, *options.of_sequences, options.entropy_grad)
+            found = kernels.policy_loss_sequences_fwd(*tensors, *given)
+        loss, dlogp, dentropy, scale, metrics = found
         ctx.save_for_backward(logp, entropy if options.entropy_grad else None, dlogp, dentropy, scale)
         ctx.options = options
         ctx.mark_non_differentiable(metrics)
@@ -67,13 +65,13 @@ class PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_metrics: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 12
         logp, entropy, dlogp, dentropy, scale = ctx.saved_tensors
         options: PolicyLossOptions = ctx.options
         grad_logp, grad_entropy = dispatch.run_backward(
             options.backend, "token_loss_bwd", grad_loss.contiguous(), logp, entropy, scale, dlogp, dentropy
         )
-        return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 9
+        return grad_logp, grad_entropy if options.entropy_grad else None, *(None,) * 10
 
 
 class PrecomputedGradients(torch.autograd.Function):

@@ -194,6 +194,11 @@ def policy_loss_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
+def policy_loss_sequences_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, aggregation, correction, _, _, entropy_grad = args
+    return policy_loss_fwd(logp, aggregation, correction, entropy_grad)
+
+
 def kl_estimate_fwd(logp: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logp), torch.empty_like(logp)
 

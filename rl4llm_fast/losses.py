@@ -108,12 +108,17 @@ def policy_loss(
         BackendError: a backend asked for by name cannot run here.
     """
     checks.is_float("logp", logp)
-    layout = sequences(logp, cu_seqlens)
     checks.choice("aggregation", aggregation, weights.NAMES)
+    formula, values = formula_and_knobs(kind, knobs)
+    chosen = dispatch.choose("policy_loss", logp, backend)
+    if not formulas.FORMULAS[formula].builtin:
+        chosen = user_losses.prepare(kind, chosen, dispatch.named(backend) is not None)
+    # Triton's kernels read masks, offsets and every dtype themselves: what would be made here is a launch.
+    triton = chosen == "triton"
+    layout = sequences(logp, cu_seqlens, as_given=triton)
     tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "rollout_logp": rollout_logp}
     for name, tensor in (*tensors.items(), ("token_weights", token_weights)):
         check_like(name, tensor, logp)
-    formula, values = formula_and_knobs(kind, knobs)
     sequence_level = formulas.FORMULAS[formula].sequence_level
     if not layout.known and (aggregation.startswith("seq_") or sequence_level or rollout_level == "sequence"):
         needs = f"kind={kind!r}" if sequence_level else f"aggregation={aggregation!r}, rollout_level={rollout_level!r}"
@@ -125,18 +130,13 @@ def policy_loss(
     _needs("kl_coef", kl_coef, "ref_logp", ref_logp)
     _needs("entropy_coef", entropy_coef, "entropy", entropy)
     mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
-
     _check_rollout(rollout_correction, rollout_level, rollout_logp)
-    chosen = dispatch.choose("policy_loss", logp, backend)
-    if not formulas.FORMULAS[formula].builtin:
-        chosen = user_losses.prepare(kind, chosen, dispatch.named(backend) is not None)
     dtype = accumulation_dtype(logp.dtype)
 
     def rows(tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
-        # Triton's kernels read and write every dtype themselves; a cast is a launch.
-        fits = chosen == "triton" and tensor.dtype != torch.float64
+        fits = triton and tensor.dtype != torch.float64
         return layout.as_rows(tensor if fits else tensor.to(dtype)).contiguous()
 
     def fixed(tensor: Tensor | None) -> Any:
@@ -147,29 +147,42 @@ def policy_loss(
         return layout.as_rows(logp.detach().to(dtype))
 
     now, old, live = rows(logp), fixed(old_logp), None if mask is None else layout.as_rows(mask).contiguous()
-    adv, per_sequence = _advantages(advantages, layout, rows, logp)
+    per_sequence = check_advantages(advantages, layout, logp)
     omega, correction = fixed(rollout_logp), rollout_correction or ""
-    if correction and rollout_level == "sequence":
-        bounds = (rollout_cap, rollout_floor)
-        omega = rollout_weights(correction, rollout_level, *bounds, current(), old, omega, live, layout)
-        correction = ""
-    weight = fixed(token_weights)
-    log_s = None
-    if sequence_level:
-        log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
-        if per_sequence and weight is not None:
-            # With one A per sequence every token's share of the loss moves the one ratio: only the mean weight counts.
-            weight = _sequence_mean(weight.to(dtype), live, layout).expand(layout.rows).contiguous()
-    how = aggregation
-    if layout.packed and aggregation.startswith("seq_"):
-        per_token = aggregation_weights(aggregation, layout, live, current(), num_tokens, num_sequences, max_length)
-        weight, how = per_token if weight is None else weight * per_token, "token_sum"
+    sequence_correction = bool(correction) and rollout_level == "sequence"
+    weight, how, log_s = fixed(token_weights), aggregation, None
+    of_packed = layout.packed and (per_sequence or aggregation.startswith("seq_"))
+    in_kernel = triton and (sequence_level or sequence_correction or of_packed)
+    if not per_sequence:
+        adv = fixed(advantages)
+    elif triton:
+        adv = advantages.detach().unsqueeze(-1)
+        adv = (adv.to(dtype) if adv.dtype == torch.float64 else adv).contiguous()
+    else:
+        adv = layout.spread(advantages.detach())
+        adv = rows(adv) if layout.packed else adv.to(dtype).contiguous()
+    if not in_kernel:
+        if sequence_correction:
+            bounds = (rollout_cap, rollout_floor)
+            omega = rollout_weights(correction, rollout_level, *bounds, current(), old, omega, live, layout)
+            correction = ""
+        if sequence_level:
+            log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
+            if per_sequence and weight is not None:
+                # With one A per sequence every token's share of the loss moves the one ratio: only the mean weight
+                # counts.
+                weight = _sequence_mean(weight.to(dtype), live, layout).expand(layout.rows).contiguous()
+        if layout.packed and aggregation.startswith("seq_"):
+            made = aggregation_weights(aggregation, layout, live, current(), num_tokens, num_sequences, max_length)
+            weight, how = made if weight is None else weight * made, "token_sum"
+    if max_length is None:
+        max_length = -1.0 if layout.packed else float(layout.rows[1])
     params = pack_params(
         now,
         {
             "num_tokens": -1.0 if num_tokens is None else num_tokens,
             "num_sequences": float(layout.count) if num_sequences is None else num_sequences,
-            "max_length": float(layout.rows[1]) if max_length is None else max_length,
+            "max_length": max_length,
             "dp_size": dp_size,
             "kl_coef": kl_coef,
             "entropy_coef": entropy_coef,
@@ -185,9 +198,12 @@ def policy_loss(
         loss, vector = reference_losses.policy_loss(*arguments, correction)
     else:
         entropy_grad = entropy is not None and entropy.requires_grad
-        options = PolicyLossOptions(chosen, formulas.FORMULAS[formula].op_name, variant, how, correction, entropy_grad)
+        of_sequences = (sequence_level, sequence_correction) if in_kernel else None
+        names = (chosen, formulas.FORMULAS[formula].op_name, variant, how, correction)
+        options = PolicyLossOptions(*names, entropy_grad, of_sequences)
+        offsets = layout.cu_seqlens if in_kernel else None
         loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
-            now, uncertainty, old, adv, ref, live, omega, weight, log_s, params, options
+            now, uncertainty, old, adv, ref, live, omega, weight, log_s, offsets, params, options
         )
     loss = loss.reshape(logp.shape) if aggregation == "none" else loss
     clips = formulas.FORMULAS[formula].clip_range is not None
@@ -230,16 +246,14 @@ def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
     return checks.numbers(ordered, len(formulas.PARAMS) + formulas.MAX_KNOBS, logp)
 
 
-def _advantages(advantages: Tensor, layout: Sequences, rows: Any, logp: Tensor) -> tuple[Tensor, bool]:
-    """Advantages as rows, (B, T) or (B, 1), and whether there is one per sequence."""
+def check_advantages(advantages: Tensor, layout: Sequences, logp: Tensor) -> bool:
+    """Whether there is one per sequence."""
     checks.is_float("advantages", advantages)
     checks.same_device("advantages", advantages, logp, "logp")
-    adv = advantages.detach()
-    if adv.shape == logp.shape:
-        return rows(adv), False
-    if layout.known and adv.dim() == 1 and adv.shape[0] == layout.count:
-        spread = layout.spread(adv)
-        return (rows(spread) if layout.packed else spread.to(accumulation_dtype(logp.dtype)).contiguous()), True
+    if advantages.shape == logp.shape:
+        return False
+    if layout.known and advantages.dim() == 1 and advantages.shape[0] == layout.count:
+        return True
     per_sequence = f", or {(layout.count,)} for one value per sequence" if layout.known else ""
     raise ValueError(f"advantages: wanted {checks.shape(logp)} like logp{per_sequence}; got {checks.shape(advantages)}")
 

@@ -119,7 +119,7 @@ def n_step_returns(
     position = torch.arange(length, device=r.device)
     there = torch.where(active, position, length)
     following = torch.nn.functional.pad(there.flip(1).cummin(1).values.flip(1), (0, 1), value=length)[:, 1:]
-    if layout.cu_seqlens is not None and layout.index is not None:
+    if layout.cu_seqlens is not None:
         following = following.masked_fill(following >= layout.cu_seqlens[1:][layout.index], length)
     ends = following == length
     tail = layout.spread(last).expand(layout.rows)
@@ -221,7 +221,7 @@ def _bootstrap(layout: Sequences, bootstrap: Tensor | None, like: Tensor) -> Ten
 def _live_from(layout: Sequences, live: Tensor) -> Tensor:
     """How many live tokens its sequence has from each position on."""
     count = live.long().cumsum(1)
-    if layout.cu_seqlens is None or layout.index is None:
+    if layout.cu_seqlens is None:
         return count[:, -1:] - count + live.long()
     total = torch.nn.functional.pad(count[0], (1, 0))[layout.cu_seqlens[1:]]
     return layout.spread(total) - count + live.long()
@@ -234,8 +234,9 @@ def _walk(layout: Sequences, active: Tensor, start: State, step: Callable[[int, 
     """
     length = layout.rows[1]
     ends = None
-    if layout.cu_seqlens is not None and layout.index is not None:
-        start = tuple(s[layout.index] if length else s for s in start)  # per position: (N,)
+    if layout.cu_seqlens is not None:
+        index = layout.index
+        start = tuple(s[index] if length else s for s in start)  # per position: (N,)
         marks = torch.zeros(length + 1, dtype=torch.bool, device=active.device)
         ends = marks.index_fill(0, layout.cu_seqlens[1:], True)[1:]
     state = start if ends is None else tuple(s[-1:] for s in start)

@@ -188,6 +188,17 @@ OPS: dict[str, Op] = {
         "str aggregation, str correction, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.policy_loss_fwd,
     ),
+    # Triton's, where a token's loss takes something of its whole sequence. (B, T), or packed (1, N) with cu_seqlens
+    # (B+1,) of any integer dtype; advantages like logp, or (B, 1). sequence_ratio: log_s is the mean of logp − old over
+    # the sequence; sequence_correction: ω is made of the sum of old − policy_weights. max_length < 0 in params: the
+    # longest packed sequence. The rest, and the results, as above; for packed tokens scale is (1,).
+    "policy_loss_sequences_fwd": Op(
+        "(Tensor logp, Tensor? old, Tensor advantages, Tensor? ref, Tensor? entropy, Tensor? mask, "
+        "Tensor? policy_weights, Tensor? token_weights, Tensor? cu_seqlens, Tensor params, str formula, str kl, "
+        "str aggregation, str correction, bool sequence_ratio, bool sequence_correction, bool entropy_grad) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        fakes.policy_loss_sequences_fwd,
+    ),
     # logp, ref, old, mask (N,); variant: one of formulas.kl_variants() -> kl, dkl/dlogp (N,)
     "kl_estimate_fwd": Op(
         "(Tensor logp, Tensor ref, Tensor? old, Tensor? mask, str variant) -> (Tensor, Tensor)", fakes.kl_estimate_fwd

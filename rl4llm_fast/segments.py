@@ -45,9 +45,9 @@ def segment_sums(
     if layout.cu_seqlens is None:
         begin, end = begin.unsqueeze(1), end.unsqueeze(1)  # (B, 1, K) beside positions (T, 1)
     else:
-        assert layout.index is not None
-        position = position - layout.cu_seqlens[layout.index]
-        begin, end = begin[layout.index], end[layout.index]  # (N, K)
+        index = layout.index
+        position = position - layout.cu_seqlens[index]
+        begin, end = begin[index], end[index]  # (N, K)
     position = position.unsqueeze(-1)
     inside = (position >= begin) & (position < end)
     difference = logp if ref is None else logp - ref

@@ -17,8 +17,7 @@ class Sequences:
 
     shape: tuple[int, ...]  # as the user gave the tokens
     rows: tuple[int, int]  # (B, T), or (1, N)
-    cu_seqlens: Tensor | None  # (B+1,) int64 where packed
-    index: Tensor | None  # (N,) the sequence of each packed token
+    cu_seqlens: Tensor | None  # (B+1,) where packed: int64 in [0, N], unless they were left as given
     known: bool  # False: one dimension without cu_seqlens, so that nothing is known about sequences
 
     @property
@@ -29,6 +28,14 @@ class Sequences:
     def count(self) -> int:
         """B, empty sequences too."""
         return self.rows[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def index(self) -> Tensor:
+        """(N,): the sequence of each packed token."""
+        assert self.cu_seqlens is not None
+        position = torch.arange(self.shape[0], device=self.cu_seqlens.device)
+        found = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
+        return found.clamp(max=max(self.count - 1, 0))
 
     def as_rows(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.rows)
@@ -44,11 +51,13 @@ class Sequences:
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """(B,) to what broadcasts against rows: (B, 1), or (1, N)."""
-        return per_sequence.unsqueeze(-1) if self.index is None else per_sequence[self.index].unsqueeze(0)
+        return per_sequence[self.index].unsqueeze(0) if self.packed else per_sequence.unsqueeze(-1)
 
 
-def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> Sequences:
+def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp", *, as_given: bool = False) -> Sequences:
     """The layout of ``tokens`` (B, T), or (N,) with ``cu_seqlens`` (B+1,).
+
+    ``as_given`` leaves the offsets as they are, for a kernel that takes them so; nothing of the layout may be computed.
 
     Raises:
         TypeError, ValueError: other shapes; offsets that do not start at 0, ever decrease, or do not end at N (checked
@@ -57,25 +66,32 @@ def sequences(tokens: Tensor, cu_seqlens: Tensor | None, name: str = "logp") -> 
     shape = checks.shape(tokens)
     if cu_seqlens is None:
         if len(shape) == 2:
-            return Sequences(shape, (shape[0], shape[1]), None, None, True)
+            return Sequences(shape, (shape[0], shape[1]), None, True)
         if len(shape) == 1:
-            return Sequences(shape, (1, shape[0]), None, None, False)
+            return Sequences(shape, (1, shape[0]), None, False)
         raise ValueError(f"{name}: wanted (B, T), or packed (N,) with cu_seqlens; got {shape}")
+    if as_given:
+        check_offsets(tokens, cu_seqlens, name)
+        return layout_of(tokens, cu_seqlens.contiguous())
     return layout_of(tokens, packed_offsets(tokens, cu_seqlens, name))
 
 
 def layout_of(tokens: Tensor, offsets: Tensor | None) -> Sequences:
     """The layout of ``tokens`` (B, T), or (N,) with ``offsets`` as :func:`packed_offsets` gives them."""
     shape = checks.shape(tokens)
-    if offsets is None:
-        return Sequences(shape, (shape[0], shape[1]), None, None, True)
-    position = torch.arange(shape[0], device=tokens.device)
-    index = torch.searchsorted(offsets[1:].contiguous(), position, right=True).clamp(max=max(offsets.shape[0] - 2, 0))
-    return Sequences(shape, (1, shape[0]), offsets, index, True)
+    rows = (shape[0], shape[1]) if offsets is None else (1, shape[0])
+    return Sequences(shape, rows, offsets, True)
 
 
 def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
     """``cu_seqlens`` (B+1,) of packed ``tokens`` (N,), checked, as int64 in [0, N]. Raises as :func:`sequences`."""
+    check_offsets(tokens, cu_seqlens, name)
+    # Clamped, so that whatever the offsets hold on a GPU, nothing is read out of bounds.
+    return cu_seqlens.long().clamp(0, tokens.shape[0])
+
+
+def check_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
+    """Raises as :func:`sequences`."""
     shape = checks.shape(tokens)
     if len(shape) != 1:
         raise ValueError(f"{name}: wanted packed tokens (N,) beside cu_seqlens, got {shape}")
@@ -94,5 +110,3 @@ def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
                 raise ValueError(f"cu_seqlens: wanted offsets that never decrease, got {start}, {end} at position {i}")
     if shape[0] and cu_seqlens.shape[0] == 1:
         raise ValueError(f"cu_seqlens: wanted at least one sequence for {shape[0]} tokens, got (1,)")
-    # Clamped, so that whatever the offsets hold on a GPU, nothing is read out of bounds.
-    return cu_seqlens.long().clamp(0, shape[0])

@@ -108,7 +108,7 @@ def value_loss(
     else:
         options = PolicyLossOptions(chosen, formula, "", how, "", False)
         loss, vector = PolicyLoss.apply(  # type: ignore[no-untyped-call]
-            now, None, old, target, None, live, None, weight, None, params, options
+            now, None, old, target, None, live, None, weight, None, None, params, options
         )
     loss = loss.reshape(values.shape) if aggregation == "none" else loss
     clip_fraction = vector[formulas.METRICS.index("clip_fraction")]

@@ -2,47 +2,126 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from test_losses import INTERPRETED, sample
+from test_losses import INTERPRETED, check, sample
 
 import rl4llm_fast as rf
 
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts Triton's launches")
+# What launches nothing.
+FREE = {"empty", "new_empty", "empty_like", "detach", "view", "_unsafe_view", "unbind", "alias", "lift_fresh",
+        "unsqueeze", "policy_loss_fwd", "policy_loss_sequences_fwd", "token_loss_bwd"}  # fmt: skip
 
-@pytest.mark.skipif(not INTERPRETED, reason="counts Triton's launches")
+
+class Counted:
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.kernel)
+        return self.kernel[grid]
+
+
+def launches_of(monkeypatch, arguments, dtype):
+    """The kernels that forward and backward launch, and the names of other ops that would launch one."""
+    from rl4llm_fast.kernels import token_loss, token_loss_sequences
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    launches, others = [], []
+    for module in (token_loss, token_loss_sequences):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), launches))
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function._schema.name.partition("::")[2]
+            if name not in FREE and not launches[3:]:
+                others.append(name)
+            return function(*args, **(kwargs or {}))
+
+    arguments = dict(arguments)
+    leaves = [arguments.pop(n).requires_grad_() for n in ("logp", "entropy")]
+    old, adv, upstream = arguments.pop("old_logp"), arguments.pop("advantages"), torch.ones(())
+    with Record():
+        loss, _ = rf.policy_loss(
+            leaves[0], old, adv, entropy=leaves[1], entropy_coef=0.1, kl_coef=0.1, backend="triton", **arguments
+        )
+        grads = torch.autograd.grad(loss, leaves, upstream)
+    assert all(g.dtype == dtype for g in grads)
+    return len(launches), others
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["ppo_clip", "grpo", "cispo", "sapo", "kl_pen"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_three_launches(monkeypatch, dtype, kind, packed):
     """Forward and backward with every term are three kernels, and nothing else that would launch one."""
-    from rl4llm_fast.kernels import token_loss
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    launches, others = [], []
-    for name in ("policy_loss_fwd_kernel", "policy_loss_finish_kernel", "token_loss_bwd_kernel"):
-        kernel = getattr(token_loss, name)
-        counted = type("Counted", (), {"__getitem__": lambda s, g, k=kernel, n=name: launches.append(n) or k[g]})()
-        monkeypatch.setattr(token_loss, name, counted)
-    free = {"empty", "new_empty", "empty_like", "detach", "view", "_unsafe_view", "unbind", "alias", "lift_fresh",
-            "unsqueeze", "policy_loss_fwd", "token_loss_bwd"}  # fmt: skip
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = function._schema.name.partition("::")[2]
-            if name not in free and not launches[3:]:
-                others.append(name)
-            return function(*args, **(kwargs or {}))
-
     s = sample(3, 70, dtype) | {"rollout_logp": -torch.rand(3, 70).to(dtype)}
     s = {n: v.reshape(-1) for n, v in s.items()} if packed else s
-    leaves = [s.pop(n).requires_grad_() for n in ("logp", "entropy")]
-    old, adv, upstream = s.pop("old_logp"), s.pop("advantages"), torch.ones(())
-    with Record():
-        loss, _ = rf.policy_loss(
-            leaves[0], old, adv, kind=kind, entropy=leaves[1], entropy_coef=0.1, kl_coef=0.1, backend="triton",
-            rollout_correction="truncate", **s,
-        )  # fmt: skip
-        grads = torch.autograd.grad(loss, leaves, upstream)
-    assert len(launches) == 3
-    assert others == []
-    assert all(g.dtype == dtype for g in grads)
+    s |= {"kind": kind, "rollout_correction": "truncate"}
+    assert launches_of(monkeypatch, s, dtype) == (3, [])
+
+
+OF_SEQUENCES = {
+    "gspo": {"kind": "gspo"},
+    "sequence correction": {"rollout_correction": "mask", "rollout_level": "sequence"},
+    "seq_mean_token_mean": {"aggregation": "seq_mean_token_mean"},
+    "seq_mean_token_sum_norm": {"aggregation": "seq_mean_token_sum_norm"},
+}
+
+
+@pytest.mark.parametrize("how", OF_SEQUENCES)
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "offsets"])
+def test_three_launches_for_what_sees_whole_sequences(monkeypatch, how, per_sequence, layout):
+    dtype = torch.bfloat16
+    s = sample(3, 70, dtype) | {"rollout_logp": -torch.rand(3, 70).to(dtype), "rollout_correction": "truncate"}
+    s["token_weights"] = torch.rand(3, 70).to(dtype)
+    if layout == "offsets":
+        s = {n: v.reshape(-1) if isinstance(v, torch.Tensor) else v for n, v in s.items()}
+        s["cu_seqlens"] = torch.tensor([0, 20, 20, 210], dtype=torch.int32)
+    if per_sequence:
+        s["advantages"] = torch.randn(3).to(dtype)
+    assert launches_of(monkeypatch, s | OF_SEQUENCES[how], dtype) == (3, [])
+
+
+@pytest.mark.parametrize("how", OF_SEQUENCES)
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "offsets"])
+def test_what_sees_whole_sequences_is_right(how, per_sequence, layout):
+    """Long and empty sequences, one without a live token, NaN in dead tokens, every number given or not."""
+    s = sample(2, 2600) | {"rollout_logp": -3 * torch.rand(2, 2600), "rollout_correction": "truncate", "kl_coef": 0.1}
+    s |= {"token_weights": torch.rand(2, 2600), "entropy_coef": 0.1, "rollout_cap": 1.5} | OF_SEQUENCES[how]
+    s["rollout_logp"] = s["old_logp"] + 0.001 * torch.randn(2, 2600)
+    s["token_weights"] = s["token_weights"].masked_fill(~s["mask"], math.nan)
+    if per_sequence:
+        s["advantages"] = torch.randn(2)
+    if layout == "offsets":
+        s = {n: v.reshape(-1) if isinstance(v, torch.Tensor) else v for n, v in s.items()}
+        s["cu_seqlens"] = torch.tensor([0, 0, 1, 1200, 1300, 2700, 5200, 5200])
+        if per_sequence:
+            s["advantages"] = torch.randn(7)
+    check(s, "triton")
+    check(s | {"num_tokens": 999, "num_sequences": 16, "max_length": 512, "dp_size": 2}, "triton")
+    check(s | {"aggregation": "none"}, "triton")
+    without = {n: v for n, v in s.items() if n not in ("mask", "token_weights", "ref_logp", "kl_coef")} | {
+        "old_logp": None
+    }
+    if how != "gspo":
+        check(without, "triton")
+
+
+def test_a_sequence_is_the_same_bits_in_any_batch():
+    s = sample(2, 1500) | {"mask": torch.rand(2, 1500) > 0.3}
+
+    def found(rows):
+        logp, old, adv, mask = (s[n][rows].clone() for n in ("logp", "old_logp", "advantages", "mask"))
+        logp.requires_grad_()
+        loss, _ = rf.policy_loss(logp, old, adv, mask=mask, kind="gspo", aggregation="none", backend="triton")
+        return loss.detach(), *torch.autograd.grad(loss.sum(), logp)
+
+    for both, alone in zip(found(slice(0, 2)), found(slice(1, 2)), strict=True):
+        assert torch.equal(both[1:], alone)

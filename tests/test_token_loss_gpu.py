@@ -41,6 +41,7 @@ def test_triton_in_the_interpreter():
 # Triton, ahead of time.
 
 REGISTERS = 96  # two programs of 256 threads an SM, and more than ptxas uses when it may
+SEQUENCE_REGISTERS = 128  # the same for a program that keeps a sequence's sums beside
 FP32 = "*fp32"
 
 
@@ -48,7 +49,7 @@ def kernel_cases():
     pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing")
-    from rl4llm_fast.kernels import kl_estimate
+    from rl4llm_fast.kernels import kl_estimate, token_loss_sequences
     from rl4llm_fast.kernels import token_loss as k
 
     numbers = ("fp32",) * (len(formulas.PARAMS) + formulas.MAX_KNOBS)
@@ -65,6 +66,15 @@ def kernel_cases():
     }
     for name, formula in k.POLICY.items():
         yield f"policy_{name}", k.policy_loss_fwd_kernel, policy, choices | {"FORMULA": formula}, k.WARPS, REGISTERS
+    sequences = {n: t for n, t in policy.items() if n != "segments"} | {"N": "i32"}
+    of_sequence = {n: c for n, c in choices.items() if n != "ONE_LOG_S"} | {"TILE": token_loss_sequences.TILE_B}
+    of_sequence |= {"SEQUENCE_RATIO": True, "ONE_OMEGA": True, "WEIGHT": k.WEIGHTS["seq_mean_token_sum_norm"]}
+    for name in ("gspo", "ppo_clip", "kl_pen"):
+        for offsets in ("*i32", "*i64", None):
+            types = sequences if offsets is None else sequences | {"cu_ptr": offsets}
+            constants = of_sequence | {"FORMULA": k.POLICY[name], "SEQUENCE_RATIO": name == "gspo"}
+            kernel = token_loss_sequences.policy_loss_sequences_kernel
+            yield f"sequences_{name}_{offsets}", kernel, types, constants, k.WARPS, SEQUENCE_REGISTERS
     finish = {"partial_ptr": FP32, "loss_ptr": FP32, "scale_ptr": FP32, "metrics_ptr": FP32, "B": "i32",
               "segments": "i32", "params": numbers}  # fmt: skip
     tiles = {"WEIGHT": k.WEIGHTS["seq_mean_token_mean"], "TILE_B": 256, "TILE_S": 4}
@@ -92,11 +102,13 @@ def compile_kernel(kernel, types, constants, warps, target):
         constexprs={n: constants.get(n) for n in names if n not in types},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if str(t).startswith("*")},
     )
-    from rl4llm_fast.kernels import configs, token_loss
+    from rl4llm_fast.kernels import configs, token_loss, token_loss_sequences
 
     options = {"num_warps": warps, **configs.COMPILE}
-    if kernel is token_loss.policy_loss_fwd_kernel and target[0] == "cuda":
-        options |= token_loss.REGISTERS
+    if target[0] == "cuda":
+        own = {token_loss.policy_loss_fwd_kernel: token_loss.REGISTERS}
+        own[token_loss_sequences.policy_loss_sequences_kernel] = token_loss_sequences.REGISTERS
+        options |= own.get(kernel, {})
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
