@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import pathlib
+import sys
 
 import pytest
 import torch
 from tiny_llama import PROMPTS, config, count_sevens, rewards, run, tiny_model
 from tiny_tokenizer import END, WORDS, tiny_tokenizer
 
-from rl4llm_fast.trainer import GRPOConfig, Task, train_grpo
+from rl4llm_fast.trainer import GRPOConfig, Task, fill, train_grpo
 from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.steps import Steps, advantages, cut
 
@@ -290,3 +293,36 @@ def test_defaults_are_those_of_the_paper():
         "keep",
         "none",
     )
+
+
+EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.mark.parametrize("name", ["grpo_chain_sum", "grpo_process", "r1_zero"])
+def test_the_examples_are_valid_configs(name):
+    assert fill(GRPOConfig, EXAMPLES / f"{name}.toml").steps > 0
+
+
+def test_the_table_of_kinds(tmp_path, monkeypatch, capsys):
+    text_model().save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    kinds = importlib.import_module("grpo_kinds")
+    given = ["--steps", "1", "--heldout", "2", "--model", str(tmp_path / "m"), "--only", "process,GSPO", "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["grpo_kinds.py", str(tmp_path / "out"), *given])
+    kinds.main()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["process", "GSPO"]
+    monkeypatch.setattr(kinds, "train_grpo", lambda *args, **kwargs: pytest.fail("a run that is there is run again"))
+    kinds.main()
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_step_rewards_of_the_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("step_rewards")
+    task = example.sums_in_lines(seed=0, heldout=8, size=64)
+    assert not {e["prompt"] for e in task.heldout} & {e["prompt"] for e in task.train}
+    assert example.true_lines(None, ["2 + 4 = 6", "6 + 1 = 8", "so it is 7"]) == [1, -1, 0]
+    question = {"prompt": "2 + 4 + 1:", "answer": "7"}
+    assert [example.right(question, text) for text in ("2 + 4 = 6\n6 + 1 = 7", "2 + 4 = 6")] == [1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import random
 
 import pytest
@@ -292,6 +293,9 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path):
     path = tmp_path / "r1.toml"
     path.write_text('cold_start_data = "no.jsonl"\n[final_rl]\nsteps = 3\n')
     assert fill(R1Config, path, ["reasoning_rl.steps=5"]).stage("reasoning_rl").steps == 5
+    examples = pathlib.Path(__file__).resolve().parent.parent / "examples"
+    assert fill(R1Config, examples / "r1.toml").stage("final_rl").rewards == {"accuracy": 1.0, "format": 1.0}
+    assert fill(DistillConfig, examples / "distill.toml").prompts > 0
     assert cli.main(["train", "r1", str(path)]) == 2
     assert "no.jsonl" in capsys.readouterr().err
     assert cli.main(["train", "distill", "--set", "teecher=x"]) == 2
