@@ -73,7 +73,7 @@ def reward_model(seed: int = 3, **changes) -> RewardModel:
     ids=["four models", "two heads", "bf16", "two controllers"],
 )
 def test_the_reward_rises(tmp_path, changes, given):
-    rows = run(tmp_path, sources(model=tiny_model(**given)), steps=18, **changes).history
+    rows = run(tmp_path, sources(model=tiny_model(**given)), steps=12, **changes).history
     rewards = [row["reward_mean"] for row in rows]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.35, rewards
     assert rows[-1]["kl_ref_answer"] > rows[0]["kl_ref_answer"] + 0.5
