@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import pathlib
 
 import pytest
 import torch
@@ -263,3 +265,24 @@ def test_padding_of_segments():
     assert rejected.tolist() == [[[0, 1], [1, 2]], [[0, 2], [-1, -1]]]
     assert weights_.tolist() == [[1.0, 0.0], [1.0, 0.0]]
     assert others.tolist() == [[1.0, 2.0], [1.0, 0.0]]
+
+
+def test_reviews_of_two_sentences():
+    path = pathlib.Path(__file__).resolve().parent.parent / "examples" / "film_reviews.py"
+    spec = importlib.util.spec_from_file_location("film_reviews", path)
+    film = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(film)
+    good, bad = ([(sign * 3.0, f"{sign} {i}.", [sign * 4, sign * 2]) for i in range(9)] for sign in (1, -1))
+    rows = film.two_sentences(good, bad, [(0.0, f"between {i}.", [1, -1]) for i in range(14)])
+    assert len(rows) == 7
+    assert len({part.strip() for row in rows for side in ("chosen", "rejected") for part in row[side]}) == 28
+    places = set()
+    for row in rows:
+        first = row["chosen"][0].startswith("1 ")
+        places.add(first)
+        assert row["rejected"][0].startswith("-1 ") is first
+        telling = 0 if first else 1
+        assert row["chosen_scores"][telling] == [0.875, 1.0]
+        assert row["rejected_scores"][telling] == [0.125, 0.0]
+        assert row["chosen_scores"][1 - telling] == row["rejected_scores"][1 - telling] == [0.5, 0.5]
+    assert places == {True, False}

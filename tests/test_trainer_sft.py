@@ -11,7 +11,7 @@ from tiny_data import assert_same_gradients, demonstrations, gradients, prompts,
 from tiny_llama import END, save_with_tokenizer, tiny_model, weights
 
 from rl4llm_fast import cli
-from rl4llm_fast.trainer import DPOConfig, SFTConfig, fill, train_sft
+from rl4llm_fast.trainer import CurryConfig, DPOConfig, KTOConfig, SFTConfig, fill, train_sft
 from rl4llm_fast.trainer.layout import packed_layout, plain_layout
 from rl4llm_fast.trainer.policy import Policy
 from rl4llm_fast.trainer.sft import SFTTrainer
@@ -225,7 +225,16 @@ def test_missing_extra_names_the_command(monkeypatch, tmp_path):
         run(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sft_film_reviews", SFTConfig), ("dpo_film_reviews", DPOConfig)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sft_film_reviews", SFTConfig),
+        ("dpo_film_reviews", DPOConfig),
+        ("2d_dpo_film_reviews", DPOConfig),
+        ("curry_film_reviews", CurryConfig),
+        ("kto_film_reviews", KTOConfig),
+    ],
+)
 def test_the_examples_are_valid_configs(name, kind):
     path = pathlib.Path(__file__).resolve().parent.parent / "examples" / f"{name}.toml"
     assert fill(kind, path).data
