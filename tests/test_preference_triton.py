@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from ahead_of_time import AMD, NVIDIA, assert_fits, compile_kernel, importorskip
 
 from rl4llm_fast import pair_formulas
 
@@ -35,9 +36,8 @@ def test_in_the_interpreter():
 
 
 def kernel_cases():
-    pytest.importorskip("triton", reason="triton is not installed")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing")
+    """(name, kernel, types, constants, warps, options for NVIDIA)"""
+    importorskip()
     from rl4llm_fast.kernels import preference as k
 
     sides = ("chosen", "rejected")
@@ -46,58 +46,24 @@ def kernel_cases():
     sizes = dict.fromkeys(("B", "T_chosen", "T_rejected"), "i32")
     tokens = dict.fromkeys([f"{n}{side}_ptr" for n in ("", "ref_") for side in sides], "*fp32")
     sums = tokens | masks | sizes | {"sums_ptr": "*fp64"}
-    yield "sums", k.preference_sums_kernel, sums, {"BLOCK": k.BLOCK_T}, k.WARPS
-    yield "sums packed", k.preference_sums_kernel, sums | packed, {"BLOCK": k.BLOCK_T}, k.WARPS
+    yield "sums", k.preference_sums_kernel, sums, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
+    yield "sums packed", k.preference_sums_kernel, sums | packed, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
     outputs = dict.fromkeys(("loss_ptr", "slopes_ptr", "rewards_ptr", "metrics_ptr", "per_pair_ptr"), "*fp32")
     numbers = ("fp32",) * (len(pair_formulas.PARAMS) + pair_formulas.MAX_KNOBS)
     finish = outputs | {"sums_ptr": "*fp64", "B": "i32"}
     for name, formula in k.PAIR.items():
         nll = pair_formulas.FORMULAS[name].token_nll
         how = {"FORMULA": formula, "TOKEN_NLL": nll, "AVERAGE": True, "PAIRS": name != "kto", "TILE": k.TILE_B}
-        yield name, k.preference_finish_kernel, finish | {"params": numbers}, how, k.FINISH_WARPS
-    yield "on device", k.preference_finish_kernel, finish | {"params_ptr": "*fp64"}, how, k.FINISH_WARPS
+        yield name, k.preference_finish_kernel, finish | {"params": numbers}, how, k.FINISH_WARPS, k.FINISH_REGISTERS
+    on_device = finish | {"params_ptr": "*fp64"}
+    yield "on device", k.preference_finish_kernel, on_device, how, k.FINISH_WARPS, k.FINISH_REGISTERS
     grads = dict.fromkeys(("grad_ptr", "slopes_ptr", "grad_chosen_ptr", "grad_rejected_ptr"), "*fp32")
-    yield "spread", k.preference_spread_kernel, grads | masks | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS
-    yield "spread packed", k.preference_spread_kernel, grads | masks | packed | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS
+    yield "spread", k.preference_spread_kernel, grads | masks | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
+    yield "spread packed", k.preference_spread_kernel, grads | masks | packed | sizes, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
 
 
-def compile_kernel(kernel, types, constants, warps, target):
-    import triton
-    from rl4llm_fast.kernels import configs, preference
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        {n: types.get(n, "constexpr") for n in names},
-        constexprs={n: constants.get(n) for n in names if n not in types},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if str(t).startswith("*")},
-    )
-    options = {"num_warps": warps, **configs.COMPILE}
-    if kernel is preference.preference_finish_kernel and target[0] == "cuda":
-        options |= preference.FINISH_REGISTERS
-    return triton.compile(source, target=GPUTarget(*target), options=options)
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_without_spills(arch, tmp_path):
-    for name, kernel, types, constants, warps in kernel_cases():
-        compiled = compile_kernel(kernel, types, constants, warps, ("cuda", arch, 32))
-        import triton
-
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-        assert int(stack) == 0, f"{name} sm_{arch} spills {stack} bytes"
-        assert int(registers) <= REGISTERS, f"{name} sm_{arch}: {registers} registers, budget {REGISTERS}"
-
-
-def test_compiles_for_amd():
-    for name, kernel, types, constants, warps in kernel_cases():
-        compiled = compile_kernel(kernel, types, constants, warps, ("hip", "gfx942", 64))
-        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-        assert spills is not None
-        assert int(spills.group(1)) == 0, name
+@pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=str)
+def test_compiles_without_spills(target, tmp_path):
+    for name, kernel, types, constants, warps, options in kernel_cases():
+        compiled = compile_kernel(kernel, types, constants, warps, target, nvidia=options)
+        assert_fits(compiled, tmp_path, REGISTERS, f"{name} {target}")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import re
-import subprocess
-
+import ahead_of_time
 import pytest
+from ahead_of_time import AMD, NVIDIA, assert_fits, wide
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing", allow_module_level=True)
+ahead_of_time.importorskip()
 
 from rl4llm_fast.kernels import configs, groups, n_step, whiten  # noqa: E402
 
@@ -50,52 +45,23 @@ TYPES = {
 
 
 def compile_kernel(name, dtype, target):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel, constants, warps, *_ = KERNELS[name]
-    names = kernel.arg_names
-    constants = {n: value for n, value in (constants | FLAGS | NO_DEVICE_NUMBERS).items() if n in names}
-    if "BY_GROUP" in KERNELS[name][1]:
-        constants |= KERNELS[name][1]
-    types = TYPES | {"rewards_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
-    signature = {
-        n: "constexpr" if n in constants else types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names
-    }
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*") or n == "N"},
-    )
-    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, **configs.COMPILE})
-
-
-def resource_usage(cubin, folder) -> tuple[int, int]:
-    """(registers, stack bytes) of the one kernel in a cubin; spills show as stack."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(found[0]), int(found[1])
+    types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    types |= TYPES | {"rewards_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    constants = FLAGS | NO_DEVICE_NUMBERS | constants
+    return ahead_of_time.compile_kernel(kernel, types, constants, warps, target, ("N",))
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_nvidia(name, tmp_path):
     *_, budget, streaming = KERNELS[name]
-    for arch in (80, 90, 100):
-        compiled = compile_kernel(name, "fp32", ("cuda", arch, 32))
-        registers, stack = resource_usage(compiled.asm["cubin"], tmp_path)
-        assert stack == 0, f"{name} sm_{arch} spills {stack} bytes"
-        assert registers <= budget, f"{name} sm_{arch}: {registers} registers, budget {budget}"
+    for target in NVIDIA:
+        compiled = compile_kernel(name, "fp32", target)
+        assert_fits(compiled, tmp_path, budget, f"{name} {target}")
         if streaming:
-            assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]), f"{name}: no 16-byte load"
+            assert wide(compiled, "ld"), f"{name}: no 16-byte load"
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_amd_compiles(name):
-    compiled = compile_kernel(name, "bf16", ("hip", "gfx942", 64))
-    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-    assert spills is not None
-    assert int(spills.group(1)) == 0
+def test_amd_compiles(name, tmp_path):
+    assert_fits(compile_kernel(name, "bf16", AMD), tmp_path, None, name)

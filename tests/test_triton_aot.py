@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import re
-import subprocess
-
+import ahead_of_time
 import pytest
 import torch
+from ahead_of_time import AMD, NVIDIA, assert_fits, wide
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1: the interpreter compiles nothing", allow_module_level=True)
+triton = ahead_of_time.importorskip()
 
 from rl4llm_fast.kernels import configs, kl, rows, token_logprobs  # noqa: E402
 
-NVIDIA = [80, 90, 100]
 V = 151_936
 POINTERS = {
     "token_ids_ptr": "*i64",
@@ -39,22 +33,11 @@ CASES = {
 
 
 def compile_kernel(kernel, dtype, constants, target, warps, ref_dtype=None):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     types = POINTERS | DIVISIBLE | INTEGERS | {"temperature": "fp32", "softcap": "fp32", "beta": "fp32"}
     types |= {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"}
     types |= dict.fromkeys(("ref_logits_ptr", "other_logits_ptr"), f"*{ref_dtype}")
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    aligned = [n for n in names if signature[n].startswith("*") or (n in DIVISIBLE and n not in constants)]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(n),): value for n, value in constants.items() if n in names},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-    )
-    return triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, **configs.COMPILE})
+    assert not set(kernel.arg_names) - types.keys() - constants.keys()
+    return ahead_of_time.compile_kernel(kernel, types, constants, warps, target, DIVISIBLE)
 
 
 def kernel_case(name, dtype, case):
@@ -72,16 +55,6 @@ def kernel_case(name, dtype, case):
     return getattr(token_logprobs, f"{name}_kernel"), constants, warps, configs.LAUNCHES[name, size].registers
 
 
-def resource_usage(cubin, folder) -> tuple[int, int]:
-    """(registers, stack bytes) of the one kernel in a cubin; spills show as stack."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    return int(found[0]), int(found[1])
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_merge", "token_logprobs_bwd"])
@@ -89,13 +62,10 @@ def test_nvidia(name, dtype, case, tmp_path):
     if dtype == "fp16" and case != "plain":
         pytest.skip("fp16 differs from bf16 in the conversion only")
     kernel, constants, warps, budget = kernel_case(name, dtype, case)
-    for arch in NVIDIA:
-        compiled = compile_kernel(kernel, dtype, constants, ("cuda", arch, 32), warps)
-        registers, stack = resource_usage(compiled.asm["cubin"], tmp_path)
-        assert stack == 0, f"{name} {dtype} {case} sm_{arch} spills {stack} bytes"
-        assert registers <= budget, f"{name} {dtype} {case} sm_{arch}: {registers} registers, budget {budget}"
-        loads = len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
-        stores = len(re.findall(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"]))
+    for target in NVIDIA:
+        compiled = compile_kernel(kernel, dtype, constants, target, warps)
+        assert_fits(compiled, tmp_path, budget, f"{name} {dtype} {case} {target}")
+        loads, stores = wide(compiled, "ld"), wide(compiled, "st")
         # 16 bytes a load: as many as the columns that a thread holds at once need, and no narrower ones beside them.
         if name != "token_logprobs_merge":
             assert loads == constants["BLOCK_V"] // (32 * warps) // configs.vector(4 if dtype == "fp32" else 2)
@@ -135,18 +105,14 @@ def test_nvidia_kl(name, dtypes, case, tmp_path):
     if case == "softcap" and (dtypes[0] != dtypes[1] or "merge" in name):
         pytest.skip("mixed dtypes differ in the loads only, and a merge knows no softcap")
     kernel, constants, warps, budget = kl_case(name, *dtypes, case)
-    for arch in NVIDIA:
-        compiled = compile_kernel(kernel, dtypes[0], constants, ("cuda", arch, 32), warps, dtypes[1])
-        registers, stack = resource_usage(compiled.asm["cubin"], tmp_path)
-        assert stack == 0, f"{name} {dtypes} {case} sm_{arch} spills {stack} bytes"
-        assert registers <= budget, f"{name} {dtypes} {case} sm_{arch}: {registers} registers, budget {budget}"
+    for target in NVIDIA:
+        compiled = compile_kernel(kernel, dtypes[0], constants, target, warps, dtypes[1])
+        assert_fits(compiled, tmp_path, budget, f"{name} {dtypes} {case} {target}")
         if "merge" not in name:
-            loads = len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
             each = constants["BLOCK_V"] // (32 * warps)  # columns of each side that a thread holds
-            assert loads == sum(each // configs.vector(SIZES[dtype]) for dtype in dtypes)
+            assert wide(compiled, "ld") == sum(each // configs.vector(SIZES[dtype]) for dtype in dtypes)
         if "bwd" in name:
-            stores = len(re.findall(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"]))
-            assert stores == each // configs.vector(SIZES[dtypes[0]])
+            assert wide(compiled, "st") == each // configs.vector(SIZES[dtypes[0]])
 
 
 def test_one_row_is_laid_out_like_many():
@@ -159,22 +125,17 @@ def test_one_row_is_laid_out_like_many():
 
 
 @pytest.mark.parametrize("name", KL_KERNELS)
-def test_amd_compiles_kl(name):
+def test_amd_compiles_kl(name, tmp_path):
     kernel, constants, warps, _ = kl_case(name, "bf16", "fp32", "softcap")
-    compiled = compile_kernel(kernel, "bf16", constants, ("hip", "gfx942", 64), warps, "fp32")
-    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-    assert spills is not None
-    assert int(spills.group(1)) == 0
+    compiled = compile_kernel(kernel, "bf16", constants, AMD, warps, "fp32")
+    assert_fits(compiled, tmp_path, None, name)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_merge", "token_logprobs_bwd"])
-def test_amd_compiles(name):
+def test_amd_compiles(name, tmp_path):
     kernel, constants, warps, _ = kernel_case(name, "bf16", "softcap")
-    compiled = compile_kernel(kernel, "bf16", constants, ("hip", "gfx942", 64), warps)
-    assert len(compiled.asm["hsaco"]) > 0
-    spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
-    assert spills is not None
-    assert int(spills.group(1)) == 0
+    compiled = compile_kernel(kernel, "bf16", constants, AMD, warps)
+    assert_fits(compiled, tmp_path, None, name)
 
 
 def test_how_a_row_is_cut():
