@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import schemas
 from .chunked import Gradients, Rows, cast, check_ids, chunks_of, live_rows, project, scatter, select_live
-from .reference_losses import importance_weights
 
 IGNORED = -100  # as an id: the token is not live
 
@@ -35,7 +34,6 @@ def _policy_loss(
     omega: Tensor | None,
     token_weights: Tensor,
     params: Tensor,
-    rollout_bounds: Tensor | None,
     formula: str,
     kl: str,
     correction: str,
@@ -71,14 +69,13 @@ def _policy_loss(
         if not (need_hidden or need_weight or need_bias):
             continue
         old_c, adv_c, ref_c, omega_c, weight_c = (None if t is None else t[part] for t in tokens)
-        if omega_c is not None and rollout_bounds is not None:  # on-policy: the sampler is compared with this logp
-            omega_c = importance_weights(chunk_logp - omega_c, correction, *rollout_bounds.to(acc).unbind())
         grad_logp, grad_entropy = _policy_gradients(
             kernels,
             (chunk_logp, chunk_entropy if with_entropy else None, old_c, adv_c, ref_c, chunk.mask, omega_c, weight_c),
             params,
             formula,
             kl,
+            correction,
         )
         saved_entropy = chunk_entropy if with_entropy else None
         kernels.token_logprobs_bwd_(logits, *per_row, row_max, log_sum, saved_entropy, grad_logp, grad_entropy)
@@ -91,16 +88,17 @@ def _policy_loss(
 
 
 def _policy_gradients(
-    kernels: Any, tokens: tuple[Tensor | None, ...], params: Tensor, formula: str, kl: str
+    kernels: Any, tokens: tuple[Tensor | None, ...], params: Tensor, formula: str, kl: str, correction: str
 ) -> tuple[Tensor, Tensor | None]:
     """dL/dlogp and dL/dH (N,) of Σ w_t ℓ_t, from a backend's kernels; None for the latter without entropies.
 
-    ``tokens``: logp, entropy, old, advantages, ref, mask, policy weights ω and token weights w, each (N,) or None.
+    ``tokens``: logp, entropy, old, advantages, ref, mask, policy weights ω (with a ``correction`` the sampler's
+    log-probabilities) and token weights w, each (N,) or None.
     """
     rows = [None if t is None else t.unsqueeze(0).contiguous() for t in tokens]
     logp, entropy, old, advantages, ref, mask, omega, weights = rows
     _, dlogp, dentropy, scale, _ = kernels.policy_loss_fwd(
-        logp, old, advantages, ref, entropy, mask, omega, weights, None, params, formula, kl, "token_sum", "",
+        logp, old, advantages, ref, entropy, mask, omega, weights, None, params, formula, kl, "token_sum", correction,
         entropy is not None,
     )  # fmt: skip
     one = torch.ones_like(scale[0])

@@ -264,14 +264,11 @@ def _per_token(
     def rows(tensor: Tensor | None) -> Any:
         return None if tensor is None else layout.as_rows(tensor.detach().to(nothing.dtype))
 
-    now, old, rollout = rows(nothing), rows(old_logp), rows(get["rollout_logp"])
-    correction, bounds, omega = get["rollout_correction"], None, None
-    if correction is not None and old is None:
-        limits = [checks.number(f"rollout_{name}", get[f"rollout_{name}"], now) for name in ("cap", "floor")]
-        bounds, omega = torch.stack([limit.to(nothing.device) for limit in limits]), rollout
-    elif correction is not None:
-        level, cap, floor = get["rollout_level"], get["rollout_cap"], get["rollout_floor"]
-        omega = rollout_weights(correction, level, cap, floor, now, old, rollout, live, layout)
+    now, old, omega = rows(nothing), rows(old_logp), rows(get["rollout_logp"])
+    correction = get["rollout_correction"] or ""
+    if correction and get["rollout_level"] == "sequence":
+        bounds = (get["rollout_cap"], get["rollout_floor"])
+        omega, correction = rollout_weights(correction, *bounds, now, old, omega, live, layout), ""
     adv = (
         rows(advantages) if advantages.shape == nothing.shape else layout.spread(advantages.detach().to(nothing.dtype))
     )
@@ -291,4 +288,4 @@ def _per_token(
         return None if tensor is None else tensor.expand(layout.rows).reshape(-1).contiguous()
 
     per_token = [flat(t) for t in (old, adv, ref, omega, weight)]
-    return *per_token, params, bounds, formulas.FORMULAS[formula].op_name, kl, correction or ""
+    return *per_token, params, formulas.FORMULAS[formula].op_name, kl, correction

@@ -164,7 +164,7 @@ def policy_loss(
     if not in_kernel:
         if sequence_correction:
             bounds = (rollout_cap, rollout_floor)
-            omega = rollout_weights(correction, rollout_level, *bounds, current(), old, omega, live, layout)
+            omega = rollout_weights(correction, *bounds, current(), old, omega, live, layout)
             correction = ""
         if sequence_level:
             log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
@@ -278,7 +278,6 @@ def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Te
 
 def rollout_weights(
     correction: str,
-    level: str,
     cap: Number,
     floor: Number,
     now: Tensor,
@@ -287,15 +286,14 @@ def rollout_weights(
     live: Tensor | None,
     layout: Sequences,
 ) -> Tensor:
-    """ω of docs/math.md section 5, "sampler mismatch", as rows (B, T), where the kernel does not make it by itself."""
+    """ω of whole sequences (docs/math.md section 5, "sampler mismatch") as rows; kernels make those of tokens."""
     # Numbers stay 0-d tensors on the CPU, which mix with any device: moving them would wait for a GPU.
     bounds = (("rollout_cap", cap), ("rollout_floor", floor))
     upper, lower = (checks.number(name, value, now).to(now.dtype) for name, value in bounds)
     log_omega = (now.detach() if old is None else old) - rollout
     if live is not None:
         log_omega = torch.where(live, log_omega, torch.zeros((), dtype=now.dtype, device=now.device))
-    if level == "sequence":
-        log_omega = layout.spread(layout.sums(log_omega)).expand(layout.rows)
+    log_omega = layout.spread(layout.sums(log_omega)).expand(layout.rows)
     return reference_losses.importance_weights(log_omega, correction, upper, lower).contiguous()
 
 

@@ -88,13 +88,12 @@ OPS: dict[str, Op] = {
         fakes.vocab_parallel_ids,
     ),
     # hidden, weight, bias as above; every other tensor per token (N,): token_ids int64, -100 for a token that is not
-    # live; omega the weights of the policy term, or with rollout_bounds (2,) the sampler's log-probabilities, of which
-    # ``correction`` makes them; token_weights w_t; params, formula, kl as in policy_loss_fwd, of the loss Σ w_t ℓ_t.
+    # live; token_weights w_t; omega, params, formula, kl, correction as in policy_loss_fwd, of the loss Σ w_t ℓ_t.
     # -> logp (N,), entropy (N,) or (0,), dhidden, dweight, dbias; (0,) for what is not needed
     "linear_policy_loss_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, Tensor? old, Tensor advantages, Tensor? ref, Tensor? omega, Tensor token_weights, "
-        "Tensor params, Tensor? rollout_bounds, str formula, str kl, str correction, bool with_entropy, "
+        "Tensor params, str formula, str kl, str correction, bool with_entropy, "
         "ScalarType compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_policy_loss_fwd,

@@ -286,9 +286,9 @@ def test_opcheck():
     flat = {n: t.flatten() for n, t in s.items()}
     ops = torch.ops.rl4llm_fast
     common = (hidden.flatten(0, 1), weight, bias, ids.flatten(), flat["mask"], one, None)
-    for old, bounds, needs in ((flat["old"], None, (True, True, True)), (None, torch.rand(2), (False, True, False))):
+    for old, needs in ((flat["old"], (True, True, True)), (None, (False, True, False))):
         arguments = (
-            *common, old, torch.randn(B * T), flat["ref"], flat["rollout"], torch.rand(B * T), params, bounds,
+            *common, old, torch.randn(B * T), flat["ref"], flat["rollout"], torch.rand(B * T), params,
             "ppo_clip", "k3_value", "truncate", old is None, torch.float32, 4, *needs,
         )  # fmt: skip
         torch.library.opcheck(ops.linear_policy_loss_fwd.default, arguments)
