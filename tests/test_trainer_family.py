@@ -86,7 +86,7 @@ def test_losses_in_one_table(family, folders, monkeypatch, capsys):
     family.main()
     results = json.loads((out / "table.json").read_text(encoding="utf-8"))
     assert [result["method"] for result in results] == names
-    assert [result["steps"] for result in results] == [3, 3, 3, 3, 3, 6]
+    assert [result["steps"] for result in results] == [3, 3, 3, 3, 3, 4]
     assert all(len(result["margins"]) == result["steps"] for result in results)
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert [line.split(" | ")[0][2:] for line in lines if line.startswith("|")][2:] == [
