@@ -39,32 +39,27 @@ LENGTHS = dict.fromkeys(("checkpoint_every", "eval_every"), 2)
 def runs(folder: pathlib.Path):
     """(name, function that trains) of each run; 3 rows a step, which two processes cannot share equally."""
     sft = {"batch_size": 3, "micro_batch_size": 1, "steps": 4, "heldout": 5, "save_model": True, **LENGTHS}
-    yield (
-        "sft",
-        lambda: train_sft(SFTConfig(**settings(folder / "sft", **sft)), model=tiny_model(), rows=demonstrations()),
-    )
     half = {**sft, "precision": "bf16", "aggregation": "seq_mean_token_mean", "packing": True}
-    yield (
-        "sft_bf16",
-        lambda: train_sft(
-            SFTConfig(**settings(folder / "sft_bf16", **half)),
-            model=tiny_model(dtype=torch.bfloat16),
-            rows=demonstrations(),
-        ),
-    )
-    yield (
-        "dpo",
-        lambda: train_dpo(
-            DPOConfig(**settings(folder / "dpo", **{**sft, "micro_batch_size": 0})), model=tiny_model(), rows=pairs()
-        ),
-    )
-    yield "kto", lambda: train_kto(KTOConfig(**settings(folder / "kto", **sft)), model=tiny_model(), rows=labelled())
-    rounds = {**sft, "steps_per_round": 2}
-    yield (
-        "curry",
-        lambda: train_curry(CurryConfig(**settings(folder / "curry", **rounds)), model=tiny_model(), rows=ranked()),
-    )
-    yield "rm", lambda: train_rm(RMConfig(**settings(folder / "rm", **sft)), model=tiny_model(), rows=pairs())
+    sharded = {**sft, "batch_size": 4, "parallel": "fsdp"}
+
+    def train(kind, function, rows, name, changes, **model):
+        cfg = kind(**settings(folder / name, **changes))
+        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        return lambda: function(cfg, model=tiny_model(dtype=dtype, **model), rows=rows())
+
+    def interrupted():
+        for steps in (2, 4):
+            train(SFTConfig, train_sft, demonstrations, "sft_fsdp", {**sharded, "steps": steps})()
+
+    yield "sft", train(SFTConfig, train_sft, demonstrations, "sft", sft)
+    yield "sft_bf16", train(SFTConfig, train_sft, demonstrations, "sft_bf16", half)
+    yield "sft_fsdp", interrupted
+    yield "dpo", train(DPOConfig, train_dpo, pairs, "dpo", {**sft, "micro_batch_size": 0})
+    changes = {**sharded, "precision": "bf16", "gradient_checkpointing": True}
+    yield "dpo_fsdp_bf16", train(DPOConfig, train_dpo, pairs, "dpo_fsdp_bf16", changes, tie_word_embeddings=False)
+    yield "kto", train(KTOConfig, train_kto, labelled, "kto", sft)
+    yield "curry", train(CurryConfig, train_curry, ranked, "curry", {**sft, "steps_per_round": 2})
+    yield "rm", train(RMConfig, train_rm, pairs, "rm", sft)
     grpo = {
         "steps": 4, "epochs": 2, "minibatches": 2, "micro_batch_size": 5, "kl_coef": 0.01, "entropy_coef": 1e-3,
         "advantage_scale": "batch", "prompts_per_step": 3, "sampling_batch_size": 2, **LENGTHS,

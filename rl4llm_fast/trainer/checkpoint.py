@@ -16,7 +16,7 @@ from .settings import RunConfig
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 FREE = {
     "steps", "output_dir", "resume", "checkpoint_every", "save_model", "eval_every", "progress", "on_divergence",
-    "max_ratio", "gradient_checkpointing", "tensorboard", "log_samples",
+    "max_ratio", "parallel", "gradient_checkpointing", "tensorboard", "log_samples",
 }  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class CurryTrainer(DPOTrainer):
     """The loop behind ``train_curry``."""
 
     name = "Curry-DPO"
+    can_shard = False  # each round's reference is computed by shares, whose forward passes are not as many everywhere
     file = "curry"
     config: CurryConfig
     rounds: list[list[Pair]]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .settings import RunConfig
+from .sharding import cut_like, local, whole
 
 
 class MasterAdamW:
@@ -81,18 +82,20 @@ class MasterAdamW:
                 master.grad.zero_()  # this step gave it no gradient
             elif master is parameter and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add_up(m.grad for m in self.masters if m.grad is not None)
-        norm = float(nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+        grads = [m.grad for m in self.masters if m.grad is not None]
+        self.ranks.add_up(grad for grad in grads if local(grad) is grad)  # pieces of FSDP's are sums already
+        norm = float(whole(nn.utils.get_total_norm(grads)))
         if math.isfinite(norm):
             if 0 < max_grad_norm < norm:
-                torch._foreach_mul_([m.grad for m in self.masters if m.grad is not None], max_grad_norm / (norm + 1e-6))
+                torch._foreach_mul_(grads, max_grad_norm / (norm + 1e-6))
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
             self._write_back()
         else:
-            pairs = zip(self.names, self.masters, strict=True)
-            self.nonfinite = [name for name, m in pairs if m.grad is not None and not bool(m.grad.isfinite().all())]
+            pairs = [(name, m.grad) for name, m in zip(self.names, self.masters, strict=True) if m.grad is not None]
+            found = [name for name, grad in pairs if not bool(local(grad).isfinite().all())]
+            self.nonfinite = list(dict.fromkeys(self.ranks.gather(found)))
         self.discard()
         return norm
 
@@ -115,17 +118,25 @@ class MasterAdamW:
                 parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        weights = {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
-        return {"weights": weights, "adam": self.adam.state_dict()}
+        """Weights and moments, each in one piece: any number of processes can go on from it."""
+        weights = {name: whole(master.detach()) for name, master in zip(self.names, self.masters, strict=True)}
+        adam = self.adam.state_dict()
+        moments = {i: {key: whole(value) for key, value in of.items()} for i, of in adam["state"].items()}
+        return {"weights": weights, "adam": {**adam, "state": moments}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if sorted(state["weights"]) != sorted(self.names):
             raise ValueError("checkpoint: holds the parameters of another model")
         for name, master in zip(self.names, self.masters, strict=True):
-            master.copy_(state["weights"][name])
+            master.copy_(cut_like(state["weights"][name], master))
         self._write_back()
-        self.adam.load_state_dict(state["adam"])
+        params = [p for group in self.adam.param_groups for p in group["params"]]
+        moments = {
+            i: {key: cut_like(value, params[i]) if value.dim() else value for key, value in of.items()}
+            for i, of in state["adam"]["state"].items()
+        }
+        self.adam.load_state_dict({**state["adam"], "state": moments})
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

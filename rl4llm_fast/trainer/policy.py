@@ -55,7 +55,8 @@ class Policy:
         if self.decoder is None:
             output = self.model(**inputs)
             return output.logits, output.past_key_values if inputs.get("use_cache") else None
-        output = self.decoder(**inputs)
+        decode = getattr(self.model, "decode", self.decoder)  # of a model that is cut over processes; see sharding.py
+        output = decode(**inputs)
         return output.last_hidden_state, output.past_key_values if inputs.get("use_cache") else None
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class ReferenceConfig(DataConfig):
 class ReferenceTrainer(MeanLossTrainer):
     """A trainer on rows that each hold ``reference``, where it is precomputed: one tensor for each of their texts."""
 
+    can_shard = True
     config: Any
     policy: Policy
     reference: Policy | None = None
@@ -69,13 +70,15 @@ class ReferenceTrainer(MeanLossTrainer):
     def set_up(self, *, with_reference: bool = True) -> None:
         """The policy, its reference and its optimiser, when model and data are there."""
         c = self.config
+        live = with_reference and c.reference == "live" and c.parallel == "fsdp" and self.ranks.size > 1
+        c.wanted(not live, "reference", "precomputed under fsdp")
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         if with_reference and c.reference == "live":
             self.reference = self.policy.frozen_copy()
         elif with_reference:
             self.precompute(self.drawn() + self.heldout)
         if c.heldout_kl and c.eval_every and self.heldout:
-            self.drift = Drift(self.policy, self.ranks)
+            self.drift = Drift(self.policy, self.evaluators)
             with self.chosen_backend(), torch.no_grad():
                 for part in self.heldout_parts():
                     answer_logprobs(self.policy, *self.heldout_texts(part), tap=self.drift.keep)

@@ -19,13 +19,14 @@ import rl4llm_fast as rf
 
 from . import checkpoint
 from .data import Limits
-from .distributed import join
+from .distributed import Ranks, join
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
 from .model import choose_device, load_model, recompute_layers
 from .optimizer import MasterAdamW, learning_rate
 from .settings import RunConfig
+from .sharding import shard, whole_state
 from .tasks import examples_of_step
 
 Item = TypeVar("Item")
@@ -49,6 +50,7 @@ class Trainer:
 
     name = "train"
     many_processes = False  # whether torchrun may start several of it
+    can_shard = False  # whether they may hold parts of the model: every forward pass then takes all of them
     data_key = ""  # a digest of the rows, where a step's place in them is all that a checkpoint knows of the data
     optimizer: MasterAdamW
     updates = 0  # how often the weights have been changed since the run was started
@@ -63,6 +65,12 @@ class Trainer:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
+        self.evaluators = self.ranks  # who shares the held-out rows
+        if config.parallel == "fsdp" and self.ranks.size > 1:
+            config.wanted(self.can_shard, "parallel", f"ddp for train {self.name.lower()}")
+            size = getattr(config, "batch_size", 0)
+            config.wanted(size % self.ranks.size == 0, "batch_size", f"a multiple of {self.ranks.size} under fsdp")
+            self.evaluators = Ranks()  # each process all of them: their forward passes must be as many
         self.run_config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         if model is None:
@@ -114,6 +122,8 @@ class Trainer:
 
     def make_optimizer(self, model: nn.Module) -> MasterAdamW:
         c = self.run_config
+        if c.parallel == "fsdp" and self.ranks.size > 1:
+            shard(model, self.ranks, c.precision)
         return MasterAdamW(
             model, lr=c.learning_rate, betas=c.adam_betas, eps=c.adam_eps, weight_decay=c.weight_decay,
             ranks=self.ranks,
@@ -153,7 +163,7 @@ class Trainer:
         if c.progress and one and history.rows:
             print(phase_table(history.rows))
         self.finish()
-        if c.save_model and one:
+        if c.save_model:
             self.save_model(folder / "model")
         if one:
             self.plot(history.rows, folder)
@@ -169,9 +179,13 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         """The trained model and its tokenizer as a folder that is there whole or not at all."""
+        sharded = self.run_config.parallel == "fsdp" and self.ranks.size > 1
+        options = {"state_dict": whole_state(self.model, self.run_config.precision)} if sharded else {}
+        if not self.ranks.first:
+            return
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
+        self.model.save_pretrained(partial, **options)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)  # of a run before this one
@@ -268,7 +282,7 @@ class MeanLossTrainer(Trainer):
         return self.take_step(step, {"loss": self.ranks.sum(total), **averages.result(self.ranks)}, batch)
 
     def heldout_parts(self) -> list[list[Any]]:
-        size, own = self.config.micro_batch_size or self.config.batch_size, self.ranks.share(self.heldout)
+        size, own = self.config.micro_batch_size or self.config.batch_size, self.evaluators.share(self.heldout)
         return [own[i : i + size] for i in range(0, len(own), size)]
 
     @torch.no_grad()
@@ -281,7 +295,7 @@ class MeanLossTrainer(Trainer):
         for part in self.heldout_parts():
             loss, metrics = self.loss(part)
             averages.add({"loss": loss, **metrics}, len(part))
-        return {f"heldout_{name}": value for name, value in averages.result(self.ranks).items()}
+        return {f"heldout_{name}": value for name, value in averages.result(self.evaluators).items()}
 
     def before_first_step(self) -> dict[str, float]:
         return self.heldout_row()

@@ -40,6 +40,7 @@ class RunConfig:
     # The run
     seed: int = 0
     device: str = "auto"
+    parallel: str = "ddp"  # several processes each hold the model (ddp), or a part of it (fsdp)
     backend: str = "auto"  # of every op of the library; eager: plain PyTorch
     output_dir: str = "runs/run"
     strict: bool = False  # stop at a row or prompt that cannot be used, in place of leaving it out
@@ -57,6 +58,7 @@ class RunConfig:
         "backend": ("auto", "eager", "cpu", "triton", "cuda"),
         "lr_schedule": ("constant", "linear", "cosine"),
         "on_divergence": ("stop", "skip"),
+        "parallel": ("ddp", "fsdp"),
     }
     AT_LEAST_ONE: ClassVar[tuple[str, ...]] = ()
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (

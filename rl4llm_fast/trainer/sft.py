@@ -70,7 +70,7 @@ class SFTTrainer(Trainer):
     """The loop behind ``train_sft``."""
 
     name = "SFT"
-    many_processes = True
+    many_processes = can_shard = True
 
     def __init__(
         self,
@@ -132,11 +132,11 @@ class SFTTrainer(Trainer):
         if not self.heldout:
             return {}
         tokens, total = sum(len(e.answer) for e in self.heldout), torch.zeros((), device=self.device)
-        size, own = self.config.micro_batch_size or self.config.batch_size, self.ranks.share(self.heldout)
+        size, own = self.config.micro_batch_size or self.config.batch_size, self.evaluators.share(self.heldout)
         for start in range(0, len(own), size):
             part = own[start : start + size]
             total += self.loss(part, "token_mean", num_tokens=tokens, num_sequences=len(self.heldout))
-        loss = self.ranks.sum(total)
+        loss = self.evaluators.sum(total)
         return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700.0))}
 
     def before_first_step(self) -> dict[str, float]:
