@@ -83,14 +83,14 @@ def rows_of(folder: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 
 
-def start(processes: int, folder: pathlib.Path, port: int, *arguments: str) -> list[subprocess.Popen]:
+def start(processes: int, port: int, *command: object) -> list[subprocess.Popen]:
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), *arguments], text=True,
+            [sys.executable, *map(str, command)], text=True,
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -119,7 +119,7 @@ def free_port() -> int:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_two_processes_train_as_one(tmp_path):
-    both = start(2, tmp_path / "two", free_port())
+    both = start(2, free_port(), __file__, tmp_path / "two")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -149,6 +149,13 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(weights[0][key], weights[1][key], rtol=0, atol=2e-2 if loose else 1e-4)
     files = [{p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*")} for n in ("one", "two")]
     assert {f for f in files[0] if "reference/" not in f} == {f for f in files[1] if "reference/" not in f}
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_the_example_of_a_sharded_head():
+    text = finish(start(2, free_port(), ROOT / "examples" / "fsdp2_head.py"))[0]
+    assert "tied head: gradients of 2 processes" in text
+    assert "separate head: gradients of 2 processes" in text
 
 
 if __name__ == "__main__":
