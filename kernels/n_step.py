@@ -88,7 +88,7 @@ def n_step_returns(
     N, B = rewards.numel(), layout.count
     if N == 0:
         return torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    if layout.index is None:
+    if not layout.packed:
         index = torch.arange(B, device=rewards.device).repeat_interleave(layout.rows[1], output_size=N)
         offsets = torch.arange(B + 1, device=rewards.device) * layout.rows[1]
     else:

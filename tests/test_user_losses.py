@@ -250,10 +250,11 @@ def test_triton_compiles_ahead_of_time():
         import rl4llm_fast as rf
         from rl4llm_fast import formulas, user_losses
         from test_user_losses import everything
-        from test_token_loss_gpu import compile_kernel, kernel_cases
+        from ahead_of_time import compile_kernel
+        from test_token_loss_gpu import kernel_cases
         rf.token_loss("everything", knobs={"double": 0.7, "tl": 1.4})(everything)
         formula = user_losses.triton_function(formulas.FORMULAS["everything"].op_name)
-        _, kernel, types, constants, warps, _ = next(iter(kernel_cases()))
+        _, kernel, types, constants, warps, *_ = next(iter(kernel_cases()))
         for target in (("cuda", 90, 32), ("hip", "gfx942", 64)):
             assert compile_kernel(kernel, types, constants | {"FORMULA": formula}, warps, target).asm
     """)
