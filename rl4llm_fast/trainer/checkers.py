@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .data import numbered_rows, usable
 from .tasks import Example, Task, last_number
 
 Checker = Callable[[str, str], bool]  # (completion, wanted)
@@ -68,29 +69,30 @@ def same_text(completion: str, wanted: str) -> bool:
 CHECKERS: dict[str, Checker] = {"number": same_number, "choice": same_choice, "text": same_text}
 
 
-def jsonl_task(path: str, *, seed: int = 0, heldout: int = 64, checker: str = "auto") -> Task:
+def jsonl_task(path: str, *, seed: int = 0, heldout: int = 64, checker: str = "auto", strict: bool = False) -> Task:
     """Questions of one's own: a JSONL file of {"prompt": text, "answer": text}, ``heldout`` prompts of it held out.
 
     Args:
         checker: number, choice or text; auto: number where every answer is one, else text.
+        strict: stop at a line without the two, in place of leaving it out with a report.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line without the two, an unknown checker, too few distinct prompts.
+        ValueError: an unknown checker, too few distinct prompts, under ``strict`` a line that cannot be used.
     """
     if checker not in ("auto", *CHECKERS):
         raise ValueError(f"task_options.checker: wanted auto, {', '.join(CHECKERS)}, got {checker!r}")
+
+    def question(row: Any) -> Example:
+        given = row if isinstance(row, dict) else {}
+        answer = str(given.get("answer", ""))
+        if not isinstance(given.get("prompt"), str) or not given["prompt"].strip() or not answer.strip():
+            raise ValueError(f'wanted {{"prompt": text, "answer": text}}, got {str(row)[:80]}')
+        return {**given, "answer": answer}
+
     rows: dict[str, Example] = {}
-    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or "answer" not in row:
-            raise ValueError(f'{path}, line {line}: wanted {{"prompt": text, "answer": text}}, got {text[:80]}')
-        rows.setdefault(row["prompt"], row | {"answer": str(row["answer"])})  # a question that comes twice is one
+    for row in usable(numbered_rows(path), path, question, strict):
+        rows.setdefault(row["prompt"], row)  # a question that comes twice is one
     if len(rows) <= heldout:
         raise ValueError(f"{path}: {len(rows)} distinct prompts, too few to hold {heldout} of them out")
     examples = list(rows.values())

@@ -82,14 +82,16 @@ def load_rows(
     if heldout_rows is not None or config.heldout_data or config.heldout_split:
         source, split = config.heldout_data or config.data, config.heldout_split or config.split
         return train, usable_rows(heldout_rows, source, split, "heldout_rows")
-    if config.heldout >= len(train):
-        raise ValueError(f"config: heldout: wanted fewer than the {len(train)} rows there are, got {config.heldout}")
-    order = np.random.default_rng([config.seed, 1]).permutation(len(train))
+    return hold_out(train, config)
+
+
+def hold_out(rows: Sequence[Encoded], config: DataConfig) -> tuple[list[Encoded], list[Encoded]]:
+    """``rows`` without ``config.heldout`` of them, and those."""
+    if config.heldout >= len(rows):
+        raise ValueError(f"config: heldout: wanted fewer than the {len(rows)} rows there are, got {config.heldout}")
+    order = np.random.default_rng([config.seed, 1]).permutation(len(rows))
     held = set(order[: config.heldout].tolist())
-    return (
-        [row for i, row in enumerate(train) if i not in held],
-        [row for i, row in enumerate(train) if i in held],
-    )
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
 def numbered_rows(source: str, split: str = "train") -> list[tuple[int, Row | Exception]]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +19,26 @@ from torch import nn
 
 import rl4llm_fast as rf
 
-from .data import Row, digest
+from .attempts import Attempts
+from .data import Row, digest, hold_out, load_rows, numbered_rows, usable
 from .distributed import only_one
 from .metrics import History
 from .model import choose_device, end_token_ids, load_model
 from .policy import Policy
-from .rewards import SCRIPTS, Sample, language_share, parts, r1_zero_example, r1_zero_task, repetition_rule, thought_of
+from .rewards import (
+    SCRIPTS,
+    Sample,
+    language_share,
+    name_of,
+    parts,
+    r1_zero_example,
+    r1_zero_task,
+    repetition_rule,
+    thought_of,
+)
 from .run import TrainResult
 from .sampling import completion_of, evaluate, sample
+from .sft import Example as EncodedRow
 from .sft import SFTConfig, SFTTrainer
 from .tasks import Example, Task, load_task, prompt_token_ids
 
@@ -90,14 +102,13 @@ def train_distill(
     """
     c = config or DistillConfig()
     only_one("train distill")
-    task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
+    task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
     if model is None:
         model, loaded = load_model(c.model, precision=c.precision, device=choose_device(c.device))
         tokenizer = tokenizer or loaded
-    others = list(rows) if rows is not None else read_rows(c.data) if c.data else []
     kept = sampled_rows(c, task, teacher or model if teacher is not None or not c.teacher else None, tokenizer)
     made = [encoded_row(row, c, tokenizer) for row in kept]
-    trainer = DistillTrainer(c, model, tokenizer, framed(task, c, tokenizer), [*made, *others])
+    trainer = DistillTrainer(c, model, tokenizer, framed(task, c, tokenizer), made, rows)
     try:
         return trainer.run()
     finally:
@@ -118,24 +129,20 @@ def encoded_row(row: Row, c: DistillConfig, tokenizer: Any) -> Row:
     return r1_zero_example(row, tokenizer, c.template_example) if c.template == "r1_zero" else row
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a JSONL file.
+def text_rows(source: str, rows: Sequence[Row] | None, name: str, strict: bool) -> list[Row]:
+    """{"prompt", "answer"}, both text, of ``rows`` or of a file or data set; others are counted and reported.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; a line that is no object, with its number.
+        FileNotFoundError, ValueError: see ``data.usable`` and ``data.numbered_rows``.
     """
-    found = []
-    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: wanted an object, got {type(row).__name__}")
-        found.append(row)
-    return found
+
+    def check(row: Row) -> Row:
+        pair = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "answer")]
+        if not all(isinstance(text, str) and text.strip() for text in pair):
+            raise ValueError(f'wanted {{"prompt": text, "answer": text}}, got {str(row)[:80]}')
+        return {"prompt": pair[0], "answer": pair[1]}
+
+    return usable(numbered_rows(source) if rows is None else enumerate(rows, 1), name, check, strict)
 
 
 def why_not(answer: str, ended: bool, c: DistillConfig) -> str:
@@ -216,11 +223,12 @@ def _sample_rest(
             )  # fmt: skip
         rows: list[Row] = []
         counts: Counter[str] = Counter()
+        attempts = Attempts()
         for i, example in enumerate(part):
             answers: dict[str, None] = {}
             for g in range(i * c.samples, (i + 1) * c.samples):
                 text = completion_of(rollout.answers[g], end_ids, tokenizer)
-                right = float(asked.reward(example, text)) >= 1
+                right = float(attempts.call(name_of(task.reward), 0.0, asked.reward, example, text)) >= 1
                 reason = "wrong" if not right else why_not(text, rollout.ended[g], c)
                 text = text.strip()
                 if not reason and (text in answers or len(answers) == c.keep):
@@ -229,6 +237,7 @@ def _sample_rest(
                 if not reason:
                     answers[text] = None
             rows += [{"prompt": question_of(questions[start + i]), "answer": answer} for answer in answers]
+        attempts.report()
         history.add({"step": number, "key": key, "rows": rows, "counts": dict(counts)})
         bar.update(len(part))
     bar.close()
@@ -239,9 +248,32 @@ class DistillTrainer(SFTTrainer):
 
     name = "distill"
 
-    def __init__(self, c: DistillConfig, model: nn.Module, tokenizer: Any, task: Task, rows: Sequence[Row]) -> None:
+    def __init__(
+        self,
+        c: DistillConfig,
+        model: nn.Module,
+        tokenizer: Any,
+        task: Task,
+        rows: Sequence[Row],
+        others: Sequence[Row] | None,
+    ) -> None:
+        self.others = others
         super().__init__(c, model=model, tokenizer=tokenizer, rows=rows)
         self.task, self.max_new_tokens = task, c.max_new_tokens
+
+    def read(
+        self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None
+    ) -> tuple[list[EncodedRow], list[EncodedRow]]:
+        """The sampled rows and those of other domains, each with its own lines where one cannot be used."""
+        c = self.config
+        whole = replace(c, heldout=0, heldout_data="", heldout_split="")
+        train, _ = load_rows(whole, rows, None, self.encode)
+        if self.others or (self.others is None and c.data):
+            train += load_rows(whole, self.others, None, self.encode)[0]
+        if c.heldout_data or c.heldout_split:
+            source = replace(whole, data=c.heldout_data or c.data, split=c.heldout_split or c.split)
+            return train, load_rows(source, None, None, self.encode)[0]
+        return hold_out(train, c)
 
     def heldout_row(self) -> dict[str, float]:
         """The accuracy of greedy answers, beside the loss of held-out rows."""

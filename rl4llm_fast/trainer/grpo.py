@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from ..chunked import chunk_rule
+from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig
 from .data import check_length, usable
@@ -101,7 +102,7 @@ class GRPOTrainer(SamplingTrainer):
             raise ValueError("prompts, reward: wanted both, or a task, or none of them")
         if prompts is not None and reward is not None:
             task = Task(train=prompts, reward=reward)
-        self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
+        self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
         if len(self.task.train) == 0:
             raise ValueError("prompts: none to train on")
         self.rewards = rewards or of_function(self.task.reward)
@@ -227,6 +228,7 @@ class GRPOTrainer(SamplingTrainer):
             )
 
         found = self.ranks.map(one, range(len(rollout.answers)))
+        self.rewards.attempts.report(self.ranks)
         return [total for total, _ in found], [trace for _, trace in found]
 
     def score_steps(self, examples: Sequence[Example], rollout: Rollout) -> list[Steps]:
@@ -236,9 +238,12 @@ class GRPOTrainer(SamplingTrainer):
 
         def one(i: int) -> Steps:
             example = examples[i // rollout.group_size]
-            return score_steps(judge, example, rollout.answers[i], self.tokenizer, separator, self.end_ids)
+            return score_steps(judge, example, rollout.answers[i], self.tokenizer, separator, self.end_ids, attempts)
 
-        return self.ranks.map(one, range(len(rollout.answers)))
+        attempts = Attempts()
+        steps = self.ranks.map(one, range(len(rollout.answers)))
+        attempts.report(self.ranks)
+        return steps
 
     def advantages(self, rewards: list[float], steps: Sequence[Steps]) -> Tensor:
         """From the answers' rewards, (B,), or from those of their steps, (B, T)."""

@@ -22,10 +22,11 @@ from .optimizer import learning_rate
 from .ppo_config import PPOConfig
 from .ppo_models import Experience, Models, starts_of
 from .reward_model import RewardModel, load_reward_model
+from .rewards import name_of
 from .run import TrainResult
 from .sampler import Sampler, SamplingTrainer
 from .sampling import Rollout
-from .scorers import Prompt, Scorer, function_scorer, model_scorer, name_of
+from .scorers import Prompt, Scorer, function_scorer, model_scorer
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
 
 
@@ -100,7 +101,7 @@ class PPOTrainer(SamplingTrainer):
         if reward is None and c.reward:
             reward = named_function(c.reward, "reward")
         if task is None and c.task:
-            task = load_task(c.task, seed=c.seed, heldout=c.heldout, **c.task_options)
+            task = load_task(c.task, seed=c.seed, heldout=c.heldout, strict=c.strict, **c.task_options)
         if sum(bool(source) for source in (task, reward_model or c.reward_model, reward)) != 1:
             raise ValueError("reward_model, reward, task: wanted one of them to score the answers")
         super().__init__(c, model, tokenizer)

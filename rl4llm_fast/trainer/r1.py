@@ -25,7 +25,7 @@ from torch import nn
 from . import checkpoint
 from .config import GRPOConfig
 from .data import Row, digest
-from .distill import DistillConfig, question_of, read_rows, train_distill
+from .distill import DistillConfig, question_of, text_rows, train_distill
 from .distributed import only_one
 from .grpo import GRPOTrainer
 from .model import choose_device, end_token_ids, load_model
@@ -34,6 +34,7 @@ from .reward_model import RewardModel, load_reward_model
 from .rewards import (
     SCRIPTS,
     Rewards,
+    Ruled,
     Sample,
     language_rule,
     make_rewards,
@@ -170,12 +171,11 @@ class R1:
         self.folder = Path(c.output_dir)
         if cold_start_rows is None:
             c.wanted(bool(c.cold_start_data), "cold_start_data", "a JSONL file (or rows from Python)")
-            cold_start_rows = read_rows(c.cold_start_data)
-        if general_rows is None:
-            general_rows = read_rows(c.general_data) if c.general_data else []
-        self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, **c.task_options)
-        self.general = [text_row(row, "general_data") for row in general_rows]
-        self.cold_start = self.usable([text_row(row, "cold_start_data") for row in cold_start_rows])
+        self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
+        self.general: list[Row] = []
+        if general_rows or (general_rows is None and c.general_data):
+            self.general = text_rows(c.general_data, general_rows, "general_data", c.strict)
+        self.cold_start = self.usable(text_rows(c.cold_start_data, cold_start_rows, "cold_start_data", c.strict))
         device = choose_device(c.device)
         self.judges: dict[str, Reward] = {}  # of prompts without rules
         if helpful or c.helpful_model:
@@ -326,14 +326,15 @@ class MixedRewards(Rewards):
 
     def __init__(self, rules: Rewards, judges: Mapping[str, Reward]) -> None:
         super().__init__(rules.rules)
-        judged = {
-            name: (1.0, lambda sample, judge=judge: judge(sample.example["general"], sample.text))
-            for name, judge in judges.items()
-        }
-        self.judged = Rewards(judged)
+        self.judged = Rewards({name: (1.0, of_prompt(judge)) for name, judge in judges.items()}, self.attempts)
 
     def score(self, sample: Sample) -> tuple[float, dict[str, float]]:
         return self.judged.score(sample) if "general" in sample.example else super().score(sample)
+
+
+def of_prompt(judge: Reward) -> Ruled:
+    """A judge as a rule for the prompts that are no questions of the task."""
+    return Ruled(lambda example, text: judge(example["general"], text))
 
 
 def judge(folder: str, device: torch.device) -> Reward:
@@ -353,14 +354,6 @@ def judge(folder: str, device: torch.device) -> Reward:
         return float(model([prompt_token_ids(prompt, tokenizer) + ids + end]))
 
     return score
-
-
-def text_row(row: Row, name: str) -> Row:
-    """A row of data, if it is a prompt and an answer that are text."""
-    prompt, answer = (row.get(key) if isinstance(row, dict) else None for key in ("prompt", "answer"))
-    if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
-        raise ValueError(f'{name}: wanted {{"prompt": text, "answer": text}}, got {str(row)[:80]}')
-    return {"prompt": prompt, "answer": answer}
 
 
 def general_example(row: Row, tokenizer: Any) -> Example:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
+from .attempts import Attempts
 from .named import named_function
 from .tasks import Example, Reward, Task
 
@@ -45,6 +46,16 @@ class Sample:
 
 
 Rule = Callable[[Sample], float]
+
+
+class Ruled:
+    """A reward function (example, completion) as a rule; unlike those of this file it may raise."""
+
+    def __init__(self, function: Reward) -> None:
+        self.function = function
+
+    def __call__(self, sample: Sample) -> Any:
+        return self.function(sample.example, sample.completion)
 
 
 # What is in an answer
@@ -156,16 +167,23 @@ def language_share(text: str, language: str) -> float:
 class Rewards:
     """A weighted sum of named rules, with what each of them gave.
 
+    A function of one's own that raises gives 0 to the answer, which ``attempts`` keeps for the report of the step.
+
     Raises:
         ValueError: from ``score``, naming the rule and the answer: a value that is not one finite number.
     """
 
-    def __init__(self, rules: Mapping[str, tuple[float, Rule]]) -> None:
+    def __init__(self, rules: Mapping[str, tuple[float, Rule]], attempts: Attempts | None = None) -> None:
         self.rules = dict(rules)
+        self.attempts = attempts or Attempts()
 
     def score(self, sample: Sample) -> tuple[float, dict[str, float]]:
         """The sum, and each rule's own value before its weight."""
-        trace = {name: finite(name, rule(sample), sample) for name, (_, rule) in self.rules.items()}
+
+        def value(name: str, rule: Rule) -> Any:
+            return self.attempts.call(name, 0.0, rule, sample) if isinstance(rule, Ruled) else rule(sample)
+
+        trace = {name: finite(name, value(name, rule), sample) for name, (_, rule) in self.rules.items()}
         return sum(self.rules[name][0] * value for name, value in trace.items()), trace
 
 
@@ -177,7 +195,11 @@ def trace_means(traces: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def of_function(function: Reward, name: str = "") -> Rewards:
     """Of one function (example, completion)."""
-    return Rewards({name or getattr(function, "__name__", "reward"): (1.0, _ruled(function))})
+    return Rewards({name or name_of(function): (1.0, Ruled(function))})
+
+
+def name_of(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def finite(name: str, value: Any, sample: Sample) -> float:
@@ -193,10 +215,6 @@ def finite(name: str, value: Any, sample: Sample) -> float:
 
 def _about(sample: Sample) -> str:
     return f"for the answer {sample.completion!r} to {sample.example!r}"
-
-
-def _ruled(function: Reward) -> Rule:
-    return lambda sample: function(sample.example, sample.completion)
 
 
 def make_rewards(
@@ -230,7 +248,7 @@ def make_rewards(
     if buffer > limit:
         raise ValueError(f"config: reward_options.length_buffer: wanted at most length_limit = {limit}, got {buffer}")
     known_rules: dict[str, Rule] = {
-        "accuracy": _ruled(correct),
+        "accuracy": Ruled(correct),
         "format": format_rule,
         "tags": tags_rule,
         "ended": ended_rule,
@@ -244,7 +262,7 @@ def make_rewards(
             raise ValueError(f"config: rewards.{name}: wanted a number, its weight, got {weight!r}")
         if name not in known_rules and "." not in name and ":" not in name:
             raise ValueError(f"config: rewards: unknown rule {_nearest(name, list(known_rules))}")
-        rules[name] = (float(weight), known_rules.get(name) or _ruled(named_function(name, "rewards")))
+        rules[name] = (float(weight), known_rules.get(name) or Ruled(named_function(name, "rewards")))
     return Rewards(rules)
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import rl4llm_fast as rf
 
+from .attempts import Attempts
 from .distributed import Ranks
 from .policy import Policy
+from .rewards import Sample, finite, name_of
 from .tasks import Example, Reward, prompt_token_ids
 
 
@@ -221,6 +223,13 @@ def evaluate(
         ranks=ranks,
     )  # fmt: skip
     completions = [completion_of(answer, end_ids, tokenizer) for answer in rollout.answers]
-    rewards = ranks.map(lambda i: float(reward(examples[i], completions[i])), range(len(completions)))
+    name, attempts = name_of(reward), Attempts()
+
+    def one(i: int) -> float:
+        value = attempts.call(name, 0.0, reward, examples[i], completions[i])
+        return finite(name, value, Sample(examples[i], completions[i]))
+
+    rewards = ranks.map(one, range(len(completions)))
+    attempts.report(ranks)
     accuracy = sum(r >= 1 for r in rewards) / len(rewards)
     return Evaluation(accuracy, sum(rewards) / len(rewards), completions, rollout)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .distributed import Ranks, say
+from .attempts import Attempts
+from .distributed import Ranks
 from .reward_model import RewardModel
-from .rewards import Sample, finite
+from .rewards import Sample, finite, name_of
 from .sampling import completion_of
 from .tasks import Example, Reward
 
@@ -31,30 +32,18 @@ Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], list[float]]
 def function_scorer(function: Reward, *, tokenizer: Any, end_ids: Collection[int], ranks: Ranks) -> Scorer:
     """``function(example, completion)`` of each answer: one finite number, or an error that names both.
 
-    An answer on which it raises scores 0 and is reported, unless it raises on all of them.
+    What happens where it raises: see ``Attempts``.
     """
-    name = name_of(function)
+    name, attempts = name_of(function), Attempts()
 
     def score(prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[float]:
-        raised: list[Exception] = []
-
-        def one(i: int) -> tuple[float, str]:
+        def one(i: int) -> float:
             sample = Sample(prompts[i].example, completion_of(answers[i], end_ids, tokenizer))
-            try:
-                value = function(sample.example, sample.completion)
-            except Exception as error:
-                raised.append(error)
-                return 0.0, repr(error)
-            return finite(name, value, sample), ""
+            return finite(name, attempts.call(name, 0.0, function, sample.example, sample.completion), sample)
 
-        found = ranks.map(one, range(len(answers)))
-        failures = [error for _, error in found if error]
-        if failures and len(failures) == len(found):
-            cause = raised[0] if raised else None
-            raise ValueError(f"reward {name!r}: raised on every answer: {failures[0]}") from cause
-        if failures:
-            say(f"reward {name!r}: raised on {len(failures)} of {len(found)} answers, which score 0: {failures[0]}")
-        return [value for value, _ in found]
+        scores = ranks.map(one, range(len(answers)))
+        attempts.report(ranks)
+        return scores
 
     return score
 
@@ -83,7 +72,3 @@ def model_scorer(model: RewardModel, batch_size: int, *, vocabulary: int, ranks:
         return scores
 
     return score
-
-
-def name_of(function: Any) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))

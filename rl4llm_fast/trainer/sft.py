@@ -83,11 +83,17 @@ class SFTTrainer(Trainer):
     ) -> None:
         self.config = c = config or SFTConfig()
         super().__init__(c, model, tokenizer)
-        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.train, self.heldout = self.read(rows, heldout_rows)
         self.data_key = digest(*map(asdict, self.train))
         layout = "shared" if c.packing else "plain"  # packed rows need what shared ones need: a mask of their own
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=layout)
         self.optimizer = self.make_optimizer(self.model)
+
+    def read(
+        self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None
+    ) -> tuple[list[Example], list[Example]]:
+        """The rows to train on and the held-out ones."""
+        return load_rows(self.config, rows, heldout_rows, self.encode)
 
     def encode(self, row: Row) -> Example:
         prompt, answer = prompt_of(row, self.tokenizer), answer_token_ids(row, "answer", self.tokenizer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rl4llm_fast as rf
 
+from .attempts import Attempts
 from .rewards import Sample, finite
 from .tasks import Example
 
@@ -59,9 +60,15 @@ def cut(answer: list[int], tokenizer: Any, separator: str, end_ids: Collection[i
 
 
 def score(
-    function: StepReward, example: Example, answer: list[int], tokenizer: Any, separator: str, end_ids: Collection[int]
+    function: StepReward,
+    example: Example,
+    answer: list[int],
+    tokenizer: Any,
+    separator: str,
+    end_ids: Collection[int],
+    attempts: Attempts,
 ) -> Steps:
-    """The steps of ``answer`` with what ``function`` gives them.
+    """The steps of ``answer`` with what ``function`` gives them, 0 each where it raises.
 
     Raises:
         ValueError: not one finite number a step, naming the function and the answer.
@@ -69,7 +76,7 @@ def score(
     ends, texts = cut(answer, tokenizer, separator, end_ids)
     name = getattr(function, "__name__", "step_reward")
     sample = Sample(example, texts)
-    given: Any = function(example, texts)
+    given: Any = attempts.call(name, [0.0] * len(texts), function, example, texts)
     values = list(given) if isinstance(given, Iterable) else [given]
     if len(values) != len(texts):
         raise ValueError(

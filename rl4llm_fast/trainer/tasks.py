@@ -39,7 +39,14 @@ def last_number(text: str) -> str:
 
 
 def load_task(
-    name: str, *, seed: int = 0, heldout: int = 64, size: int = _SIZE, answer: str = "auto", **options: Any
+    name: str,
+    *,
+    seed: int = 0,
+    heldout: int = 64,
+    strict: bool = False,
+    size: int = _SIZE,
+    answer: str = "auto",
+    **options: Any,
 ) -> Task:
     """A task of reasoning-gym by name, e.g. ``load_task("chain_sum", min_terms=2, max_terms=2)``.
 
@@ -50,6 +57,7 @@ def load_task(
     small tasks repeat questions, so other seeds alone would not keep them apart.
 
     Args:
+        strict: stop at a line of a file that cannot be used, in place of leaving it out with a report.
         size: how many questions are drawn to train on (before held-out ones are taken out).
         answer: what is scored: the whole "text", or the "last_number" in it; "auto": the latter where the task's
             answers are numbers, since scorers count "The answer is 7." as wrong.
@@ -63,7 +71,7 @@ def load_task(
     if name.endswith(".jsonl"):
         from .checkers import jsonl_task
 
-        return jsonl_task(name, seed=seed, heldout=heldout, **own)
+        return jsonl_task(name, seed=seed, heldout=heldout, strict=strict, **own)
     if ":" in name:
         made = named_function(name, "task")(seed=seed, heldout=heldout, **own)
         if not isinstance(made, Task):

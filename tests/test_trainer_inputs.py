@@ -1,0 +1,97 @@
+"""Rows and reward functions that cannot be used, in the trainers that sample: counted, reported, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_llama import PROMPTS, tiny_model
+
+from rl4llm_fast.trainer import GRPOConfig, Task, train_grpo
+from rl4llm_fast.trainer.attempts import Attempts
+from rl4llm_fast.trainer.distill import text_rows
+from rl4llm_fast.trainer.tasks import load_task
+
+pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
+
+
+def run(tmp_path, **given):
+    changes = given.pop("changes", {})
+    config = GRPOConfig(
+        steps=1, max_new_tokens=4, prompts_per_step=2, group_size=4, output_dir=str(tmp_path), checkpoint_every=0,
+        save_model=False, progress=False, device="cpu", **changes,
+    )  # fmt: skip
+    return train_grpo(config, model=tiny_model(), **given)
+
+
+def picky(example, answer):
+    if answer[0] % 2:
+        raise KeyError("odd")
+    return 1.0
+
+
+def broken(example, answer):
+    raise KeyError("no such thing")
+
+
+def test_an_answer_on_which_a_reward_raises_scores_0_and_is_reported(tmp_path, capsys):
+    row = run(tmp_path, prompts=PROMPTS, reward=picky).history[0]
+    assert 0 < row["reward_mean"] < 1
+    count = round(8 * (1 - row["reward_mean"]))
+    said = f"reward 'picky': raised on {count} of 8 answers, which score 0: KeyError('odd')"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="reward 'broken': raised on every answer: KeyError"):
+        run(tmp_path, prompts=PROMPTS, reward=broken)
+
+
+def test_held_out_answers_follow_the_same_rule(tmp_path, capsys):
+    asked = []
+
+    def once(example, answer):  # raises on the first held-out answer alone
+        asked.append(answer)
+        if len(asked) == 9:
+            raise KeyError("odd")
+        return 1.0
+
+    row = run(tmp_path, task=Task(train=PROMPTS, heldout=PROMPTS, reward=once), changes={"eval_every": 1}).history[0]
+    assert row["heldout_accuracy"] == 1 - 1 / len(PROMPTS)
+    assert f"reward 'once': raised on 1 of {len(PROMPTS)} answers" in capsys.readouterr().out
+    task = Task(train=PROMPTS, heldout=PROMPTS, reward=lambda example, answer: float("nan"))
+    with pytest.raises(ValueError, match="wanted a finite number, got nan for the answer"):
+        run(tmp_path, task=task, changes={"eval_every": 1})
+
+
+def test_attempts_are_counted_by_function(capsys):
+    attempts = Attempts()
+    found = [attempts.call("ratio", 0.0, lambda x: 1 / x, x) for x in (0, 1, 2)]
+    found += [attempts.call("steps", [0.0, 0.0], lambda x: [x, x], 1.0)]
+    assert found == [0.0, 1.0, 0.5, [1.0, 1.0]]
+    attempts.report()
+    attempts.report()  # said once
+    assert capsys.readouterr().out == (
+        "reward 'ratio': raised on 1 of 3 answers, which score 0: ZeroDivisionError('division by zero')\n"
+    )
+
+
+def test_questions_that_cannot_be_used_are_counted(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    good = [json.dumps({"prompt": f"{i} + 1 =", "answer": i + 1}) for i in range(4)]
+    bad = ["{", "[1]", '{"prompt": "2"}', '{"prompt": " ", "answer": 1}']
+    path.write_text("\n".join([*good, "", *bad]), encoding="utf-8")
+    task = load_task(str(path), heldout=2)
+    assert len(task.train) == len(task.heldout) == 2
+    said = capsys.readouterr().out
+    assert f"{path}: 4 of 8 rows cannot be used" in said
+    assert all(f"line {line}: " in said for line in (6, 7, 8, 9))
+    with pytest.raises(ValueError, match="line 6: no JSON"):
+        load_task(str(path), heldout=2, strict=True)
+
+
+def test_rows_of_other_domains_that_cannot_be_used_are_counted(tmp_path, capsys):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a"}, {"prompt": "", "answer": "b"}]
+    assert text_rows("", rows, "general_data", strict=False) == rows[:1]
+    said = capsys.readouterr().out
+    assert "general_data: 2 of 3 rows cannot be used" in said
+    assert "line 2: wanted" in said
+    with pytest.raises(ValueError, match="general_data, line 2: wanted"):
+        text_rows("", rows, "general_data", strict=True)
