@@ -40,7 +40,7 @@ def group_advantages(
         baseline: "mean" or "leave_one_out".
         unbiased: the standard deviation with Bessel's correction.
         eps: ε, added to the standard deviation (TRL's is 1e-4).
-        backend: "eager", "cpu" or "triton"; None chooses by device.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
 
     Returns:
         Advantages (B,), fp32 (fp64 for fp64 rewards). Groups of one and groups of equal rewards give exactly 0.
@@ -90,7 +90,7 @@ def process_advantages(
         group_size, group_ids: which answers form a group, as in :func:`group_advantages`.
         length: T, the tokens of an answer. Tokens after the last step get 0.
         eps: ε, added to the standard deviation.
-        backend: "eager", "cpu" or "triton"; None chooses by device.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
 
     Returns:
         Advantages (B, length), fp32 (fp64 for fp64 rewards). Groups with one step, or of equal rewards, give exactly 0.
@@ -139,7 +139,7 @@ def whiten(
         eps: ε, added to the variance.
         group: a process group: mean and variance over the live tokens of all its ranks, which all must call this. One
             collective of three numbers a rank, combined in the order of the ranks: the same bits on every rank.
-        backend: "eager", "cpu" or "triton"; None chooses by device.
+        backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
 
     Returns:
         Like ``x``, fp32 (fp64 for fp64 input). One live token: 0 (or the mean, where it is kept).

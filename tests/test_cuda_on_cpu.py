@@ -18,10 +18,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_on_cpu"
 CUDA = ROOT / "csrc" / "cuda"
-SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan"]
+SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan", "n_step", "groups", "whiten"]
 TESTS = [
     "tests/test_token_logprobs.py", "tests/interpret/test_triton_token_logprobs.py",
     "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/interpret/test_triton_returns.py",
+    "tests/interpret/test_triton_n_step.py", "tests/test_group_advantages.py", "tests/test_process_advantages.py",
     "tests/cuda_on_cpu/test_long_returns.py",
 ]  # fmt: skip
 

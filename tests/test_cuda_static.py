@@ -20,6 +20,8 @@ STREAMING = {
     "kl_divergence_fwd_kernel": ("kl_fwd", 9 * 2),
     "kl_divergence_jsd_kernel": ("kl_fwd", 9 * 2),
     "kl_divergence_bwd_kernel": ("kl_bwd", 9 * 2 * 3),
+    "whiten_parts_kernel": ("whiten", 3),
+    "whiten_apply_kernel": ("whiten", 3),
 }
 REGISTERS = 64  # budget of the streaming kernels: four blocks of 256 threads an SM, since they wait for memory
 SCAN_REGISTERS = {"Gae": 80, "Vtrace": 128}  # three and two blocks of 256 threads an SM, each with two rounds of loads
@@ -88,7 +90,7 @@ def test_streaming_kernels_move_16_bytes_at_a_time(cubins):
         for body in bodies:
             head = body.split("\n", 1)[0]
             assert re.search(r"LDG\.E\.\S*128", body), f"no 16-byte load in {head}"
-            if "bwd" in kernel:
+            if "bwd" in kernel or "apply" in kernel:
                 assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"
 
 

@@ -122,7 +122,7 @@ Tensor empty_like_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRe
                                                                             : 4;
   for (const int64_t size : sizes) bytes *= size_t(size);
   Cache& cache = Cache::instance();
-  if (bytes < kLeast || !cache.usable()) return torch::stable::new_empty(like, sizes, type);
+  if (bytes < kLeast || !like.is_cpu() || !cache.usable()) return torch::stable::new_empty(like, sizes, type);
   const size_t unit = bytes < kPage ? kLeast : kPage;
   const Block block = cache.take((bytes + unit - 1) / unit * unit);
   if (!block.ptr) return torch::stable::new_empty(like, sizes, type);  // out of memory: torch says it better

@@ -4,7 +4,7 @@
 //   Rows             logits (B, T, V) with any strides over B and T
 //   read_scalar      a 0-d hyperparameter tensor as a double;  PerRow: a 0-d or (N,) one
 //   data_of<T>       a contiguous argument's pointer, after checking dtype and shape
-//   empty_like_of    a new tensor on the CPU
+//   empty_like_of    a new tensor on the device of another
 //   parallel_jobs    jobs handed to torch's threads one batch after the other
 //   fail             throws std::invalid_argument (ValueError in Python) from pieces of text
 #pragma once
@@ -155,7 +155,7 @@ struct Rows {
   char* at(int64_t n, int64_t v) const { return base_ptr + (n / T * stride_b + n % T * stride_t + v) * element_size; }
 };
 
-// A new tensor on the CPU; a large one in memory that an earlier one left (memory.cpp).
+// A new tensor on the device of `like`; a large one on the CPU in memory that an earlier one left (memory.cpp).
 Tensor empty_like_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   return empty_like_of(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);

@@ -10,17 +10,9 @@
 namespace rl4llm {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kShortRow = 512;  // not yet measured: up to here a warp takes a row, from here on a block
-
 struct Numbers {
   float gamma, decay, of_value, beta, rho_max, c_max;
 };
-
-__device__ __forceinline__ double read_double(const ScanNumber& number) {
-  return number.device.ptr ? double(read_any_number(number.device, 0)) : number.value;
-}
 
 __device__ __forceinline__ Numbers read_numbers(const ScanTensors& a) {
   const double gamma = read_double(a.gamma), lam = read_double(a.lam);

@@ -1,4 +1,4 @@
-// Where a part of a sequence lies, and its tokens in registers, for scan.cu.
+// Where a part of a sequence lies, and its tokens in registers, for scan.cu and n_step.cu.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -9,6 +9,13 @@ namespace rl4llm {
 constexpr int kTokens = 4;  // of a thread, side by side: 16 bytes of fp32, and neighbouring threads are neighbours
 constexpr int kTile = kWarp * kTokens;  // what a warp scans at once; tiles are joined one after the other
 constexpr int kPart = 4096;             // tokens; a longer sequence is cut into parts, counted from its first token
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kShortRow = 512;  // not yet measured: up to here a warp takes a row, from here on a block
+
+__device__ __forceinline__ double read_double(const ScanNumber& number) {
+  return number.device.ptr ? double(read_any_number(number.device, 0)) : number.value;
+}
 
 // What is shifted in from `offset` lanes further on in the order of the scan.
 template <bool reverse>

@@ -1,4 +1,4 @@
-// What scan_bind.cpp (torch's stable ABI) and scan.cu (kernels, no torch headers) know of each other.
+// What scan_bind.cpp (torch's stable ABI), scan.cu and n_step.cu (kernels, no torch headers) know of each other.
 #pragma once
 
 #include "cuda/launch.h"
@@ -30,7 +30,7 @@ struct ScanTensors {
   bool skip;
   float* out_ptr[2];   // contiguous; null: not wanted
   float* x_out_ptr;    // (B,): γ times what leaves each sequence, or null
-  float* partial_ptr;  // scan_partials(B, T, packed) floats
+  float* partial_ptr;  // scan_partials(B, T, packed) floats, for n_step_returns n_step_workspace(…)
   int64_t B, T;        // T: of a row, or all packed tokens
 };
 
@@ -41,5 +41,9 @@ int64_t scan_partials(int64_t B, int64_t T, bool packed);
 cudaError_t gae_fwd_scan(const ScanTensors& tensors, cudaStream_t stream);
 cudaError_t gae_bwd_scan(const ScanTensors& tensors, cudaStream_t stream);
 cudaError_t vtrace_scan(const ScanTensors& tensors, cudaStream_t stream);
+
+// inputs: rewards, values. masked: whether tensors.mask is given; n at least 1.
+int64_t n_step_workspace(int64_t B, int64_t T, bool packed, bool masked, int64_t n);
+cudaError_t n_step_returns(const ScanTensors& tensors, int64_t n, cudaStream_t stream);
 
 }  // namespace rl4llm

@@ -1,4 +1,6 @@
-// gae, its backward and vtrace for CUDA tensors, on torch's stable ABI. Kernels are in scan.cu.
+// gae, its backward, vtrace and n_step_returns for CUDA tensors, on torch's stable ABI. Kernels are in scan.cu and
+// n_step.cu.
+#include <algorithm>
 #include <tuple>
 
 #include "cuda/bind.h"
@@ -48,12 +50,20 @@ class Scan {
     return out;
   }
   void run(cudaError_t (*launch)(const ScanTensors&, cudaStream_t)) {
-    const Tensor partial = empty_like_of(tokens_, {scan_partials(a.B, a.T, packed_)}, ScalarType::Float);
-    a.partial_ptr = partial.numel() > 0 ? static_cast<float*>(partial.data_ptr()) : nullptr;
-    check_launch(op_, launch(a, current_stream(tokens_)));
+    run(scan_partials(a.B, a.T, packed_), [&](cudaStream_t stream) { return launch(a, stream); });
+  }
+  void run_n_step(int64_t n) {
+    run(n_step_workspace(a.B, a.T, packed_, a.mask.ptr != nullptr, n),
+        [&](cudaStream_t stream) { return n_step_returns(a, n, stream); });
   }
 
  private:
+  template <class Launch>
+  void run(int64_t workspace, const Launch& launch) {
+    const Tensor partial = empty_like_of(tokens_, {workspace}, ScalarType::Float);
+    a.partial_ptr = workspace > 0 ? static_cast<float*>(partial.data_ptr()) : nullptr;
+    check_launch(op_, launch(current_stream(tokens_)));
+  }
   ScanTokens at(const Tensor& tensor, const char* name) const {
     bool same = tensor.dim() == tokens_.dim();
     for (int64_t d = 0; same && d < tensor.dim(); ++d) same = tensor.size(d) == tokens_.size(d);
@@ -136,6 +146,20 @@ std::tuple<Tensor, Tensor> vtrace(Tensor logp, Tensor rollout_logp, Tensor rewar
   return {advantages, targets};
 }
 
+Tensor n_step_returns_op(Tensor rewards, Tensor values, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                         std::optional<Tensor> bootstrap, int64_t n, Tensor gamma, std::string mask_mode) {
+  if (n < 1) fail("n: wanted at least 1, got ", n);
+  const DeviceGuard guard(rewards.get_device_index());
+  Scan scan("n_step_returns", rewards, mask, cu_seqlens, mask_mode);
+  scan.input(0, rewards, "rewards");
+  scan.input(1, values, "values");
+  scan.a.bootstrap_ptr = data_of<float>(bootstrap, "bootstrap", scan.a.B);
+  scan.a.gamma = scan_number(gamma, "gamma");
+  const Tensor returns = scan.result(0);
+  scan.run_n_step(std::min(n, scan.a.T + 1));  // more steps than tokens: all of them, and the bootstrap value
+  return returns;
+}
+
 }  // namespace
 }  // namespace rl4llm
 
@@ -143,4 +167,5 @@ STABLE_TORCH_LIBRARY_IMPL(rl4llm_fast, CUDA, m) {
   m.impl("gae_fwd", TORCH_BOX(&rl4llm::gae_fwd));
   m.impl("gae_bwd", TORCH_BOX(&rl4llm::gae_bwd));
   m.impl("vtrace", TORCH_BOX(&rl4llm::vtrace));
+  m.impl("n_step_returns", TORCH_BOX(&rl4llm::n_step_returns_op));
 }

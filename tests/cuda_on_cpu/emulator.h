@@ -67,14 +67,14 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier{kLanes};
-  float values[kLanes];
+  double values[kLanes];  // holds every float and every int as it is
 };
 inline std::vector<Warp> warps;
 inline Barrier block_barrier;
 
 // What every lane of the warp gave, seen by all of them.
 template <class Use>
-auto exchange(float value, const Use& use) {
+auto exchange(double value, const Use& use) {
   Warp& warp = warps[thread_index.x / kLanes];
   warp.values[thread_index.x % kLanes] = value;
   warp.barrier.arrive_and_wait();
@@ -83,32 +83,35 @@ auto exchange(float value, const Use& use) {
   return result;
 }
 
-inline float shuffle_xor(float value, int offset) {
-  return exchange(value, [&](const float* values) { return values[thread_index.x % kLanes ^ unsigned(offset)]; });
+template <class T>
+T shuffle_xor(T value, int offset) {
+  return T(exchange(value, [&](const double* values) { return values[thread_index.x % kLanes ^ unsigned(offset)]; }));
 }
 
-inline float shuffle(float value, int lane) {
-  return exchange(value, [&](const float* values) { return values[lane]; });
+template <class T>
+T shuffle(T value, int lane) {
+  return T(exchange(value, [&](const double* values) { return values[lane]; }));
 }
 
 // Beyond the warp's end CUDA gives a lane its own value; NaN here, so that using it shows.
-inline float shuffle_by(float value, int offset) {
+template <class T>
+T shuffle_by(T value, int offset) {
   const int lane = int(thread_index.x % kLanes) + offset;
-  return exchange(value, [&](const float* values) { return lane >= 0 && lane < kLanes ? values[lane] : NAN; });
+  return T(exchange(value, [&](const double* values) { return lane >= 0 && lane < kLanes ? values[lane] : NAN; }));
 }
 
 inline unsigned ballot(bool predicate) {
-  return exchange(predicate ? 1.0f : 0.0f, [](const float* values) {
+  return exchange(predicate ? 1.0 : 0.0, [](const double* values) {
     unsigned bits = 0;
-    for (int lane = 0; lane < kLanes; ++lane) bits |= (values[lane] != 0.0f ? 1u : 0u) << lane;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= (values[lane] != 0.0 ? 1u : 0u) << lane;
     return bits;
   });
 }
 
 inline bool any(bool predicate) {
-  return exchange(predicate ? 1.0f : 0.0f, [](const float* values) {
+  return exchange(predicate ? 1.0 : 0.0, [](const double* values) {
     bool found = false;
-    for (int lane = 0; lane < kLanes; ++lane) found = found || values[lane] != 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) found = found || values[lane] != 0.0;
     return found;
   });
 }
@@ -172,6 +175,7 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) 
 #define __ballot_sync(mask, predicate) emulator::ballot(predicate)
 #define __ffs __builtin_ffs
 #define __clz __builtin_clz
+#define __popc __builtin_popcount
 #define __any_sync(mask, predicate) emulator::any(predicate)
 #define __ldcs(ptr) (*(ptr))
 #define __stcs(ptr, value) (*(ptr) = (value))

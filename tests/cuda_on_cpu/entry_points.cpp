@@ -1,4 +1,5 @@
 // C entry points for plugin.py. They pass what the bindings in csrc/cuda/*.cpp pass.
+#include "cuda/advantages.h"
 #include "cuda/kl.h"
 #include "cuda/launch.h"
 #include "cuda/scan.h"
@@ -34,5 +35,28 @@ int gae_fwd_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::gae_fwd_sc
 int gae_bwd_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::gae_bwd_scan(*tensors, nullptr); }
 
 int vtrace_scan(const rl4llm::ScanTensors* tensors) { return rl4llm::vtrace_scan(*tensors, nullptr); }
+
+int64_t n_step_workspace(int64_t B, int64_t T, bool packed, bool masked, int64_t n) {
+  return rl4llm::n_step_workspace(B, T, packed, masked, n);
+}
+
+int n_step_returns(const rl4llm::ScanTensors* tensors, int64_t n) {
+  return rl4llm::n_step_returns(*tensors, n, nullptr);
+}
+
+int64_t whiten_parts(int64_t N) { return rl4llm::whiten_parts(N); }
+
+int whiten_stats(const rl4llm::WhitenTensors* tensors, double* partial_ptr, double* stats_ptr) {
+  return rl4llm::whiten_stats(*tensors, partial_ptr, stats_ptr, nullptr);
+}
+
+int whiten_apply(const rl4llm::WhitenTensors* tensors, const double* stats_ptr, const rl4llm::Number* eps,
+                 bool shift_mean, float* out_ptr) {
+  return rl4llm::whiten_apply(*tensors, stats_ptr, *eps, shift_mean, out_ptr, nullptr);
+}
+
+int group_advantages(const rl4llm::OutcomeGroups* groups) { return rl4llm::group_advantages(*groups, nullptr); }
+
+int process_advantages(const rl4llm::ProcessGroups* groups) { return rl4llm::process_advantages(*groups, nullptr); }
 
 }  // extern "C"

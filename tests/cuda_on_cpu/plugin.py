@@ -68,10 +68,28 @@ ScanTensors = struct(
     ("out", Pointer * 2), ("x_out", Pointer), ("partial", Pointer), ("B", Int64), ("T", Int64),
 )  # fmt: skip
 
+
+# csrc/cuda/advantages.h
+WhitenTensors = struct("WhitenTensors", ("x", Pointer), ("dtype", Int), ("mask", Pointer), ("N", Int64))
+Groups = struct(
+    "Groups", ("rewards", Pointer), ("dtype", Int), ("ids", Pointer), ("order", Pointer), ("B", Int64),
+    ("group_size", Int64), ("eps", Number),
+)  # fmt: skip
+OutcomeGroups = struct(
+    "OutcomeGroups", ("groups", Groups), ("batch_stats", Pointer), ("leave_one_out", Bool), ("by_group", Bool),
+    ("unbiased", Bool), ("advantages", Pointer),
+)  # fmt: skip
+ProcessGroups = struct(
+    "ProcessGroups", ("groups", Groups), ("ends", Pointer), ("K", Int64), ("length", Int64), ("suffix", Pointer),
+    ("advantages", Pointer),
+)  # fmt: skip
+
 library = ctypes.CDLL(os.environ["RL4LLM_FAST_EMULATED"])
 library.token_logprobs_parts.restype = library.kl_divergence_partials.restype = Int64
 library.scan_partials.restype, library.scan_partials.argtypes = Int64, [Int64, Int64, Bool]
-library.token_logprobs_parts.argtypes = [Int64]
+library.n_step_workspace.restype = library.whiten_parts.restype = Int64
+library.n_step_workspace.argtypes = [Int64, Int64, Bool, Bool, Int64]
+library.token_logprobs_parts.argtypes = library.whiten_parts.argtypes = [Int64]
 
 
 def pointer(tensor):
@@ -167,7 +185,10 @@ def kl_bwd_(logits, *arguments):
     kl_bwd_into(logits, logits, *arguments)
 
 
-def scan(launch, tokens, inputs, mask, cu_seqlens, mask_mode, outs, scores=None, bootstrap=None, x_out=None, **numbers):
+def scan(
+    launch, tokens, inputs, mask, cu_seqlens, mask_mode, outs, scores=None, bootstrap=None, x_out=None, workspace=None,
+    **numbers,
+):  # fmt: skip
     packed = cu_seqlens is not None
     B, T = cu_seqlens.shape[0] - 1 if packed else tokens.shape[0], tokens.shape[-1]
 
@@ -180,7 +201,7 @@ def scan(launch, tokens, inputs, mask, cu_seqlens, mask_mode, outs, scores=None,
         on_host = x is None or (x.dim() == 0 and x.dtype == torch.float64)
         return ScanNumber(number(None if on_host else x), float(x) if on_host and x is not None else 0.0)
 
-    partial = fresh(library.scan_partials(B, T, packed))
+    partial = fresh(library.scan_partials(B, T, packed) if workspace is None else workspace(B, T, packed))
     tensors = ScanTensors(
         DTYPES[tokens.dtype], (ScanTokens * 4)(*map(at, inputs)), at(mask), pointer(cu_seqlens), pointer(scores),
         pointer(bootstrap), *(scan_number(numbers.get(n)) for n in SCAN_NUMBERS), mask_mode == "skip",
@@ -221,7 +242,67 @@ def vtrace(logp, rollout, rewards, values, mask, cu_seqlens, bootstrap, gamma, l
                 lam=lam, rho_max=rho_max, c_max=c_max)  # fmt: skip
 
 
+def n_step_returns(rewards, values, mask, cu_seqlens, bootstrap, n, gamma, mask_mode):
+    n = min(n, rewards.shape[-1] + 1)  # as the binding does
+    outs, inputs = (fresh(*rewards.shape), None), (rewards, values, None, None)
+    scan(
+        lambda tensors: library.n_step_returns(tensors, Int64(n)), rewards, inputs, mask, cu_seqlens, mask_mode, outs,
+        bootstrap=bootstrap, gamma=gamma,
+        workspace=lambda B, T, packed: library.n_step_workspace(B, T, packed, mask is not None, n),
+    )  # fmt: skip
+    return outs[0]
+
+
+def whiten_tensors(x, mask):
+    return ctypes.byref(WhitenTensors(pointer(x), DTYPES[x.dtype], pointer(mask), x.numel()))
+
+
+def whiten_stats(x, mask):
+    partial = fresh(library.whiten_parts(x.numel()), 3, dtype=torch.float64)
+    stats = fresh(3, dtype=torch.float64)
+    assert library.whiten_stats(whiten_tensors(x, mask), Pointer(pointer(partial)), Pointer(pointer(stats))) == 0
+    return stats
+
+
+def whiten_apply(x, mask, stats, eps, shift_mean):
+    out = fresh(*x.shape)
+    arguments = (Pointer(pointer(stats)), ctypes.byref(number(eps)), Bool(shift_mean), Pointer(pointer(out)))
+    assert library.whiten_apply(whiten_tensors(x, mask), *arguments) == 0
+    return out
+
+
+def groups_of(rewards, group_ids, group_size, eps):
+    """The groups, and the tensors that they point into."""
+    ids, order = (None, None) if group_ids is None else torch.sort(group_ids, stable=True)
+    arguments = (pointer(rewards), DTYPES[rewards.dtype], pointer(ids), pointer(order), rewards.shape[0], group_size)
+    return Groups(*arguments, number(eps)), (ids, order)
+
+
+def group_advantages(rewards, group_ids, group_size, scale, baseline, unbiased, eps):
+    groups, _kept = groups_of(rewards, group_ids, group_size, eps)
+    leave_one_out = baseline == "leave_one_out"
+    batch = whiten_stats(rewards, None) if scale == "batch" and not leave_one_out else None
+    out = fresh(*rewards.shape)
+    outcome = OutcomeGroups(groups, pointer(batch), leave_one_out, scale == "group", unbiased, pointer(out))
+    assert library.group_advantages(ctypes.byref(outcome)) == 0
+    return out
+
+
+def process_advantages(step_rewards, step_ends, group_ids, group_size, length, eps):
+    groups, _kept = groups_of(step_rewards, group_ids, group_size, eps)
+    B, K = step_rewards.shape
+    suffix, out = fresh(B, K, dtype=torch.float64), fresh(B, length)
+    process = ProcessGroups(groups, pointer(step_ends), K, length, pointer(suffix), pointer(out))
+    assert library.process_advantages(ctypes.byref(process)) == 0
+    return out
+
+
 OPS = {
+    "n_step_returns": n_step_returns,
+    "whiten_stats": whiten_stats,
+    "whiten_apply": whiten_apply,
+    "group_advantages": group_advantages,
+    "process_advantages": process_advantages,
     "gae_fwd": gae_fwd,
     "gae_bwd": gae_bwd,
     "vtrace": vtrace,

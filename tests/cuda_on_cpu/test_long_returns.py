@@ -19,6 +19,10 @@ def vtrace(x, **options):
     return rf.vtrace(0.3 * x[2], 0.3 * x[3], x[0], x[1], gamma=0.99, lam=0.95, c_max=0.9, **options)
 
 
+def n_step(x, n=20, **options):
+    return (rf.n_step_returns(x[0], x[1], n, gamma=0.99, **options),)
+
+
 def holes(*shape):
     mask = torch.rand(*shape) < 0.6
     mask[0, shape[1] // 3 :] = False
@@ -26,7 +30,7 @@ def holes(*shape):
     return mask
 
 
-@pytest.mark.parametrize("op", [gae, vtrace])
+@pytest.mark.parametrize("op", [gae, vtrace, n_step])
 @pytest.mark.parametrize("length", [129, 512, 513, 1500, 4096, 9001])
 def test_triton_rows(op, length):
     x, last = [torch.randn(3, length) for _ in range(4)], torch.randn(3)
@@ -42,7 +46,20 @@ def test_triton_rows(op, length):
         assert all(torch.equal(many[:1], one) for many, one in zip(got, alone, strict=True))
 
 
-@pytest.mark.parametrize("op", [gae, vtrace])
+@pytest.mark.parametrize("n", [15, 16, 17, 256, 300, 4097, 2**40])
+def test_triton_digits_of_n(n):
+    """Sixteen steps a launch: digits of 0, one digit and several, windows over the ends of parts and sequences."""
+    lengths = [4300, 0, 1, 300]
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    x, last, mask = [torch.randn(sum(lengths)) for _ in range(2)], torch.randn(4), torch.rand(sum(lengths)) < 0.6
+    for mode, live in itertools.product(["skip", "zero"], [None, mask]):
+        common = {"mask": live, "mask_mode": mode, "cu_seqlens": offsets, "n": n}
+        (got,) = n_step(x, bootstrap_value=last, backend="triton", **common)
+        (oracle,) = n_step([t.double() for t in x], bootstrap_value=last.double(), backend="cpu", **common)
+        assert_as_good_as_eager(got, oracle, oracle)
+
+
+@pytest.mark.parametrize("op", [gae, vtrace, n_step])
 def test_triton_packs(op):
     lengths = [0, 5000, 1, 700, 0, 4096, 8200]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
