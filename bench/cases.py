@@ -19,8 +19,9 @@ class Target:
     """One threshold of a case.
 
     kind: ``speedup`` (at least ``value`` times faster than ``peer``), ``time_ms`` (at most), ``copy_fraction`` (at
-    least this part of the copy bandwidth of the same run), ``extra_bytes`` (peak memory over the inputs, at most) or
-    ``memory`` (that, at most 1/``value`` of the peer's).
+    least this part of the copy bandwidth of the same run), ``extra_bytes`` (peak memory over the inputs, at most),
+    ``memory`` (that, at most 1/``value`` of the peer's) or ``products`` (at most ``value`` times the case's bare
+    matrix products).
     device: the threshold speaks of devices with this in their name, and is not judged on others.
     """
 
@@ -37,7 +38,9 @@ class Target:
         elif self.kind == "copy_fraction":
             text = f">= {self.value:.0%} of copy"
         elif self.kind == "memory":
-            text = f"extra <= 1/{self.value:g} of {self.peer}"
+            text = f"extra <= {f'1/{self.value:g} of ' if self.value != 1 else ''}{self.peer}"
+        elif self.kind == "products":
+            text = f"<= {self.value:g}x the bare products"
         else:
             text = f"extra <= {self.value / 2**20:.0f} MiB"
         return f"{text} on {self.device}" if self.device else text
@@ -149,6 +152,11 @@ def _cpu_linear() -> Iterator[Case]:
     for op, dtype, variant, speedup, memory in rows:
         targets = (_faster(speedup, "eager"), Target("memory", memory, "eager"))
         yield Case(op, op, BOTH, dtype, shape, suites, targets, variant)
+    # The size at which its rivals' chunked losses are known: faster than each of them, with less memory than any.
+    op, rivals = "linear_policy_loss", ("trl", "liger", "cce")
+    beyond = [target for rival in rivals for target in (_faster(1, rival), Target("memory", 1, rival))]
+    targets = (*beyond, Target("products", 1.1), Target("extra_bytes", 2**28))
+    yield Case(op, op, BOTH, torch.float32, (1_024, *shape[1:]), suites, targets, "grpo k3")
 
 
 def _cpu_gae() -> Iterator[Case]:

@@ -38,6 +38,9 @@ BUDGETS = {
 }
 
 
+_PRODUCTS = "bare products"
+
+
 def run_case(
     case: Case,
     names: Sequence[str],
@@ -86,9 +89,15 @@ def run_case(
             found["base"]["status"] = "ok"
         except RuntimeError as error:
             found["base"].update(status="failed", reason=_one_line(error))
-    for name, samples in timing.interleave(
+    floor = None if case.axis else ops.products(case, inputs)
+    if floor is not None:
+        sample = timing.cpu_sample if device == "cpu" else timing.cuda_sample
+        samplers[_PRODUCTS] = lambda: sample(floor)
+    measured = timing.interleave(
         samplers, budget_s=budget.seconds, min_rounds=budget.min_rounds, max_rounds=budget.max_rounds
-    ).items():
+    )
+    products_ms = measured.pop(_PRODUCTS).median if floor is not None else None
+    for name, samples in measured.items():
         found[name].update(median_ms=samples.median, p20_ms=samples.p20, p80_ms=samples.p80, rounds=len(samples.ms))
     for name, function in functions.items():
         found[name]["extra_bytes"] = _extra_bytes(case, name, function, inputs, device, prober)
@@ -104,6 +113,7 @@ def run_case(
         "axis": case.axis,
         "bytes": case.bytes,
         "flops": case.flops,
+        "products_ms": products_ms,
         "backend": _backend(case, inputs),
         "results": list(found.values()),
     }
@@ -213,6 +223,9 @@ def judge(target: Target, record: dict[str, Any], device_name: str, copy_ceiling
             return {**verdict, "reason": "memory was not measured"}
         got = peer["extra_bytes"] / extra
         shown, reached = f"1/{got:.1f}", got >= target.value
+    elif target.kind == "products":
+        got = ours["median_ms"] / record["products_ms"]
+        shown, reached = f"{got:.2f}x", got <= target.value
     else:
         got = ours.get("extra_bytes")
         if got is None:

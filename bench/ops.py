@@ -252,6 +252,23 @@ def _linear_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> St
     return Step(lambda: None, run)
 
 
+def products(case: Case, inputs: Inputs) -> Step | None:
+    """The bare matrix products of a case from hidden states, into memory that is there: its floor. None for others."""
+    if not case.op.startswith("linear_"):
+        return None
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run(_: object) -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        if case.mode != FORWARD:
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return Step(lambda: None, run)
+
+
 def _gae_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
     assert case.mode == FORWARD
     mode = "zero" if "zero" in case.variant else "skip"

@@ -43,6 +43,8 @@ def table(result: dict[str, Any]) -> str:
     for record in result["cases"]:
         lines += ["", f"{title(record)}   {record['bytes'] / 1e6:,.1f} MB   backend {record['backend']}"]
         lines += [_row(r, ceilings["copy"]) for r in record["results"] if r["status"] == "ok"]
+        if record.get("products_ms"):
+            lines.append(_floor(record))
         missing = [f"{r['implementation']}: {r['status']}, {r['reason']}" for r in record["results"] if "reason" in r]
         lines += [f"  - {text}" for text in missing]
         lines += [f"  > {_verdict(target)}" for target in record["targets"]]
@@ -88,6 +90,13 @@ def _row(r: dict[str, Any], copy: float) -> str:
         f"  {r['implementation']:<12}{r['median_ms']:>10.3f}  {spread:<17}{speedup:>9}{r['bytes_per_s'] / 1e9:>8.1f}"
         f"{r['bytes_per_s'] / copy:>9.0%}{extra:>11}{error:>8}{note}"
     )
+
+
+def _floor(record: dict[str, Any]) -> str:
+    """The case's matrix products alone, and everyone's time over them."""
+    floor = record["products_ms"]
+    over = [f"{r['implementation']} {r['median_ms'] - floor:+,.0f} ms" for r in record["results"] if "median_ms" in r]
+    return f"  {'(products)':<12}{floor:>10.3f}  its bare matrix products; over them: {', '.join(over)}"
 
 
 def _verdict(target: dict[str, Any]) -> str:

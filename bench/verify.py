@@ -51,6 +51,7 @@ _TESTS = {
     "token_logprobs": "tests/test_gpu.py",
     "token_loss": "tests/test_losses.py",
     "kl_estimate": "tests/test_kl_estimate.py",
+    "scale": "tests/test_gpu_linear.py",
     "preference": "tests/test_preference.py",
     "kl_fwd": "tests/test_gpu_kl.py",
     "kl_bwd": "tests/test_gpu_kl.py",

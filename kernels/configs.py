@@ -97,4 +97,8 @@ PROCESS_BLOCK = (16, 128)
 # Elements of one part of whiten, warps: 8 elements a thread, two 16-byte loads of fp32. Not yet measured.
 WHITEN_BLOCK, WHITEN_WARPS = 1_024, 4
 WHITEN_JOIN_BLOCK = 1_024  # parts that are joined at a time
+
+# Elements of a gradient that one program scales, warps: 64 a thread, so that few programs start where the factor turns
+# out to be 1 and all of them end at once. Not yet measured.
+SCALE_BLOCK, SCALE_WARPS = 16_384, 8
 N_STEP_BLOCK, N_STEP_WARPS = 1_024, 4

@@ -88,6 +88,8 @@ class LinearTokenLogprobsOptions:
     ignore_index: int
     return_entropy: bool
     compute_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
+    grad_weight_dtype: torch.dtype | None
     chunk_tokens: int
     keep_logits: bool
     group: str
@@ -119,6 +121,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             options.ignore_index,
             options.return_entropy,
             options.compute_dtype,
+            options.logits_dtype,
             options.chunk_tokens,
             options.keep_logits,
             options.group,
@@ -158,6 +161,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
             None if grad_entropy is None else grad_entropy.contiguous(),
             kept,
             options.compute_dtype,
+            options.logits_dtype,
+            options.grad_weight_dtype,
             options.chunk_tokens,
             need[0],
             need[1],
@@ -216,6 +221,8 @@ class LinearKlDivergenceOptions:
     direction: str
     compute_dtype: torch.dtype
     ref_compute_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
+    grad_weight_dtype: torch.dtype | None
     chunk_tokens: int
 
 
@@ -239,8 +246,9 @@ class LinearKlDivergence(torch.autograd.Function):
     ) -> Tensor:
         inputs = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, temperature, softcap)
         kl, *saved = dispatch.ops(options.backend).linear_kl_divergence_fwd(
-            *inputs, options.direction, beta, options.compute_dtype, options.ref_compute_dtype, options.chunk_tokens
-        )
+            *inputs, options.direction, beta, options.compute_dtype, options.ref_compute_dtype, options.logits_dtype,
+            options.chunk_tokens,
+        )  # fmt: skip
         ctx.save_for_backward(*inputs, beta, *saved)
         ctx.options = options
         result: Tensor = kl
@@ -263,6 +271,8 @@ class LinearKlDivergence(torch.autograd.Function):
             grad.contiguous(),
             options.compute_dtype,
             options.ref_compute_dtype,
+            options.logits_dtype,
+            options.grad_weight_dtype,
             options.chunk_tokens,
             *need,
         )

@@ -96,16 +96,27 @@ class PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         factors, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        # A gradient that is handed on as it is stays untouched: autograd copies it while this node still holds it.
-        # Only where the value costs no synchronisation, and nobody differentiates again, which must raise.
-        looks = grad.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        unscaled = looks and grad.item() == 1
-        scaled = dispatch.ops(ctx.backend).scaled_gradient
-        found = [
-            (gradient if unscaled else scaled(grad, factor, gradient)) if needed else None
-            for factor, gradient, needed in zip(factors, gradients, ctx.needs_input_grad[1:4], strict=True)
-        ]
+        kernels, needed = dispatch.ops(ctx.backend), ctx.needs_input_grad[1:4]
+        # The last backward through this node hands on what was saved. One that keeps the graph makes tensors of its
+        # own; so does one under compile, where the graph decides what it overwrites, and one that is differentiated
+        # again, which must raise.
+        last = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _frees_its_graph()
+        unscaled = last and grad.device.type == "cpu" and grad.item() == 1  # on a GPU the kernel looks, not the host
+        found: list[Tensor | None] = [None, None, None]
+        for i in range(3):
+            if needed[i] and not last:
+                found[i] = kernels.scaled_gradient(grad, factors[i], gradients[i])
+            elif needed[i]:
+                if not unscaled:
+                    kernels.scale_gradient_(gradients[i], grad)
+                found[i] = gradients[i]
         return None, *found, None, None, None, None
+
+
+def _frees_its_graph() -> bool:
+    """Whether the backward that runs is the last through its graph, so that what it saved may be overwritten."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 @dataclass(frozen=True)

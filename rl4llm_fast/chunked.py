@@ -10,7 +10,9 @@ run to run but, unlike those of the streaming kernels, not independent of N.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +23,36 @@ from . import reference, schemas, vocab_parallel
 MIB = 2**20
 
 
-def chunk_rule(vocabulary: int, compute_dtype: torch.dtype, device: str) -> int:
+def chunk_rule(
+    vocabulary: int, compute_dtype: torch.dtype, device: str, logits_dtype: torch.dtype | None = None
+) -> int:
     """How many tokens' logits the workspace holds: 512 MiB on a GPU; on a CPU 64 MiB, or 256 MiB in bf16 and fp16.
 
     Large enough that a product runs at the library's full rate (a few hundred rows), small enough to be noise beside
     the weights. On a CPU a wider workspace buys nothing in fp32, whose products are slow; in bf16 they are 2.6 times as
     fast and the fp32 accumulation of dW between chunks starts to show, so chunks are larger (docs/performance.md).
+    Logits that are kept in another dtype need the room of both: their gradient is rounded for the products.
     """
+    wide = logits_dtype is not None and logits_dtype != compute_dtype
+    itemsize = compute_dtype.itemsize + (logits_dtype.itemsize if wide and logits_dtype is not None else 0)
     if device != "cpu":
         workspace = 512 * MIB
     else:
         workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
-    tokens = workspace // (max(vocabulary, 1) * compute_dtype.itemsize)  # a vocabulary-parallel rank may have no row
+    tokens = workspace // (max(vocabulary, 1) * itemsize)  # a vocabulary-parallel rank may have no row
     return max(tokens // 128 * 128, min(tokens, 128), 1)
+
+
+def large_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A workspace or a large gradient: on a CPU from kept blocks in large pages, whose first touch costs no fault."""
+    if like.device.type == "cpu" and _keeps_blocks():
+        return torch.ops.rl4llm_fast.kept_empty(like, shape, dtype)  # type: ignore[no-any-return]
+    return like.new_empty(shape, dtype=dtype)
+
+
+@functools.cache
+def _keeps_blocks() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("rl4llm_fast::kept_empty", "CPU")
 
 
 class Rows(NamedTuple):
@@ -84,15 +103,32 @@ def chunks_of(rows: Rows, size: int) -> list[tuple[slice, Rows]]:
     return result
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """logits = x Wᵀ + b, written into the workspace; −inf where it is wider than that."""
-    logits = out[:, : weight.shape[0]]
-    out[:, weight.shape[0] :] = -math.inf
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=logits)
-    return out
+class Projection:
+    """logits = x Wᵀ + b of one chunk after the other, written into a workspace, in its dtype.
+
+    Logits wider than the factors are the product's own fp32 sums. cuBLAS writes them out; oneDNN does not through
+    PyTorch, so on a CPU the factors are widened, which gives the same numbers at the price of an fp32 product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> None:
+        self.out_dtype = logits_dtype if logits_dtype != weight.dtype and weight.is_cuda else None
+        self.weight = weight if self.out_dtype else weight.to(logits_dtype)
+        self.bias = None if bias is None else bias.to(logits_dtype)
+
+    def __call__(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """The logits; −inf where ``out`` is wider than the head."""
+        rows = self.weight.shape[0]
+        logits = out[:, :rows]
+        out[:, rows:] = -math.inf
+        if self.out_dtype is not None:
+            torch.ops.aten.mm.dtype_out(hidden, self.weight.t(), self.out_dtype, out=logits)
+            if self.bias is not None:
+                logits += self.bias
+        elif self.bias is None:
+            torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden.to(self.weight.dtype), self.weight.t(), out=logits)
+        return out
 
 
 def cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,6 +153,7 @@ def _forward(
     ignore_index: int,
     return_entropy: bool,
     compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
     chunk_tokens: int,
     keep_logits: bool,
     group: str,
@@ -133,10 +170,10 @@ def _forward(
     acc = schemas.accumulation_dtype(compute_dtype)
     logp = x.new_empty((count, *token_ids.shape[1:]), dtype=acc)
     entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
-    workspace = x.new_empty((min(chunk_tokens, rows_total), vocabulary))
+    project = Projection(w, b, logits_dtype or compute_dtype)
+    workspace = large_empty(x, (min(chunk_tokens, rows_total), vocabulary), logits_dtype or compute_dtype)
     for part, chunk in chunks_of(rows, chunk_tokens):
-        logits = workspace[: chunk.hidden.shape[0]]
-        project(chunk.hidden, w, b, logits)
+        logits = project(chunk.hidden, workspace[: chunk.hidden.shape[0]])
         outputs = kernels.token_logprobs_fwd(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
         )
@@ -181,6 +218,8 @@ def _backward(
     grad_entropy: Tensor | None,
     kept_logits: Tensor | None,
     compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
+    grad_weight_dtype: torch.dtype | None,
     chunk_tokens: int,
     need_hidden: bool,
     need_weight: bool,
@@ -196,14 +235,19 @@ def _backward(
         t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
     ]
     count, vocabulary = x.shape[0], vocab_parallel.width(weight.shape[0], group)
-    gradients = Gradients(x, w, weight.dtype, bias, -(-count // chunk_tokens), need_hidden, need_weight, need_bias)
+    dtypes, needs = (weight.dtype, grad_weight_dtype), (need_hidden, need_weight, need_bias)
+    gradients = Gradients(x, w, bias, *dtypes, -(-count // chunk_tokens), *needs)
     reuse = kept_logits is not None and kept_logits.shape[0] > 0
-    workspace = kept_logits if reuse else x.new_empty((min(chunk_tokens, count), vocabulary))
+    if reuse:
+        workspace, project = kept_logits, None
+    else:
+        project = Projection(w, b, logits_dtype or compute_dtype)
+        workspace = large_empty(x, (min(chunk_tokens, count), vocabulary), logits_dtype or compute_dtype)
     assert workspace is not None
     for part, chunk in chunks_of(rows, chunk_tokens):
         logits = workspace[: chunk.hidden.shape[0]]
-        if not reuse:
-            project(chunk.hidden, w, b, logits)
+        if project is not None:
+            project(chunk.hidden, logits)
         pieces = [None if t is None else t[part] for t in saved]
         kernels.token_logprobs_bwd_(
             logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
@@ -221,8 +265,9 @@ class Gradients:
         self,
         hidden: Tensor,
         weight: Tensor,
-        weight_dtype: torch.dtype,
         bias: Tensor | None,
+        weight_dtype: torch.dtype,
+        grad_weight_dtype: torch.dtype | None,
         chunks: int,
         need_hidden: bool,
         need_weight: bool,
@@ -231,17 +276,18 @@ class Gradients:
         self.x, self.w, self.bias, self.weight_dtype = hidden, weight, bias, weight_dtype
         acc = schemas.accumulation_dtype(hidden.dtype)
         self.hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-        self.weight = WeightGradient(weight, weight_dtype, chunks) if need_weight else None
+        self.weight = WeightGradient(weight, weight_dtype, chunks, grad_weight_dtype) if need_weight else None
         self.db = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=acc)
         self.need_hidden, self.need_bias = need_hidden, need_bias
 
     def add(self, part: slice, grad_logits: Tensor) -> None:
+        if self.need_bias:
+            self.db += grad_logits.sum(0, dtype=self.db.dtype)
+        grad_logits = grad_logits.to(self.w.dtype)  # logits may be wider than the factors
         if self.need_hidden:
             torch.mm(grad_logits, self.w, out=self.hidden[part])
         if self.weight is not None:
             self.weight.add(grad_logits, self.x[part])
-        if self.need_bias:
-            self.db += grad_logits.sum(0, dtype=self.db.dtype)
 
     def result(self, index: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dW, db) in the dtypes of the factors, dx at its place among the rows of ``like``; (0,) for the rest."""
@@ -252,33 +298,42 @@ class Gradients:
         )
 
 
-class WeightGradient:
-    """dW = Σ over chunks of dzᵀ·x, added up in fp32 (fp64 for fp64) whatever the products' dtype."""
+_WIDENED_ROWS = 4_096
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int) -> None:
+
+class WeightGradient:
+    """dW = Σ over chunks of dzᵀ·x, added up in ``wide``: None for fp32 (fp64 for fp64) whatever the products' dtype."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, wide: torch.dtype | None = None) -> None:
         self.dtype, self.shape = dtype, weight.shape
-        self.wide = schemas.accumulation_dtype(weight.dtype)
+        self.wide = wide or schemas.accumulation_dtype(weight.dtype)
         self.one_chunk = chunks == 1
         self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
 
     def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        transposed = grad_logits.t()
-        if self.total.numel() == 0:
-            if self.one_chunk or hidden.dtype == self.wide:
-                self.total = torch.mm(transposed, hidden)
-            elif hidden.is_cuda:
-                self.total = torch.mm(transposed, hidden, out_dtype=self.wide)
-            else:
-                self.total = torch.mm(transposed, hidden).to(self.wide)
-        elif hidden.dtype == self.wide:
+        transposed, first = grad_logits.t(), self.total.numel() == 0
+        if first:
+            own = self.one_chunk or hidden.dtype == self.wide
+            self.total = large_empty(hidden, self.shape, hidden.dtype if own else self.wide)
+            if own:
+                torch.mm(transposed, hidden, out=self.total)
+                return
+        if hidden.dtype == self.wide:
             self.total.addmm_(transposed, hidden)
+        elif hidden.is_cuda and first:
+            torch.ops.aten.mm.dtype_out(transposed, hidden, self.wide, out=self.total)
         elif hidden.is_cuda:  # cuBLAS adds a bf16 product to an fp32 matrix in one call
             torch.ops.aten.addmm.dtype_out(self.total, transposed, hidden, self.wide, out=self.total)
-        else:
-            self.total += torch.mm(transposed, hidden)
+        else:  # a CPU's product is rounded to bf16; a block of it is widened and added while it is in the cache
+            blocks = zip(self.total.split(_WIDENED_ROWS), transposed.split(_WIDENED_ROWS), strict=True)
+            for total, block in blocks:
+                product = torch.mm(block, hidden)
+                total.copy_(product) if first else total.add_(product)
 
     def result(self) -> Tensor:
-        return self.total.to(self.dtype)
+        if self.total.dtype == self.dtype:
+            return self.total
+        return large_empty(self.total, self.shape, self.dtype).copy_(self.total)
 
 
 def check_ids(token_ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:

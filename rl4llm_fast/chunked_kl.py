@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import schemas
-from .chunked import Gradients, cast, project, scatter
+from .chunked import Gradients, Projection, cast, large_empty, scatter
 
 
 class _Head(NamedTuple):
@@ -20,10 +20,6 @@ class _Head(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> _Head:
         return _Head(*cast(dtype, *self))  # type: ignore[arg-type]
-
-    def logits(self, part: slice, workspace: Tensor) -> Tensor:
-        hidden = self.hidden[part]
-        return project(hidden, self.weight, self.bias, workspace[: hidden.shape[0]])
 
     def select(self, mask: Tensor | None, index: Tensor | None) -> _Head:
         """Drop rows (CPU), or zero those that are not live: 0·NaN must not reach dW."""
@@ -50,6 +46,7 @@ class _Problem:
         temperature: Tensor,
         compute_dtype: torch.dtype,
         ref_compute_dtype: torch.dtype,
+        logits_dtype: torch.dtype | None,
         chunk_tokens: int,
     ) -> None:
         self.index = _live_index(mask)
@@ -59,7 +56,11 @@ class _Problem:
         self.temperature = temperature[self.index] if self.index is not None and temperature.dim() else temperature
         self.count = self.policy.hidden.shape[0]
         rows, vocabulary = min(chunk_tokens, self.count), policy.weight.shape[0]
-        self.workspaces = [h.hidden.new_empty((rows, vocabulary)) for h in (self.policy, self.ref)]
+        self.projections, self.workspaces = [], []
+        for head in (self.policy, self.ref):
+            dtype = logits_dtype or head.weight.dtype
+            self.projections.append(Projection(head.weight, head.bias, dtype))
+            self.workspaces.append(large_empty(head.hidden, (rows, vocabulary), dtype))
         self.chunks = [slice(start, start + chunk_tokens) for start in range(0, self.count, chunk_tokens)]
 
     def per_row(self, part: slice) -> tuple[Tensor | None, Tensor]:
@@ -67,7 +68,9 @@ class _Problem:
         return None if self.mask is None else self.mask[part], tau
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor]:
-        return self.policy.logits(part, self.workspaces[0]), self.ref.logits(part, self.workspaces[1])
+        both = zip((self.policy, self.ref), self.projections, self.workspaces, strict=True)
+        policy, ref = (project(head.hidden[part], out[: head.hidden[part].shape[0]]) for head, project, out in both)
+        return policy, ref
 
 
 def _forward(
@@ -85,10 +88,11 @@ def _forward(
     beta: Tensor,
     compute_dtype: torch.dtype,
     ref_compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
     chunk_tokens: int,
 ) -> tuple[Tensor, ...]:
     heads = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
-    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, chunk_tokens)
+    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, logits_dtype, chunk_tokens)
     acc = schemas.wider_accumulation(compute_dtype, ref_compute_dtype)
     outputs = [hidden.new_empty(problem.count, dtype=acc) for _ in range(6)]
     for part in problem.chunks:
@@ -123,21 +127,22 @@ def _backward(
     grad: Tensor,
     compute_dtype: torch.dtype,
     ref_compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
+    grad_weight_dtype: torch.dtype | None,
     chunk_tokens: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = _Head(hidden, weight, bias), _Head(ref_hidden, ref_weight, ref_bias)
-    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, chunk_tokens)
+    problem = _Problem(*heads, mask, temperature, compute_dtype, ref_compute_dtype, logits_dtype, chunk_tokens)
     saved = [
         t if problem.index is None else t[problem.index]
         for t in (inner, row_max, log_sum, ref_row_max, ref_log_sum, grad)
     ]
     policy = problem.policy
-    gradients = Gradients(
-        policy.hidden, policy.weight, weight.dtype, bias, len(problem.chunks), need_hidden, need_weight, need_bias
-    )
+    dtypes, needs = (weight.dtype, grad_weight_dtype), (need_hidden, need_weight, need_bias)
+    gradients = Gradients(policy.hidden, policy.weight, bias, *dtypes, len(problem.chunks), *needs)
     for part in problem.chunks:
         logits, ref_logits = problem.logits(part)
         live, tau = problem.per_row(part)

@@ -11,8 +11,9 @@ from . import checks, dispatch, reference
 from .autograd import KlDivergence, KlDivergenceOptions, LinearKlDivergence, LinearKlDivergenceOptions
 from .checks import Number
 from .chunked import chunk_rule
+from .heads import check_dtypes, check_linear
 from .kl import Estimator, Gradient, kl_estimate
-from .logprobs import check_linear, check_temperature, flat_rows, linear_token_logprobs
+from .logprobs import check_temperature, flat_rows, linear_token_logprobs
 
 Direction = Literal["reverse", "forward", "jsd"]
 
@@ -96,6 +97,8 @@ def linear_kl_divergence(
     softcap: Number | None = None,
     mask: Tensor | None = None,
     chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Exact KL divergence straight from hidden states: :func:`kl_divergence` of x Wᵀ + b against x' W'ᵀ + b'.
@@ -109,6 +112,7 @@ def linear_kl_divergence(
             differ from D, and the dtypes from the policy's.
         direction, beta, temperature, softcap, mask, backend: as in :func:`kl_divergence`.
         chunk_tokens: tokens per chunk; None: both workspaces together as large as ``linear_token_logprobs``' one.
+        logits_dtype, grad_weight_dtype: as in :func:`linear_token_logprobs`; the former of both sets of logits.
 
     Returns:
         (...), in nats; fp32, or fp64 where either side is fp64.
@@ -118,6 +122,8 @@ def linear_kl_divergence(
     """
     compute_dtype = check_linear(hidden, weight, bias)
     ref_compute_dtype = check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
+    check_dtypes(ref_compute_dtype, logits_dtype, None)
     checks.has_shape("ref_hidden", ref_hidden[..., 0], hidden.shape[:-1], "hidden, up to D")
     checks.same_device("ref_hidden", ref_hidden, hidden, "hidden")
     if ref_weight.shape[0] != weight.shape[0]:
@@ -132,8 +138,8 @@ def linear_kl_divergence(
     ref_hidden, ref_weight = ref_hidden.detach(), ref_weight.detach()
     ref_bias = None if ref_bias is None else ref_bias.detach()
     if chosen == "eager":
-        logits = reference.project(hidden, weight, bias, mask)
-        ref_logits = reference.project(ref_hidden, ref_weight, ref_bias, mask)
+        logits = reference.project(hidden, weight, bias, mask, compute_dtype, logits_dtype)
+        ref_logits = reference.project(ref_hidden, ref_weight, ref_bias, mask, ref_compute_dtype, logits_dtype)
         return reference.kl_divergence(logits, ref_logits, mask, tau, cap, direction, beta_tensor)
     wider = max(compute_dtype, ref_compute_dtype, key=lambda dtype: dtype.itemsize)
     options = LinearKlDivergenceOptions(
@@ -141,7 +147,9 @@ def linear_kl_divergence(
         direction=direction,
         compute_dtype=compute_dtype,
         ref_compute_dtype=ref_compute_dtype,
-        chunk_tokens=chunk_tokens or chunk_rule(2 * weight.shape[0], wider, hidden.device.type),
+        logits_dtype=logits_dtype,
+        grad_weight_dtype=grad_weight_dtype,
+        chunk_tokens=chunk_tokens or chunk_rule(2 * weight.shape[0], wider, hidden.device.type, logits_dtype),
     )
     kl: Tensor = LinearKlDivergence.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
@@ -176,6 +184,8 @@ def linear_kl_estimate(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sampled KL estimates straight from two pairs of hidden states and heads, without either set of logits.
@@ -189,6 +199,8 @@ def linear_kl_estimate(
         "mask": mask,
         "ignore_index": ignore_index,
         "chunk_tokens": chunk_tokens,
+        "logits_dtype": logits_dtype,
+        "grad_weight_dtype": grad_weight_dtype,
         "backend": backend,
     }
     logp = linear_token_logprobs(hidden, weight, token_ids, bias, **settings)

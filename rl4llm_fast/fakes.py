@@ -59,6 +59,7 @@ def linear_token_logprobs_fwd(
     ignore_index: int,
     return_entropy: bool,
     compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
     chunk_tokens: int,
     keep_logits: bool,
     group: str,
@@ -70,14 +71,14 @@ def linear_token_logprobs_fwd(
         hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
-        hidden.new_empty(kept, dtype=compute_dtype),
+        hidden.new_empty(kept, dtype=logits_dtype or compute_dtype),
     )
 
 
 def linear_token_logprobs_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _factor_gradients(hidden, weight, bias, *args[-6:-1])
+    return _factor_gradients(hidden, weight, bias, args[-8], *args[-4:-1])
 
 
 def _factor_gradients(
@@ -85,7 +86,6 @@ def _factor_gradients(
     weight: Tensor,
     bias: Tensor | None,
     compute_dtype: torch.dtype,
-    chunk_tokens: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -105,14 +105,22 @@ def vocab_parallel_ids(token_ids: Tensor, *args: Any) -> Tensor:
 def linear_policy_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with_entropy, compute_dtype = args[-6:-4]
+    with_entropy, compute_dtype = args[-8:-6]
     logp = hidden.new_empty((hidden.shape[0],), dtype=accumulation_dtype(compute_dtype))
     entropy = logp.new_empty((hidden.shape[0] if with_entropy else 0,))
-    return logp, entropy, *_factor_gradients(hidden, weight, bias, *args[-5:])
+    return logp, entropy, *_factor_gradients(hidden, weight, bias, compute_dtype, *args[-3:])
 
 
 def scaled_gradient(grad: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(gradient)
+
+
+def scale_gradient_(gradient: Tensor, grad: Tensor) -> None:
+    return None
+
+
+def kept_empty(like: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
 
 
 def kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -121,15 +129,14 @@ def kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[T
 
 
 def linear_kl_divergence_fwd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    acc = wider_accumulation(*args[-3:-1])
+    acc = wider_accumulation(*args[-4:-2])
     return tuple(hidden.new_empty((hidden.shape[0],), dtype=acc) for _ in range(6))
 
 
 def linear_kl_divergence_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype, _, *rest = args[-6:]
-    return _factor_gradients(hidden, weight, bias, compute_dtype, *rest)
+    return _factor_gradients(hidden, weight, bias, args[-8], *args[-3:])
 
 
 def kl_divergence_bwd(logits: Tensor, *args: Any) -> Tensor:

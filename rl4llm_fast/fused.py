@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from . import checks, chunked, dispatch, formulas, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
-from .chunked_losses import IGNORED
-from .logprobs import check_linear, check_temperature, flat_ids, flat_rows, linear_token_logprobs
+from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
+from .heads import check_dtypes, check_linear
+from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
 from .schemas import accumulation_dtype
 from .sequences import sequences
@@ -38,6 +40,8 @@ def linear_policy_loss(
     entropy_coef: Number = 0.0,
     chunk_tokens: int | None = None,
     tp_group: Any = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,11 +53,12 @@ def linear_policy_loss(
 
     with :math:`dz` of :func:`token_logprobs` for :math:`g = \partial L/\partial \log\pi_t` and
     :math:`h = \partial L/\partial H_t` (survey (2), (10), (33), (82)). The logits exist for one chunk of tokens at a
-    time. Kinds that look at one token at a time make the gradient in the forward pass, while those logits are there:
-    three matrix products in all; the backward multiplies by the upstream gradient. Kinds that must see a whole sequence
-    first (gspo; rollout_level="sequence" without old_logp), aggregation="none", and vocabulary-parallel heads (whose
-    ranks would have to meet at every chunk) take two passes, of which the second makes the logits again, unless all
-    tokens fit one chunk.
+    time. The gradient is made in the forward pass, while those logits are there: three matrix products in all; the
+    backward multiplies by the upstream gradient. Kinds that must see a whole sequence first (gspo;
+    rollout_level="sequence" without old_logp) take chunks of whole sequences for that. Two passes, of which the second
+    makes the logits again (four products), are left where a sequence has more tokens than ``chunk_tokens``; for packed
+    sequences on a GPU, whose lengths would cost a synchronisation; for these kinds under torch.compile; for
+    aggregation="none"; and for vocabulary-parallel heads, whose ranks would have to meet at every chunk.
 
     Args:
         hidden: (B, T, D), or packed (N, D) with ``cu_seqlens``. Under autocast the products run in its dtype.
@@ -66,7 +71,8 @@ def linear_policy_loss(
         ref_logp: the reference's log-probabilities; or they are made here, in chunks and without gradient, from
             ref_hidden, ref_weight and ref_bias: (B, T, D') or (N, D'), (V, D'), (V,) or None.
         entropy_coef: c₂ (33). Any but the number 0 makes entropies, their gradient, and the metric ``entropy``.
-        chunk_tokens, tp_group: as in :func:`linear_token_logprobs`; ref_weight is then a slice too.
+        chunk_tokens, logits_dtype, grad_weight_dtype, tp_group: as in :func:`linear_token_logprobs`; with a group
+            ref_weight is a slice too.
         backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
         **options: everything else that :func:`policy_loss` takes (kl_coef, kl_estimator, kl_gradient, kl_clamp, the
             rollout arguments, aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights), and the
@@ -78,7 +84,44 @@ def linear_policy_loss(
     Raises:
         As :func:`policy_loss` and :func:`linear_token_logprobs`; nothing has run by then but checks of the arguments.
     """
+    loss, metrics, _ = linear_policy_loss_and_logprobs(
+        hidden, weight, token_ids, old_logp, advantages, bias, kind=kind, mask=mask, cu_seqlens=cu_seqlens,
+        temperature=temperature, softcap=softcap, ignore_index=ignore_index, ref_logp=ref_logp, ref_hidden=ref_hidden,
+        ref_weight=ref_weight, ref_bias=ref_bias, entropy_coef=entropy_coef, chunk_tokens=chunk_tokens,
+        tp_group=tp_group, logits_dtype=logits_dtype, grad_weight_dtype=grad_weight_dtype, backend=backend, **options,
+    )  # fmt: skip
+    return loss, metrics
+
+
+def linear_policy_loss_and_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kind: str = "ppo_clip",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
+    ignore_index: int = -100,
+    ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    entropy_coef: Number = 0.0,
+    chunk_tokens: int | None = None,
+    tp_group: Any = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """:func:`linear_policy_loss`, and the log-probabilities that it made, without gradient."""
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
+    check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden: wanted (B, T, D), or packed (N, D); got {checks.shape(hidden)}")
     lead = hidden.shape[:-1]
@@ -99,6 +142,7 @@ def linear_policy_loss(
         "softcap": softcap,
         "chunk_tokens": chunk_tokens,
         "tp_group": tp_group,
+        "logits_dtype": logits_dtype,
     }
     with_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     options = {"kind": kind, "mask": mask, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, **options}
@@ -127,37 +171,48 @@ def linear_policy_loss(
     options["ref_logp"] = ref_logp
 
     chosen = dispatch.choose("linear_policy_loss", hidden, backend)
-    if chosen == "eager" or tp_group is not None or not _one_pass(old_logp, options, chosen):
-        head |= {"mask": mask, "ignore_index": ignore_index, "return_entropy": with_entropy, "backend": backend}
-        result = linear_token_logprobs(hidden, weight, token_ids, bias, **head)
-        logp, entropy = result if isinstance(result, tuple) else (result, None)
-        return policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
-
     gradient = torch.is_grad_enabled()
     need = [t is not None and t.requires_grad and gradient for t in (hidden, weight, bias)]
+    size = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
+    one_pass = units = None
+    if chosen != "eager" and tp_group is None and options.get("aggregation") != "none":
+        one_pass = _one_pass(old_logp, options, chosen)
+        if not one_pass and any(need) and not torch.compiler.is_compiling():
+            units = _whole_sequences(mask, cu_seqlens, size)
+    if not one_pass and units is None:
+        head |= {"mask": mask, "ignore_index": ignore_index, "return_entropy": with_entropy, "backend": backend}
+        head["grad_weight_dtype"] = grad_weight_dtype
+        result = linear_token_logprobs(hidden, weight, token_ids, bias, **head)
+        logp, entropy = result if isinstance(result, tuple) else (result, None)
+        return *policy_loss(logp, old_logp, advantages, entropy=entropy, **options), logp.detach()
+
+    def loss_of(logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
+
+    rows = chunked.Rows(
+        hidden.reshape(-1, hidden.shape[-1]),
+        flat_ids(token_ids.masked_fill(~kept, IGNORED), hidden),
+        *flat_rows(mask, tau),
+    )
+    dtypes = (compute_dtype, logits_dtype, grad_weight_dtype)
     with torch.no_grad():
-        logp, entropy, *gradients = dispatch.ops(chosen).linear_policy_loss_fwd(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            flat_ids(token_ids.masked_fill(~kept, IGNORED), hidden),
-            *flat_rows(mask, tau),
-            cap,
-            *_per_token(nothing, old_logp, advantages, options),
-            with_entropy,
-            compute_dtype,
-            chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type),
-            *need,
-        )
+        if units is not None:
+            how = (slopes_of(loss_of, lead), with_entropy, *dtypes, tuple(need))
+            logp, entropy, *gradients = loss_of_units(dispatch.ops(chosen), rows, weight, bias, cap, units, *how)
+        else:
+            per_token = _per_token(nothing, old_logp, advantages, options)
+            logp, entropy, *gradients = dispatch.ops(chosen).linear_policy_loss_fwd(
+                rows.hidden, weight, bias, *rows[1:], cap, *per_token, with_entropy, *dtypes, size, *need
+            )
         logp = logp.reshape(lead)
         entropy = entropy.reshape(lead) if with_entropy else None
-        loss, metrics = policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
+        loss, metrics = loss_of(logp, entropy)
     if any(need):
         grad_hidden = gradients[0].reshape(hidden.shape) if need[0] else gradients[0]
         loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
             loss, hidden, weight, bias, grad_hidden, *gradients[1:], chosen
         )
-    return loss, metrics
+    return loss, metrics, logp
 
 
 def linear_sft_loss(
@@ -179,6 +234,8 @@ def linear_sft_loss(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     tp_group: Any = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Supervised loss straight from hidden states: :math:`L = -\sum_t w_t \log p(y_t)` (survey (3)).
@@ -187,7 +244,7 @@ def linear_sft_loss(
 
     Args:
         hidden, weight, token_ids, bias, mask, cu_seqlens, temperature, softcap, ignore_index, chunk_tokens, tp_group,
-            backend: as in :func:`linear_policy_loss`.
+            logits_dtype, grad_weight_dtype, backend: as in :func:`linear_policy_loss`.
         aggregation, num_tokens, num_sequences, dp_size, max_length, token_weights: as in :func:`policy_loss`.
 
     Returns:
@@ -202,7 +259,8 @@ def linear_sft_loss(
         hidden, weight, token_ids, None, ones, bias, kind="pg", mask=mask, cu_seqlens=cu_seqlens,
         aggregation=aggregation, num_tokens=num_tokens, num_sequences=num_sequences, dp_size=dp_size,
         max_length=max_length, token_weights=token_weights, temperature=temperature, softcap=softcap,
-        ignore_index=ignore_index, chunk_tokens=chunk_tokens, tp_group=tp_group, backend=backend,
+        ignore_index=ignore_index, chunk_tokens=chunk_tokens, tp_group=tp_group, logits_dtype=logits_dtype,
+        grad_weight_dtype=grad_weight_dtype, backend=backend,
     )  # fmt: skip
     return loss
 
@@ -232,12 +290,34 @@ def check_reference(
         )
 
 
+def slopes_of(loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]], lead: torch.Size) -> Slopes:
+    """dL/dlogp and dL/dH (N,) of a loss of log-probabilities and entropies of the shape ``lead``, by autograd."""
+
+    def slopes(logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        numbers = [t for t in (logp, entropy) if t is not None]
+        with torch.enable_grad():
+            leaves = [t.reshape(lead).clone().requires_grad_() for t in numbers]
+            loss, _ = loss_of(leaves[0], leaves[1] if entropy is not None else None)
+            grad_logp, *rest = torch.autograd.grad(loss, leaves)
+        return grad_logp.reshape(-1), rest[0].reshape(-1) if rest else None
+
+    return slopes
+
+
+def _whole_sequences(mask: Tensor, cu_seqlens: Tensor | None, size: int) -> Units | None:
+    if cu_seqlens is None:
+        return whole_units(None, [mask.shape[-1]] * mask.shape[0], mask.reshape(-1), size) if mask.dim() == 2 else None
+    if mask.device.type != "cpu":
+        return None
+    return whole_units(None, cu_seqlens.diff().tolist(), mask, size)
+
+
 def _one_pass(old_logp: Tensor | None, options: dict[str, Any], chosen: str) -> bool:
     """Whether a token's gradient depends on no other token, so that it can be made with the chunk's logits at hand."""
     formula, _ = formula_and_knobs(options["kind"], _knobs(options))
     unknown_omega = old_logp is None and options.get("rollout_level") == "sequence"
     function = formulas.FORMULAS[formula]
-    if function.sequence_level or options.get("aggregation") == "none":
+    if function.sequence_level:
         return False
     if unknown_omega and options.get("rollout_correction") is not None:
         return False

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, chunked, dispatch
+from .autograd_losses import PrecomputedGradients
 from .checks import Number
-from .fused import check_reference
+from .chunked_losses import IGNORED, Units, loss_of_units, whole_units
+from .fused import check_reference, slopes_of
+from .heads import check_dtypes, check_linear
 from .kl import check_like
-from .logprobs import check_linear, linear_token_logprobs
+from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .preference import preference_loss
 from .schemas import accumulation_dtype
 from .sequences import packed_offsets
@@ -38,19 +41,23 @@ def linear_preference_loss(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     tp_group: Any = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
     **knobs: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""Preference loss straight from hidden states: :func:`preference_loss` of the log-probabilities of x Wᵀ + b.
 
-    A pair's gradient depends on all tokens of both answers, so there are two passes: log-probabilities, and then, with
-    the gradient of each known, the logits again, unless all tokens fit one chunk, whose logits are kept (survey (46),
-    (68), (75)).
+    A pair's gradient depends on all tokens of both answers. Where each pair fits a chunk, chunks of whole pairs make it
+    in the forward pass: three matrix products in all. Elsewhere there are two passes, of which the second makes the
+    logits again (four products): where a pair has more tokens than ``chunk_tokens``, for packed answers on a GPU, under
+    torch.compile and with a ``tp_group`` (survey (46), (68), (75)).
 
     Args:
         hidden: (2B, T, D), the chosen answers and behind them the rejected ones, in the same order; or packed (N, D)
             with ``cu_seqlens``.
-        weight, bias, temperature, softcap, chunk_tokens, tp_group: as in :func:`linear_token_logprobs`.
+        weight, bias, temperature, softcap, chunk_tokens, logits_dtype, grad_weight_dtype, tp_group: as in
+            :func:`linear_token_logprobs`.
         token_ids: (2B, T) or (N,). One that is ``ignore_index`` is not live.
         mask: like ``token_ids``, bool or 0/1 integers, True for a live token; what stands at others reaches nothing.
         cu_seqlens: (2B+1,) integers, where each packed answer starts, and N. Not for 2d_dpo.
@@ -66,7 +73,8 @@ def linear_preference_loss(
         As :func:`preference_loss` and :func:`linear_token_logprobs`; nothing has run by then but checks of the
         arguments.
     """
-    check_linear(hidden, weight, bias, sharded=tp_group is not None)
+    compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
+    check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     lead = hidden.shape[:-1]
     if hidden.dim() != (2 if cu_seqlens is not None else 3):
         raise ValueError(f"hidden: wanted (2B, T, D), or packed (N, D) with cu_seqlens; got {checks.shape(hidden)}")
@@ -106,10 +114,50 @@ def linear_preference_loss(
         loss_of(nothing, nothing if ref_hidden is not None else ref_logp)
     head: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "chunk_tokens": chunk_tokens}
     head |= {"mask": mask, "ignore_index": ignore_index, "tp_group": tp_group, "backend": backend}
+    head |= {"logits_dtype": logits_dtype, "grad_weight_dtype": grad_weight_dtype}
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref_logp = linear_token_logprobs(ref_hidden, ref_weight, token_ids, ref_bias, **head)
-    return loss_of(linear_token_logprobs(hidden, weight, token_ids, bias, **head), ref_logp)
+    chosen = dispatch.choose("linear_preference_loss", hidden, backend)
+    gradient = torch.is_grad_enabled()
+    needs = tuple(t is not None and t.requires_grad and gradient for t in (hidden, weight, bias))
+    units = None
+    if chosen != "eager" and tp_group is None and any(needs) and not torch.compiler.is_compiling():
+        size = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
+        units = _whole_pairs(mask, cu_seqlens, size)
+    if units is None:
+        return loss_of(linear_token_logprobs(hidden, weight, token_ids, bias, **head), ref_logp)
+    rows = chunked.Rows(
+        hidden.reshape(-1, hidden.shape[-1]),
+        flat_ids(token_ids.masked_fill(~kept, IGNORED), hidden),
+        *flat_rows(mask, check_temperature(temperature, hidden)),
+    )
+    cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
+    slopes = slopes_of(lambda logp, entropy: loss_of(logp, ref_logp), lead)
+    dtypes = (compute_dtype, logits_dtype, grad_weight_dtype)
+    with torch.no_grad():
+        logp, _, grad_hidden, *gradients = loss_of_units(
+            dispatch.ops(chosen), rows, weight, bias, cap, units, slopes, False, *dtypes, needs
+        )
+        loss, metrics = loss_of(logp.reshape(lead), ref_logp)
+    grad_hidden = grad_hidden.reshape(hidden.shape) if needs[0] else grad_hidden
+    loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
+        loss, hidden, weight, bias, grad_hidden, *gradients, chosen
+    )
+    return loss, metrics
+
+
+def _whole_pairs(mask: Tensor, cu_seqlens: Tensor | None, size: int) -> Units | None:
+    if cu_seqlens is None:
+        pairs, length = mask.shape[0] // 2, mask.shape[1]
+        unit = torch.arange(pairs, device=mask.device).repeat(2).repeat_interleave(length)
+        return whole_units(unit, [2 * length] * pairs, mask.reshape(-1), size)
+    if mask.device.type != "cpu":
+        return None
+    lengths = cu_seqlens.diff()
+    pairs = lengths.shape[0] // 2
+    unit = torch.arange(pairs).repeat(2).repeat_interleave(lengths)
+    return whole_units(unit, (lengths[:pairs] + lengths[pairs:]).tolist(), mask, size)
 
 
 _Halves = tuple[tuple[slice, dict[str, Any]], tuple[slice, dict[str, Any]]]

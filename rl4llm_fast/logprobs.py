@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks, chunked, dispatch, reference
 from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
+from .heads import check_dtypes, check_group, check_linear
 from .vocab_parallel import GatheredRows
 
 
@@ -170,6 +171,8 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     chunk_tokens: int | None = ...,
     tp_group: Any = ...,
+    logits_dtype: torch.dtype | None = ...,
+    grad_weight_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -188,6 +191,8 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     chunk_tokens: int | None = ...,
     tp_group: Any = ...,
+    logits_dtype: torch.dtype | None = ...,
+    grad_weight_dtype: torch.dtype | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -205,6 +210,8 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     tp_group: Any = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities of chosen tokens straight from hidden states: :func:`token_logprobs` of :math:`x W^\top + b`.
@@ -225,6 +232,10 @@ def linear_token_logprobs(
             same on all ranks. So are the results, those of the whole vocabulary; d hidden comes back summed over the
             group. One all-gather of 3 or 4 numbers a token forward (and one of the slices' sizes), one all-reduce
             backward.
+        logits_dtype: the dtype in which logits are kept between the product and the softmax. None: that of the product.
+            torch.float32 for products in bf16 or fp16: their fp32 sums, not rounded; twice the workspace.
+        grad_weight_dtype: the dtype in which dW is added up over chunks. None: fp32. The product's own (bf16, fp16)
+            halves that memory and rounds at every chunk (docs/numerics.md).
         temperature, softcap, mask, ignore_index, return_entropy, backend: as in :func:`token_logprobs`. Hidden states
             of masked rows may hold anything, NaN included, and reach no gradient.
 
@@ -236,6 +247,7 @@ def linear_token_logprobs(
         and TypeError for dtypes that differ outside autocast.
     """
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
+    check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     _check_ids_shape(token_ids, hidden, "hidden")
     group = check_group(tp_group)
     lead = hidden.shape[:-1]
@@ -250,7 +262,7 @@ def linear_token_logprobs(
             weight = GatheredRows.apply(weight, group)  # type: ignore[no-untyped-call]
             bias = None if bias is None else GatheredRows.apply(bias, group)  # type: ignore[no-untyped-call]
         live = reference.live_rows(token_ids, hidden, mask, ignore_index)
-        logits = reference.project(hidden, weight, bias, live)
+        logits = reference.project(hidden, weight, bias, live, compute_dtype, logits_dtype)
         logp, entropy = reference.token_logprobs(logits, token_ids, mask, tau, cap, ignore_index, return_entropy)
         return logp if entropy is None else (logp, entropy)
 
@@ -260,12 +272,14 @@ def linear_token_logprobs(
         ignore_index = -100
     elif chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
         _check_ids_on_device(token_ids, mask, ignore_index, hidden, weight.shape[0])
-    chunk = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type)
+    chunk = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
     options = LinearTokenLogprobsOptions(
         backend=chosen,
         ignore_index=ignore_index,
         return_entropy=return_entropy,
         compute_dtype=compute_dtype,
+        logits_dtype=logits_dtype,
+        grad_weight_dtype=grad_weight_dtype,
         chunk_tokens=chunk,
         keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling() and not group,
         group=group,
@@ -282,49 +296,6 @@ def linear_token_logprobs(
     )
     logp = logp.reshape(token_ids.shape)
     return (logp, entropy.reshape(lead)) if return_entropy else logp
-
-
-def check_group(tp_group: Any) -> str:
-    """The name by which ops know a process group, "" for none."""
-    if tp_group is None:
-        return ""
-    name = getattr(tp_group, "group_name", None)
-    if not isinstance(name, str):
-        raise TypeError(f"tp_group: wanted a torch.distributed process group or None, got {type(tp_group).__name__}")
-    return name
-
-
-def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", sharded: bool = False
-) -> torch.dtype:
-    """Validate the factors of the logits; the dtype in which their product runs."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if hasattr(tensor, "to_local"):
-            raise TypeError(
-                f"{prefix}{name}: wanted a plain tensor, got a DTensor; pass {name}.to_local(), with tp_group if it is "
-                f"sharded over the vocabulary, or {name}.full_tensor()"
-            )
-    checks.is_float(f"{prefix}hidden", hidden)
-    checks.is_float(f"{prefix}weight", weight)
-    if hidden.dim() == 0:
-        raise ValueError(f"{prefix}hidden: wanted (..., D), got a 0-d tensor")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not sharded):
-        raise ValueError(
-            f"{prefix}weight: wanted (V, {hidden.shape[-1]}) to match {prefix}hidden {checks.shape(hidden)}, got "
-            f"{checks.shape(weight)}"
-        )
-    checks.same_device(f"{prefix}weight", weight, hidden, f"{prefix}hidden")
-    if bias is not None:
-        checks.is_float(f"{prefix}bias", bias)
-        checks.has_shape(f"{prefix}bias", bias, weight.shape[:1], f"{prefix}weight without D")
-        checks.same_device(f"{prefix}bias", bias, hidden, f"{prefix}hidden")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{prefix}{name}: wanted the dtype {hidden.dtype} of {prefix}hidden, got {tensor.dtype}")
-    return hidden.dtype
 
 
 def _check_ids_shape(token_ids: Tensor, rows: Tensor, like: str) -> None:

@@ -52,11 +52,23 @@ def token_logprobs(
     return logp, torch.where(live, torch.where(bad_row.squeeze(-1), math.nan, entropy), nothing)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor | None) -> Tensor:
+def project(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    live: Tensor | None,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None,
+) -> Tensor:
     """Logits x Wᵀ + b; rows that are not live count as 0, so that a NaN in them does not reach dW as 0·NaN."""
     if live is not None:
         hidden = hidden.masked_fill(~live.unsqueeze(-1), 0.0)
-    return torch.nn.functional.linear(hidden, weight, bias)
+    if logits_dtype in (None, compute_dtype):
+        return torch.nn.functional.linear(hidden, weight, bias)
+    # The sums of compute_dtype's products as they are: products of two bf16 numbers are exact in fp32.
+    with torch.autocast(hidden.device.type, enabled=False):
+        x, w = (t.to(compute_dtype).to(logits_dtype) for t in (hidden, weight))
+        return torch.nn.functional.linear(x, w, None if bias is None else bias.to(compute_dtype).to(logits_dtype))
 
 
 def live_rows(token_ids: Tensor, rows: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor | None:

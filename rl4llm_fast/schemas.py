@@ -63,11 +63,13 @@ OPS: dict[str, Op] = {
     # The same, written over the logits; the mutation in the schema makes every later use of them an error.
     "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", fakes.token_logprobs_bwd_, True),
     # hidden (N, D), weight (V, D), bias (V,); the rest as above. Products run in compute_dtype, chunk_tokens rows at a
-    # time. -> logp, entropy, row_max, log_sum as above; with keep_logits also the logits (N, V) if one chunk holds them
+    # time; their logits are kept in logits_dtype (None: the same), dW is added up in grad_weight_dtype (None: the
+    # accumulation dtype). -> logp, entropy, row_max, log_sum as above; with keep_logits also the logits (N, V) if one
+    # chunk holds them
     "linear_token_logprobs_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
-        "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, int chunk_tokens, "
-        "bool keep_logits, str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, ScalarType? logits_dtype, "
+        "int chunk_tokens, bool keep_logits, str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_fwd,
     ),
     # With a process group by its name the weight is this rank's slice, token_ids are those of vocab_parallel_ids, and
@@ -76,8 +78,9 @@ OPS: dict[str, Op] = {
     "linear_token_logprobs_bwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, "
-        "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, int chunk_tokens, bool need_hidden, "
-        "bool need_weight, bool need_bias, str group) -> (Tensor, Tensor, Tensor)",
+        "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, ScalarType? logits_dtype, "
+        "ScalarType? grad_weight_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias, "
+        "str group) -> (Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_bwd,
         True,
     ),
@@ -94,13 +97,17 @@ OPS: dict[str, Op] = {
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, Tensor? old, Tensor advantages, Tensor? ref, Tensor? omega, Tensor token_weights, "
         "Tensor params, str formula, str kl, str correction, bool with_entropy, "
-        "ScalarType compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "ScalarType compute_dtype, ScalarType? logits_dtype, ScalarType? grad_weight_dtype, int chunk_tokens, "
+        "bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_policy_loss_fwd,
     ),
     # grad 0-d; gradient of the loss towards factor -> grad·gradient. The factor is not read: it is there so that
     # differentiating again raises.
     "scaled_gradient": Op("(Tensor grad, Tensor factor, Tensor gradient) -> Tensor", fakes.scaled_gradient, True),
+    # The same over the gradient's own storage, for a backward that is the last to read it.
+    "scale_gradient_": Op("(Tensor(a!) gradient, Tensor grad) -> ()", fakes.scale_gradient_),
+    # Memory without contents on like's device; on the CPU from the blocks that large results are kept in.
+    "kept_empty": Op("(Tensor like, int[] shape, ScalarType dtype) -> Tensor", fakes.kept_empty),
     # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
     # direction "reverse"|"forward"|"jsd". -> kl, inner (what the gradient subtracts: KL(p‖q) for reverse, KL(p‖m) for
     # jsd, unspecified for forward), then row_max and log_sum of both sides as in token_logprobs_fwd; all (N,)
@@ -116,14 +123,16 @@ OPS: dict[str, Op] = {
     "linear_kl_divergence_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
         "Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, ScalarType compute_dtype, "
-        "ScalarType ref_compute_dtype, int chunk_tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "ScalarType ref_compute_dtype, ScalarType? logits_dtype, int chunk_tokens) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_kl_divergence_fwd,
     ),
     "linear_kl_divergence_bwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
         "Tensor? mask, Tensor temperature, Tensor? softcap, str direction, Tensor beta, Tensor inner, Tensor row_max, "
         "Tensor log_sum, Tensor ref_row_max, Tensor ref_log_sum, Tensor grad, ScalarType compute_dtype, "
-        "ScalarType ref_compute_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias) "
+        "ScalarType ref_compute_dtype, ScalarType? logits_dtype, ScalarType? grad_weight_dtype, int chunk_tokens, "
+        "bool need_hidden, bool need_weight, bool need_bias) "
         "-> (Tensor, Tensor, Tensor)",
         fakes.linear_kl_divergence_bwd,
         True,

@@ -51,13 +51,20 @@ def local_ids(
 ) -> Tensor:
     """Ids of the whole vocabulary, (N,) or (N, K), as ids of this rank's workspace: the phantom for those of others."""
     rows = weight.shape[0]
-    sizes = _all_gather(torch.tensor([rows], device=token_ids.device), group).flatten()
+    shapes = _all_gather(torch.tensor([rows, *weight.shape[1:], *token_ids.shape], device=token_ids.device), group)
+    look = token_ids.device.type == "cpu" or debug()
+    if look and bool((shapes[:, 1:] != shapes[0, 1:]).any()):
+        raise ValueError(
+            "tp_group: wanted the same tokens and hidden size on all ranks; got (D, tokens, ids a token if several) "
+            f"{', '.join(f'{tuple(row)} on rank {i}' for i, row in enumerate(shapes[:, 1:].tolist()))}"
+        )
+    sizes = shapes[:, 0]
     start = sizes[: resolve(group).rank()].sum()
     total = sizes.sum()
     kept = token_ids != ignore_index
     live = kept if mask is None else kept & (mask if token_ids.dim() == 1 else mask.unsqueeze(-1))
     invalid = live & ((token_ids < 0) | (token_ids >= total))
-    if token_ids.device.type == "cpu" or debug():
+    if look:
         reference.check_token_ids(token_ids, invalid, int(total))
     own = (token_ids >= start) & (token_ids < start + rows)
     ids = torch.where(own, token_ids - start, rows).masked_fill(invalid, _NOWHERE)

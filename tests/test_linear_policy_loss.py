@@ -212,6 +212,30 @@ def test_backward_twice(kind):
 
 
 @compiled_backend
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_last_backward_takes_no_second_copy(scale):
+    """It hands on what the forward made, scaled where it stands; one that keeps the graph leaves that alone."""
+    *factors, ids, s = inputs(torch.float32)
+    leaves = [f.requires_grad_() for f in factors]
+    loss, _ = rf.linear_policy_loss(leaves[0], leaves[1], ids, s["old"], torch.randn(B, T), leaves[2])
+    saved = loss.grad_fn.saved_tensors[3:]
+    made, places = [t.clone() for t in saved], {t.data_ptr() for t in saved}
+    first = torch.autograd.grad(loss, leaves, torch.tensor(scale), retain_graph=True)
+    for got, once, kept in zip(first, made, saved, strict=True):
+        torch.testing.assert_close(got, scale * once.view_as(got))
+        assert torch.equal(kept, once)
+    del saved, kept
+    (scale * loss).backward()
+    for got, once in zip(first, made, strict=True):
+        torch.testing.assert_close(got, scale * once.view_as(got))
+    for leaf, once in zip(leaves, made, strict=True):
+        torch.testing.assert_close(leaf.grad, scale * once.view_as(leaf))
+    assert {leaf.grad.data_ptr() for leaf in leaves} == places
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@compiled_backend
 def test_three_products_and_none_for_frozen_factors(monkeypatch):
     *factors, ids, s = inputs(torch.float32)
     products = []
@@ -289,10 +313,11 @@ def test_opcheck():
     for old, needs in ((flat["old"], (True, True, True)), (None, (False, True, False))):
         arguments = (
             *common, old, torch.randn(B * T), flat["ref"], flat["rollout"], torch.rand(B * T), params,
-            "ppo_clip", "k3_value", "truncate", old is None, torch.float32, 4, *needs,
+            "ppo_clip", "k3_value", "truncate", old is None, torch.float32, None, None, 4, *needs,
         )  # fmt: skip
         torch.library.opcheck(ops.linear_policy_loss_fwd.default, arguments)
     torch.library.opcheck(ops.scaled_gradient.default, (torch.tensor(2.0), weight, torch.randn(V, D)))
+    torch.library.opcheck(ops.scale_gradient_.default, (torch.randn(V, D), torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -142,7 +142,7 @@ def test_compiles_without_graph_breaks(backend):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["dpo", "simpo"])
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "cpo", "orpo"])
 def test_liger(kind):
     chunked_loss = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
     (hidden, weight, bias), ids, _, _ = inputs(torch.float32)
@@ -152,12 +152,20 @@ def test_liger(kind):
         theirs = chunked_loss.LigerFusedLinearDPOLoss(beta=0.3, compiled=False, use_ref_model=True)
         expected = theirs(wanted[1], wanted[0], ids, wanted[2], ref_hidden, weight, bias)[0]
         ours = {"ref_hidden": ref_hidden, "ref_weight": weight, "ref_bias": bias}
-    else:
+    elif kind == "simpo":
         theirs = chunked_loss.LigerFusedLinearSimPOLoss(beta=0.3, gamma=0.5, compiled=False, compute_nll_loss=False)
         expected = theirs(wanted[1], wanted[0], ids, wanted[2])[0]
         ours = {"gamma": 0.5}
+    elif kind == "cpo":
+        theirs = chunked_loss.LigerFusedLinearCPOLoss(beta=0.3, alpha=0.7, compiled=False)
+        expected = theirs(wanted[1], wanted[0], ids, wanted[2])[0]
+        ours = {"alpha": 0.7, "nll": "token"}
+    else:
+        theirs = chunked_loss.LigerFusedLinearORPOLoss(beta=0.3, compiled=False)
+        expected = theirs(wanted[1], wanted[0], ids, wanted[2])[0]
+        ours = {"lam": 0.3}
     expected.backward()
-    got = run((hidden, weight, bias), ids, kind=kind, beta=0.3, **ours)
+    got = run((hidden, weight, bias), ids, kind=kind, **({} if kind == "orpo" else {"beta": 0.3}), **ours)
     torch.testing.assert_close(got["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
     for name, leaf in zip("xwb", wanted, strict=True):
         torch.testing.assert_close(got[f"d{name}"], leaf.grad, rtol=1e-4, atol=1e-6)

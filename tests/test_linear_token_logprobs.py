@@ -196,13 +196,17 @@ def test_opcheck(mask):
     one = torch.ones((), dtype=torch.float64)
     common = (hidden, weight, bias, ids, mask, one, None, -100)
     ops = torch.ops.rl4llm_fast
-    forward = (*common, True, torch.float32, 3, False, "")
+    forward = (*common, True, torch.float32, None, 3, False, "")
     torch.library.opcheck(ops.linear_token_logprobs_fwd.default, forward)
-    torch.library.opcheck(ops.linear_token_logprobs_fwd.default, (*common, False, torch.float32, 9, mask is None, ""))
+    torch.library.opcheck(
+        ops.linear_token_logprobs_fwd.default, (*common, False, torch.float32, None, 9, mask is None, "")
+    )
     logp, entropy, row_max, log_sum, _ = ops.linear_token_logprobs_fwd(*forward)
     saved = (row_max, log_sum, entropy, torch.ones_like(logp), torch.ones_like(entropy), None)
     for needs in [(True, True, True), (True, False, False), (False, True, False)]:
-        torch.library.opcheck(ops.linear_token_logprobs_bwd.default, (*common, *saved, torch.float32, 3, *needs, ""))
+        torch.library.opcheck(
+            ops.linear_token_logprobs_bwd.default, (*common, *saved, torch.float32, None, None, 3, *needs, "")
+        )
 
 
 @compiled_backend

@@ -75,6 +75,14 @@ def scenario(dtype, backend, rank, world):
             )[0],
         )  # fmt: skip
 
+    def preference(x, w, b, group, name):
+        options = {"mask": mask, "tp_group": group, "backend": name, "chunk_tokens": 3, "temperature": 0.7}
+        return (rf.linear_preference_loss(x, w, ids, b, kind="orpo", **options)[0],)
+
+    def gspo(x, w, b, group, name):
+        options = {"mask": mask, "tp_group": group, "backend": name, "chunk_tokens": 3}
+        return (rf.linear_policy_loss(x, w, ids, old, advantages, b, kind="gspo", eps_high=5.0, **options)[0],)
+
     def sft(x, w, b, group, name):
         return (rf.linear_sft_loss(x, w, ids, b, mask=mask, tp_group=group, backend=name),)
 
@@ -85,7 +93,8 @@ def scenario(dtype, backend, rank, world):
     def without_bias(x, w, b, group, name):
         return tuple(r + 0 * b.sum() for r in verl(x, w, b, group, name))
 
-    functions = {"logprobs": logprobs, "many ids": many_ids, "policy": policy, "sft": sft, "verl": without_bias}
+    functions = {"logprobs": logprobs, "many ids": many_ids, "policy": policy, "gspo": gspo, "sft": sft}
+    functions |= {"preference": preference, "verl": without_bias}
     for name, function in functions.items():
         if name == "verl" and dtype == torch.float64:  # its results are fp32
             continue
@@ -111,6 +120,86 @@ def scenario(dtype, backend, rank, world):
         rf.linear_token_logprobs(hidden, weight[own], ids + V, bias[own], tp_group=dist.group.WORLD, backend=backend)
 
 
+def large(rank, world):
+    """V = 50,257 in ragged slices, in fp32: the loss, and gradients in the norm of what one process makes."""
+    torch.manual_seed(1)
+    vocabulary = 50_257
+    factors = [torch.randn(2, 3, D), torch.randn(vocabulary, D), torch.randn(vocabulary)]
+    ids, advantages = torch.randint(vocabulary, (2, 3)), torch.randn(2)
+    cuts = [0, *(17_001 * (r + 1) // (world - 1) for r in range(world - 1)), vocabulary]
+    own = slice(cuts[rank], cuts[rank + 1])
+
+    def loss(x, w, b, group):
+        options = {"kind": "grpo", "entropy_coef": 0.1, "tp_group": group, "chunk_tokens": 4}
+        return rf.linear_policy_loss(x, w, ids, None, advantages, b, **options)[0]
+
+    leaves = [f.clone().requires_grad_() for f in factors]
+    wanted = loss(*leaves, None)
+    wanted.backward()
+    shards = [f.clone().requires_grad_() for f in (factors[0], factors[1][own], factors[2][own])]
+    got = loss(*shards, dist.group.WORLD)
+    got.backward()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for shard, leaf, part in zip(shards, leaves, (slice(None), own, own), strict=True):
+        torch.testing.assert_close(shard.grad, leaf.grad[part], rtol=1e-4, atol=1e-6)
+
+
+def dtensors(rank, world):
+    """What the refusal of a DTensor says to pass: the head's local rows with the group, hidden states gathered."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(2)
+    mesh = init_device_mesh("cpu", (world,))
+    hidden, weight, ids = torch.randn(2, 4, D).double(), torch.randn(V, D).double(), torch.randint(V, (2, 4))
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    rf.linear_sft_loss(*leaves, ids).backward()
+    x = distribute_tensor(hidden, mesh, [Shard(1)]).requires_grad_()  # sequence-parallel: each rank has some positions
+    w = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    with pytest.raises(TypeError, match=r"hidden: wanted a plain tensor, got a DTensor; pass hidden.full_tensor\(\)"):
+        rf.linear_sft_loss(x, w, ids)
+    with pytest.raises(TypeError, match=r"weight: wanted a plain tensor.*weight.to_local\(\), with tp_group"):
+        rf.linear_sft_loss(hidden, w, ids)
+    rf.linear_sft_loss(x.full_tensor(), w.to_local(), ids, tp_group=dist.group.WORLD).backward()
+    for leaf, sharded in zip(leaves, (x, w), strict=True):
+        close(sharded.grad.full_tensor(), leaf.grad, "DTensor")
+    w.grad = None
+    rf.linear_sft_loss(hidden, w.full_tensor(), ids).backward()
+    close(w.grad.full_tensor(), leaves[1].grad, "gathered")
+
+
+def compiled(rank, world):
+    torch.manual_seed(3)
+    hidden, weight, ids = torch.randn(2, 4, D), torch.randn(V, D), torch.randint(V, (2, 4))
+    cuts = [sum(SIZES[world][:r]) for r in range(world + 1)]
+    own = weight[cuts[rank] : cuts[rank + 1]]
+
+    def loss(x, w):
+        return rf.linear_sft_loss(x, w, ids, tp_group=dist.group.WORLD, chunk_tokens=3)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (hidden, own)]
+        found = function(*leaves)
+        found.backward()
+        results.append((found.detach(), *(leaf.grad for leaf in leaves)))
+    for wanted, got in zip(*results, strict=True):
+        close(got, wanted, "compiled")
+
+
+def disagreeing(rank, world):
+    """Ranks that were given other tokens, or slices of heads of another width, all say so."""
+    weight, ids = torch.randn(V, D), torch.zeros(2, 4 + rank, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"tp_group: wanted the same tokens and hidden size on all ranks"):
+        rf.linear_sft_loss(torch.randn(2, 4 + rank, D), weight, ids, tp_group=dist.group.WORLD, backend="cpu")
+    with pytest.raises(ValueError, match=r"tp_group: wanted the same .*\(9, 8\) on rank 1"):
+        rf.linear_sft_loss(
+            torch.randn(2, 4, D + rank), torch.randn(V, D + rank), ids[:, :4], tp_group=dist.group.WORLD, backend="cpu"
+        )
+    with pytest.raises(ValueError, match="bias: wanted the shape"):
+        rf.linear_sft_loss(torch.randn(2, 4, D), weight, ids[:, :4], torch.randn(V - 1), tp_group=dist.group.WORLD)
+
+
 def serve(rank, world, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -119,6 +208,12 @@ def serve(rank, world, store):
             if backend in ("eager", "cpu"):
                 for dtype in (torch.float64, torch.float32):
                     scenario(dtype, backend, rank, world)
+        dtensors(rank, world)
+        if "cpu" in rf.backends()["linear_token_logprobs"]:
+            disagreeing(rank, world)
+            if world == 2:
+                large(rank, world)
+                compiled(rank, world)
     finally:
         dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ from tiny_llama import PROMPTS, config, count_sevens, run, tiny_model
 
 from rl4llm_fast.trainer import grpo
 from rl4llm_fast.trainer.grpo import GRPOTrainer
+from rl4llm_fast.trainer.objective import Head, objective
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
 
@@ -39,15 +40,21 @@ def test_same_gradients_from_hidden_states_and_from_logits(tmp_path, changes):
     assert any(g.abs().max() > 1e-3 for g in found[0])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
-    assert set(metrics[1]) - set(metrics[0]) <= {"sampler_gap"}  # for which the log-probabilities must be there
+    assert metrics[0].keys() == metrics[1].keys()
     for name, value in metrics[0].items():
         assert value == pytest.approx(metrics[1][name], rel=max(rtol, 1e-3), abs=1e-3 if rtol > 1e-3 else 1e-5), name
 
 
-def test_hidden_states_are_chosen_where_the_logits_outgrow_the_workspace(tmp_path, monkeypatch):
-    plain = run(config(tmp_path / "logits", steps=1))
-    assert "sampler_gap" in plain.history[0]
-    monkeypatch.setattr(grpo, "chunk_rule", lambda vocabulary, dtype, device: 4)
-    chosen = run(config(tmp_path / "auto", steps=1))
-    assert "sampler_gap" not in chosen.history[0]
-    assert chosen.history[0]["grad_norm"] == pytest.approx(plain.history[0]["grad_norm"], rel=1e-4)
+def test_hidden_states_are_the_default(tmp_path, monkeypatch):
+    sources = []
+
+    def spy(config, source, *arguments, **options):
+        sources.append(type(source))
+        return objective(config, source, *arguments, **options)
+
+    monkeypatch.setattr(grpo, "objective", spy)
+    results = [run(config(tmp_path / head, steps=1, head=head)).history[0] for head in ("auto", "logits")]
+    assert sources[0] is Head
+    assert sources[-1] is torch.Tensor
+    for name in ("grad_norm", "sampler_gap", "loss"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-3, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The Triton kernels of groups, whiten and n-step returns, compiled ahead of time: registers, spills, 16-byte loads."""
+"""The Triton kernels of groups, whiten, n-step returns and scaling, ahead of time: registers, spills, 16-byte loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ahead_of_time import AMD, NVIDIA, assert_fits, wide
 
 ahead_of_time.importorskip()
 
-from rl4llm_fast.kernels import configs, groups, n_step, whiten  # noqa: E402
+from rl4llm_fast.kernels import configs, groups, n_step, scale, whiten  # noqa: E402
 
 NO_DEVICE_NUMBERS = {"eps_ptr": None, "gamma_ptr": None}
 FLAGS = {"LEAVE_ONE_OUT": False, "BY_GROUP": True, "UNBIASED": True, "SHIFT_MEAN": True}
@@ -35,6 +35,9 @@ KERNELS = {
         whiten.whiten_join_kernel, {"BLOCK": configs.WHITEN_JOIN_BLOCK}, configs.WHITEN_WARPS, 160, False
     ),
     "whiten_apply": (whiten.whiten_apply_kernel, WHITEN | {"mask_ptr": None}, configs.WHITEN_WARPS, 96, True),
+    "scale_gradient": (
+        scale.scale_gradient_kernel, {"BLOCK": configs.SCALE_BLOCK}, configs.SCALE_WARPS, 128, True
+    ),
     "n_step last": (n_step.n_step_kernel, STEP | {"doubled_ptr": None}, configs.N_STEP_WARPS, 96, False),
     "n_step bit": (n_step.n_step_kernel, STEP | {"values_ptr": None}, configs.N_STEP_WARPS, 96, False),
 }  # fmt: skip
@@ -47,7 +50,7 @@ TYPES = {
 def compile_kernel(name, dtype, target):
     kernel, constants, warps, *_ = KERNELS[name]
     types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
-    types |= TYPES | {"rewards_ptr": f"*{dtype}", "x_ptr": f"*{dtype}"}
+    types |= TYPES | {"rewards_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}"}
     constants = FLAGS | NO_DEVICE_NUMBERS | constants
     return ahead_of_time.compile_kernel(kernel, types, constants, warps, target, ("N",))
 

@@ -52,7 +52,10 @@ def plain_token_logprobs(
 
 @dataclass
 class Cost:
-    """Medians over the rounds: seconds of a step and of its log-probabilities and loss; peak bytes of a step."""
+    """Medians over the rounds: seconds of a step and of its loss, peak bytes of a step.
+
+    From hidden states the head is part of the loss, forward and backward; from logits it is not.
+    """
 
     step_seconds: float
     loss_seconds: float

@@ -60,7 +60,9 @@ class GRPOConfig(RunConfig):
     epochs: int = 1  # passes over each batch
     minibatches: int = 1  # optimizer steps a pass
     layout: str = "auto"  # shared: one copy of every prefix that answers share | plain: one row an answer
-    head: str = "auto"  # the loss from hidden states, or from logits | auto: see GRPOTrainer.from_hidden
+    head: str = (
+        "auto"  # the loss from hidden states, or from logits | auto: from hidden states where the head is linear
+    )
 
     # The run
     output_dir: str = "runs/grpo"

@@ -153,7 +153,7 @@ def _print_costs(costs: dict[str, Cost]) -> None:
     print(f"\n  {'':<42}{'fused':>10}{'PyTorch':>10}{'ratio':>9}")
     rows = [
         ("step (forward, loss, backward, update), s", fused.step_seconds, eager.step_seconds, "{:.2f}"),
-        ("  of it log-probabilities and loss, ms", fused.loss_seconds * 1e3, eager.loss_seconds * 1e3, "{:.1f}"),
+        ("  of it the loss (fused: with the head), ms", fused.loss_seconds * 1e3, eager.loss_seconds * 1e3, "{:.1f}"),
         ("peak memory, MiB", fused.peak_bytes / 2**20, eager.peak_bytes / 2**20, "{:.0f}"),
         ("  of it over the start of the step, MiB", fused.extra_bytes / 2**20, eager.extra_bytes / 2**20, "{:.0f}"),
     ]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from ..chunked import chunk_rule
 from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig
@@ -331,14 +330,14 @@ class GRPOTrainer(SamplingTrainer):
             with self.chosen_backend():
                 layout = self._layout(self.policy, batch, micro)
                 source: Tensor | Head
-                if self.from_hidden(layout):
+                if self.from_hidden:
                     source, entropy = self._head(layout), None
                 else:
                     source, entropy = self.policy.token_logprobs(
                         layout, temperature=c.temperature, return_entropy=c.entropy_coef != 0, mark=self.phases.mark
                     )
                 with self.policy.precision():
-                    loss, metrics = objective(
+                    loss, metrics, logp = objective(
                         c, source, packed(old, micro, device), batch.advantages_of(micro).to(device), lengths,
                         num_tokens, num_sequences, ref_logp=packed(reference, micro, device), entropy=entropy,
                         sampled=sampled,
@@ -347,22 +346,15 @@ class GRPOTrainer(SamplingTrainer):
                 loss.backward()
             self.phases.mark("backward")
             averages.add(metrics, sum(lengths))
-            if sampled is not None and isinstance(source, Tensor):  # what bf16 and the cache make of the same weights
-                averages.add({"sampler_gap": (source.detach() - sampled).abs().mean()}, sum(lengths))
+            if sampled is not None:  # what bf16 and the cache make of the same weights
+                averages.add({"sampler_gap": (logp - sampled).abs().mean()}, sum(lengths))
             total += float(loss.detach())
         return self.ranks.sum(total)
 
-    def from_hidden(self, layout: Layout) -> bool:
-        """Whether the loss is made from hidden states, chunk by chunk: the setting ``head``.
-
-        With "auto" where the logits would be larger than one chunk's workspace. Smaller ones are overwritten by their
-        gradient, and need no second accumulator of the head's; predictions that answers share are then made once.
-        """
-        if self.config.head != "auto" or not self.policy.has_linear_head:
-            return self.config.head == "hidden"
-        weight = self.policy.head.weight
-        dtype = torch.bfloat16 if self.policy.autocast else weight.dtype
-        return len(layout.source) > chunk_rule(weight.shape[0], dtype, weight.device.type)
+    @property
+    def from_hidden(self) -> bool:
+        """Whether the loss is made from hidden states, chunk by chunk; ``head`` "auto": where the head is linear."""
+        return self.config.head == "hidden" or (self.config.head == "auto" and self.policy.has_linear_head)
 
     def _head(self, layout: Layout) -> Head:
         with self.policy.precision():
@@ -383,7 +375,7 @@ class GRPOTrainer(SamplingTrainer):
             with self.chosen_backend():
                 layout = self._layout(policy, batch, micro)
                 logp, _ = policy.token_logprobs(
-                    layout, temperature=self.config.temperature, from_hidden=self.from_hidden(layout)
+                    layout, temperature=self.config.temperature, from_hidden=self.from_hidden
                 )
             for i, own in zip(micro, logp.split([len(batch.rollout.answers[i]) for i in micro]), strict=True):
                 found[i] = own

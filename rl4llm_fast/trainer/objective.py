@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rl4llm_fast as rf
 
+from ..fused import linear_policy_loss_and_logprobs
 from .config import GRPOConfig
 
 # Kinds whose loss and gradient are exactly 0 where the advantage is 0.
@@ -38,8 +39,10 @@ def objective(
     ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
     sampled: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """The loss of a micro-batch, packed (N,), as its share of a minibatch of ``num_tokens`` and ``num_sequences``.
+
+    With its metrics, and the log-probabilities (N,) without gradient.
 
     Args:
         logp: the answers' log-probabilities (N,), or what makes them: then no logits exist, and entropy is made too.
@@ -68,14 +71,11 @@ def objective(
         "max_length": config.max_new_tokens,
         "entropy_coef": config.entropy_coef,
     }
-    result: tuple[Tensor, dict[str, Tensor]]
     if isinstance(logp, Head):
         hidden, weight, bias, token_ids, softcap = logp
         options |= {"temperature": config.temperature, "softcap": softcap}
-        result = rf.linear_policy_loss(hidden, weight, token_ids, old_logp, advantages, bias, **options)
-    else:
-        result = rf.policy_loss(logp, old_logp, advantages, entropy=entropy, **options)
-    return result
+        return linear_policy_loss_and_logprobs(hidden, weight, token_ids, old_logp, advantages, bias, **options)
+    return *rf.policy_loss(logp, old_logp, advantages, entropy=entropy, **options), logp.detach()
 
 
 def check_objective(config: GRPOConfig) -> None:
