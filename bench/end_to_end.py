@@ -1,10 +1,11 @@
 """A whole training step on SmolLM2-135M, fused against plain PyTorch against TRL's trainers, on the same answers.
 
-    python -m bench.end_to_end [--trainers grpo,dpo] [--device cpu|cuda] [--precision autocast|fp32] [--rounds N]
-                               [--model FOLDER] [--out DIR]
+    python -m bench.end_to_end [--trainers sft,rm,ppo,dpo,kto,grpo] [--device cpu|cuda]
+                               [--precision autocast|fp32] [--rounds N] [--model FOLDER] [--out DIR]
 
 A step is forward, loss, backward, clipping and optimizer on answers that are given: sampling is left out. Everyone has
-a process of its own; they take turns. Speed-ups are printed where the gradients' norms of the first step agree.
+a process of its own; they take turns. Speed-ups are printed where the gradients' norms of the first step agree. The
+rows of the day's file on other trainers stay, so that they can be measured one by one.
 `python -m bench.report --performance` makes a table of the JSON (bench/results/end-to-end-{device}-{date}.json).
 """
 
@@ -29,21 +30,22 @@ SIZES = {
     "cpu": {"prompts": 4, "prompt": 48, "group": 8, "answer": 48},
     "cuda": {"prompts": 16, "prompt": 128, "group": 8, "answer": 256},
 }
-TRAINERS = ("grpo", "dpo")
+TRAINERS = tuple(trainer_steps.MADE)
 
 
 def measure(trainer: str, batch: dict[str, Any], model: str, precision: str, device: str, rounds: int) -> list[Any]:
     """A row a variant; one that is absent or fails says why."""
     from rl4llm_fast.trainer.compare import Worker, take_turns
 
-    rows = {name: {"trainer": trainer, "variant": name} for name in VARIANTS}
+    known = [name for name in VARIANTS if name != "trl" or trainer in trainer_steps.TRL]
+    rows = {name: {"trainer": trainer, "variant": name} for name in known}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "batch.json")
         path.write_text(json.dumps(batch), encoding="utf-8")
         command = [sys.executable, "-m", "bench.end_to_end", "--work", trainer]
         workers: dict[str, Worker] = {}
         try:
-            for name in VARIANTS:
+            for name in known:
                 if name == "trl" and importlib.util.find_spec("trl") is None:
                     rows[name].update(status="absent", reason="not installed: trl")
                     continue
@@ -128,7 +130,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{meta['command']}` on {meta['device']}, {meta['date']}, torch {meta['torch']}, TRL {meta['trl']}, "
         f"{meta['precision']}, commit {meta['git']}{modified}. {sizes['prompts']} prompts of up to {sizes['prompt']} "
-        f"tokens, {sizes['group']} answers each for grpo and 2 for dpo, of up to {sizes['answer']} tokens; tokens/s "
+        f"tokens, {sizes['group']} answers each for grpo and ppo, else 2, of up to {sizes['answer']} tokens; tokens/s "
         "counts each answer with its prompt. Sampling is not in it.",
     ]
     return "\n".join(lines)
@@ -166,6 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"meta": meta, "rows": []}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{run.stem(meta)}.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = all(before["meta"].get(key) == meta[key] for key in ("precision", "sizes", "torch", "device"))
+        result["rows"] = [row for row in before["rows"] if same and row["trainer"] not in chosen]
     for trainer in chosen:
         print(f"{trainer}: {', '.join(VARIANTS)}, {arguments.rounds} steps each ...", file=sys.stderr, flush=True)
         batch = trainer_steps.make_batch(trainer, sizes, _vocabulary(model))

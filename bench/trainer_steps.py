@@ -1,7 +1,8 @@
-"""One training step on given answers: this library's trainers, fused and in plain PyTorch, and TRL's.
+"""One training step on given answers: this library's trainers, fused and in plain PyTorch, and two of TRL's.
 
 A batch is plain data, token ids throughout, so that everyone trains on the same tokens; nothing is sampled.
-grpo: {"prompts", "group_size", "answers", "advantages"}. dpo: {"rows": [{"prompt", "chosen", "rejected"}]}.
+grpo, ppo: {"prompts", "group_size", "answers", "advantages"}, the latter PPO's scores. sft, kto, dpo, rm: {"rows":
+[{"prompt", "chosen", "rejected"}]}, whose answers sft and kto take one by one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 VARIANTS = ("fused", "eager", "trl")
+SAMPLED = ("grpo", "ppo")  # trainers that learn from answers to prompts
 Step = Callable[[], dict[str, float]]  # {"loss", "grad_norm"}
 
 _RATE = 1e-6  # the weights move, the batch stays about on-policy
@@ -34,7 +36,7 @@ def make_batch(trainer: str, sizes: dict[str, int], vocabulary: int, seed: int =
         return tokens(max(1, sizes["answer"] // 4), sizes["answer"])
 
     prompts = [tokens(sizes["prompt"] // 2, sizes["prompt"]) for _ in range(sizes["prompts"])]
-    if trainer == "dpo":
+    if trainer not in SAMPLED:
         return {"rows": [{"prompt": prompt, "chosen": answer(), "rejected": answer()} for prompt in prompts]}
     answers = [answer() for _ in prompts for _ in range(sizes["group"])]
     advantages = torch.randn(len(answers), generator=generator).tolist()
@@ -43,7 +45,7 @@ def make_batch(trainer: str, sizes: dict[str, int], vocabulary: int, seed: int =
 
 def tokens_of(trainer: str, batch: dict[str, Any]) -> int:
     """What a model reads where every answer is a row with its prompt, without padding."""
-    if trainer == "dpo":
+    if trainer not in SAMPLED:
         return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in batch["rows"])
     prompts = sum(len(prompt) for prompt in batch["prompts"]) * batch["group_size"]
     return prompts + sum(map(len, batch["answers"]))
@@ -52,7 +54,7 @@ def tokens_of(trainer: str, batch: dict[str, Any]) -> int:
 def make_step(trainer: str, variant: str, batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
     """A function that takes one step and returns its loss and the gradient's norm before clipping."""
     if variant == "trl":
-        return (_trl_grpo if trainer == "grpo" else _trl_dpo)(batch, model, precision, device)
+        return TRL[trainer](batch, model, precision, device)
     settings = {
         "model": model,
         "precision": precision,
@@ -64,20 +66,17 @@ def make_step(trainer: str, variant: str, batch: dict[str, Any], model: str, pre
         "checkpoint_every": 0,
         "progress": False,
     }
-    return (_grpo if trainer == "grpo" else _dpo)(batch, settings, plain=variant == "eager")
+    return MADE[trainer](batch, settings, plain=variant == "eager")
 
 
 def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     from rl4llm_fast.trainer.compare import plain_token_logprobs
     from rl4llm_fast.trainer.config import GRPOConfig
     from rl4llm_fast.trainer.grpo import Batch, GRPOTrainer
-    from rl4llm_fast.trainer.sampling import Rollout
     from rl4llm_fast.trainer.tasks import Task
 
-    answers = batch["answers"]
-    unknown = [[0.0] * len(answer) for answer in answers]  # the sampler's log-probabilities are not asked for
-    rollout = Rollout(batch["prompts"], batch["group_size"], answers, unknown, [True] * len(answers))
-    given = Batch(rollout, [0.0] * len(answers), torch.tensor(batch["advantages"]))
+    rollout = _rollout(batch)
+    given = Batch(rollout, [0.0] * len(rollout.answers), torch.tensor(batch["advantages"]))
     sizes = {"prompts_per_step": len(batch["prompts"]), "group_size": batch["group_size"]}
     config = GRPOConfig(**settings, **sizes, head="logits" if plain else "auto")
     made = GRPOTrainer(config, task=Task(train=[[1]], reward=lambda example, answer: 0.0))
@@ -98,6 +97,77 @@ def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
             assert policy is not None
             policy.logprobs_op = plain_token_logprobs
     return lambda: _two(made.step(1))
+
+
+def _ppo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    """Policy, reference and value model; values, advantages and one update."""
+    from rl4llm_fast.trainer.metrics import Phases
+    from rl4llm_fast.trainer.ppo import PPOTrainer
+    from rl4llm_fast.trainer.ppo_config import PPOConfig
+
+    rollout, size = _rollout(batch), len(batch["answers"])
+    rollout.prompts = [prompt for prompt in rollout.prompts for _ in range(rollout.group_size)]
+    rollout.group_size = 1  # each answer has a prompt of its own
+    rows = [{"prompt": prompt} for prompt in batch["prompts"]]
+    longest = max(map(len, rollout.answers))
+    once = {"epochs": 1, "minibatches": 1, "max_new_tokens": longest, "batch_size": size, "heldout": 0}
+    made = PPOTrainer(PPOConfig(**settings, **once), prompts=rows, reward=lambda example, answer: 0.0)
+
+    def step() -> dict[str, float]:
+        made.phases = Phases(made.device)
+        with made.chosen_backend():
+            experience, _ = made.judge(rollout, batch["advantages"])
+            found = made.update(experience, 1)
+        # On-policy and with whitened advantages the policy's loss is 0 up to rounding: the value model's with it.
+        return _two(found | {"loss": found["loss"] + found["value_loss"]})
+
+    return step
+
+
+def _rollout(batch: dict[str, Any]) -> Any:
+    from rl4llm_fast.trainer.sampling import Rollout
+
+    answers = batch["answers"]
+    unknown = [[0.0] * len(answer) for answer in answers]  # the sampler's log-probabilities are not asked for
+    return Rollout(batch["prompts"], batch["group_size"], answers, unknown, [True] * len(answers))
+
+
+def _sft(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    from rl4llm_fast.trainer.sft import SFTConfig, SFTTrainer
+
+    rows = _one_by_one(batch)
+    made = SFTTrainer(SFTConfig(**settings, batch_size=len(rows)), rows=rows, heldout_rows=rows[:1])
+    return lambda: _two(made.step(1))
+
+
+def _rm(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    from rl4llm_fast.trainer.rm import RMConfig, RMTrainer
+
+    rows = batch["rows"]
+    made = RMTrainer(RMConfig(**settings, batch_size=len(rows)), rows=rows, heldout_rows=rows[:1])
+    return lambda: _two(made.step(1))
+
+
+def _kto(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    from rl4llm_fast.trainer.compare import plain_token_logprobs
+    from rl4llm_fast.trainer.kto import KTOConfig, KTOTrainer
+
+    rows = _one_by_one(batch)
+    config = KTOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
+    made = KTOTrainer(config, rows=rows, heldout_rows=rows[:2])
+    if plain:
+        for policy in (made.policy, made.reference):
+            assert policy is not None
+            policy.logprobs_op = plain_token_logprobs
+    return lambda: _two(made.step(1))
+
+
+def _one_by_one(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": row["prompt"], "answer": row[side], "desirable": side == "chosen"}
+        for row in batch["rows"]
+        for side in ("chosen", "rejected")
+    ]
 
 
 def _two(metrics: dict[str, float]) -> dict[str, float]:
@@ -211,3 +281,7 @@ def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor
 def agrees(one: float, other: float, precision: str) -> bool:
     """Whether two norms of the first step's gradient are the same up to the rounding of their passes."""
     return math.isclose(one, other, rel_tol=1e-3 if precision == "fp32" else 5e-2)
+
+
+MADE: dict[str, Callable[..., Step]] = {"sft": _sft, "rm": _rm, "ppo": _ppo, "dpo": _dpo, "kto": _kto, "grpo": _grpo}
+TRL: dict[str, Callable[..., Step]] = {"grpo": _trl_grpo, "dpo": _trl_dpo}

@@ -58,7 +58,7 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace):
     folder = run_folder(arguments, name, seed)
     path = Path(arguments.data) / f"{data}.jsonl"
     shared = {
-        "model": arguments.model, "steps": arguments.steps, "batch_size": 8, "heldout": 48, "learning_rate": 2e-5,
+        "model": arguments.model, "steps": arguments.steps, "batch_size": 4, "heldout": 32, "learning_rate": 2e-5,
         "max_length": 256, "seed": seed, "backend": arguments.backend, "eval_every": arguments.steps,
         "checkpoint_every": max(arguments.steps // 2, 1), "save_model": False,
         "output_dir": str(folder), "reference_cache": str(Path(arguments.out) / "reference"),
@@ -72,9 +72,9 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace):
         # fp32: with bf16 weights small updates show in leaps, when they have added up to a bit.
         shared |= {"steps": 3 * arguments.steps // 2, "precision": "fp32"}
     elif kind is trainer.KTOConfig:
-        shared |= {"batch_size": 16, "heldout": 96}
+        shared |= {"batch_size": 8, "heldout": 64}
     elif kind is trainer.CurryConfig:
-        shared |= {"heldout": 16, "steps": 0, "steps_per_round": max(arguments.steps // 3, 1)}
+        shared |= {"heldout": 12, "steps": 0, "steps_per_round": max(arguments.steps // 3, 1)}
     return kind(**shared, data=str(path), **settings)
 
 

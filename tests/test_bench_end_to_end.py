@@ -29,14 +29,15 @@ def test_everyone_takes_the_same_step(trainer: str, folder: str) -> None:
     batch = trainer_steps.make_batch(trainer, SMALL, END)
     assert json.loads(json.dumps(batch)) == batch
     found = {}
-    for variant in trainer_steps.VARIANTS:
+    variants = [v for v in trainer_steps.VARIANTS if v != "trl" or trainer in trainer_steps.TRL]
+    for variant in variants:
         step = trainer_steps.make_step(trainer, variant, batch, folder, "fp32", "cpu")
         found[variant] = [step(), step()]
-    for variant in ("eager", "trl"):
+    for variant in variants[1:]:
         for mine, theirs in zip(found["fused"], found[variant], strict=True):
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
             assert trainer_steps.agrees(theirs["grad_norm"], mine["grad_norm"], "fp32")
-    first, second = found["trl"]
+    first, second = found[variants[-1]]
     assert first["grad_norm"] != second["grad_norm"]  # the optimizer took its step
 
 
@@ -105,7 +106,7 @@ def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        end_to_end.main(["--trainers", "grpo,ppo"])
-    assert "got 'grpo,ppo'" in capsys.readouterr().err
+        end_to_end.main(["--trainers", "grpo,ppt"])
+    assert "got 'grpo,ppt'" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert end_to_end.main(["--device", "cuda"]) == 2

@@ -266,7 +266,8 @@ def test_rules_are_weighed_and_traced(tmp_path):
     )  # fmt: skip
     task = Task(train=["a", "bc", "d", "ef"], reward=lambda e, text: float(text == "7"), heldout=["gh", "i"])
     result = train_grpo(cfg, model=text_model(), tokenizer=tiny_tokenizer(), task=task)
-    for row in result.history:
+    assert set(result.history[0]) == {"step", *(key for key in result.history[-1] if key.startswith("heldout_"))}
+    for row in result.history[1:]:
         total = row["reward_accuracy"] + 0.5 * row["reward_tags"] + 0.1 * row["reward_length"]
         assert row["reward_mean"] == pytest.approx(total + 0.25 * row["reward_ended"])
     assert {"heldout_accuracy", "heldout_tags", "heldout_length", "heldout_ended"} <= set(result.history[-1])

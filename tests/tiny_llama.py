@@ -54,7 +54,7 @@ def run(cfg: GRPOConfig, model=None, reward=count_sevens):
 
 
 def rewards(result) -> list[float]:
-    return [row["reward_mean"] for row in result.history]
+    return [row["reward_mean"] for row in result.history if "reward_mean" in row]
 
 
 def weights(model) -> list[torch.Tensor]:

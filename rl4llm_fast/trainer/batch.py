@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .sampling import Rollout
+from .sampling import Rollout, completion_of
 
 PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
 
@@ -29,6 +30,22 @@ class Batch:
         if self.advantages.dim() == 1:
             return self.advantages[index]
         return torch.cat([self.advantages[i, : len(self.rollout.answers[i])] for i in index])
+
+    def samples(self, count: int, tokenizer: Any, end_ids: Collection[int]) -> list[dict[str, Any]]:
+        """The first ``count`` answers, with what each rule gave to them, to be read."""
+        r = self.rollout
+        prompts = [prompt if tokenizer is None else tokenizer.decode(prompt) for prompt in r.prompts]
+        return [
+            {
+                "prompt": prompts[i // r.group_size],
+                "completion": completion_of(answer, end_ids, tokenizer),
+                "tokens": len(answer),
+                "ended": r.ended[i],
+                "reward": self.rewards[i],
+                "rules": self.traces[i],
+            }
+            for i, answer in enumerate(r.answers[:count])
+        ]
 
     def is_live(self) -> Tensor:
         """(B,) whether an answer has any advantage."""

@@ -33,6 +33,7 @@ class GRPOConfig(RunConfig):
     stop_tokens: list[Any] = field(default_factory=list)  # that end an answer beside the model's: ids, or their text
     sampler: str = "own"  # own: the model itself | vllm: an engine beside it; or an object from Python
     sampler_options: dict[str, Any] = field(default_factory=dict)  # e.g. gpu_memory_utilization = 0.3
+    overlap: bool = False  # draw a step's answers during the step before: one more copy of the weights, an update older
 
     # Advantages and loss
     loss: str = "grpo"  # a kind of rf.policy_loss
@@ -107,6 +108,7 @@ class GRPOConfig(RunConfig):
         truncated = self.sampler == "vllm" and (self.top_p < 1 or self.top_k > 0)
         used = self.old_logprobs == "sampler" or self.rollout_correction != "none"
         self.wanted(not (truncated and used), "sampler", "own: the log-probabilities of vLLM are after top-p and top-k")
+        self.wanted(used or not self.overlap, "overlap", "old_logprobs = sampler, or a rollout_correction, with true")
         self.wanted(self.minibatches <= self.prompts_per_step, "minibatches", "at most prompts_per_step")
         self.wanted(bool(self.step_separator), "step_separator", "a text")
         if self.supervision == "process":  # its normalisation is that of §6.3, over all steps of a group

@@ -115,6 +115,8 @@ class GRPOTrainer(SamplingTrainer):
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=c.layout)
         self.reference = self.policy.frozen_copy() if c.kl_coef > 0 else None
         self.set_up_sampling(sampler)
+        if c.overlap:
+            self.set_up_ahead(lambda step: self.prompts(self.examples(step)), c.group_size)
         self.optimizer = self.make_optimizer(self.model)
 
     def usable(self, examples: Sequence[Example]) -> list[Example]:
@@ -136,6 +138,9 @@ class GRPOTrainer(SamplingTrainer):
             _, traces = self.score(self.task.heldout, result.rollout)
             row |= {f"heldout_{name}": value for name, value in trace_means(traces).items() if name != "accuracy"}
         return row
+
+    def before_first_step(self) -> dict[str, float]:
+        return self.heldout_row()
 
     def correct(self, example: Example, completion: Any) -> float:
         """What the rule accuracy asks: the task's own reward."""
@@ -160,6 +165,8 @@ class GRPOTrainer(SamplingTrainer):
         """One step, counted from 1: its row of metrics."""
         self.phases = Phases(self.policy.device)
         batch = self.collect(step)
+        if self.ahead is not None and (step < self.config.steps or self.config.checkpoint_every):
+            self.begin(step + 1)  # also behind the last step: a run that is made longer goes on with it
         metrics = self.update(batch, step)
         rollout, seconds = batch.rollout, self.phases.seconds
         lengths = [len(answer) for answer in rollout.answers]
@@ -187,8 +194,9 @@ class GRPOTrainer(SamplingTrainer):
         batch = Batch(Rollout([], c.group_size, [], [], []), [], torch.empty(0))
         steps: list[Steps] = []
         for turn in range(1 + c.resample_rounds * (c.groups_without_spread == "resample")):
-            new = examples_of_step(self.task.train, step, c.prompts_per_step, c.seed + 1_000_003 * turn)
-            rollout = self.sample(new)
+            new = self.examples(step, turn)
+            begun = self.ahead is not None and turn == 0
+            rollout = self.drawn(step) if begun else self.draw(self.prompts(new), c.group_size)
             self.phases.mark("sample")
             rewards, traces = self.score(new, rollout)
             if self.step_reward:
@@ -211,10 +219,12 @@ class GRPOTrainer(SamplingTrainer):
             batch.measures["step_reward_mean"] = float(np.mean([value for s in steps for value in s.rewards]))
         return batch
 
-    def sample(self, examples: Sequence[Example]) -> Rollout:
-        """``group_size`` answers to each example."""
-        prompts = [prompt_token_ids(example, self.tokenizer) for example in examples]
-        return self.draw(prompts, self.config.group_size)
+    def examples(self, step: int, turn: int = 0) -> list[Example]:
+        c = self.config
+        return examples_of_step(self.task.train, step, c.prompts_per_step, c.seed + 1_000_003 * turn)
+
+    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        return [prompt_token_ids(example, self.tokenizer) for example in examples]
 
     def score(self, examples: Sequence[Example], rollout: Rollout) -> tuple[list[float], list[dict[str, float]]]:
         """The reward of each answer, and what each rule gave to it."""
@@ -264,20 +274,8 @@ class GRPOTrainer(SamplingTrainer):
         if self.samples is None:
             path = Path(self.config.output_dir) / "samples.jsonl"
             self.samples = History(path, keep_steps=step - 1, write=self.ranks.first)
-        rollout = batch.rollout
-        for i, answer in enumerate(rollout.answers[: self.config.log_samples]):
-            prompt = rollout.prompts[i // rollout.group_size]
-            self.samples.add(
-                {
-                    "step": step,
-                    "prompt": prompt if self.tokenizer is None else self.tokenizer.decode(prompt),
-                    "completion": completion_of(answer, self.end_ids, self.tokenizer),
-                    "tokens": len(answer),
-                    "ended": rollout.ended[i],
-                    "reward": batch.rewards[i],
-                    "rules": batch.traces[i],
-                }
-            )
+        for row in batch.samples(self.config.log_samples, self.tokenizer, self.end_ids):
+            self.samples.add({"step": step, **row})
 
     def update(self, batch: Batch, step: int) -> dict[str, float]:
         """The optimizer steps on one batch: ``epochs`` passes of ``minibatches`` steps each."""

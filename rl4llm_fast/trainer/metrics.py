@@ -143,7 +143,8 @@ def plot_rewards(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     if not rows or importlib.util.find_spec("matplotlib") is None:
         return False
     figure, (axes,) = _figure(1)
-    steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
+    trained = [row for row in rows if "reward_mean" in row]  # the row of step 0 has held-out measures alone
+    steps, rewards = [row["step"] for row in trained], [row["reward_mean"] for row in trained]
     smooth: list[float] = []
     for reward in rewards:
         smooth.append(reward if not smooth else 0.8 * smooth[-1] + 0.2 * reward)

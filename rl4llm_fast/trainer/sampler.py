@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .ahead import Ahead
 from .extras import require
 from .model import end_token_ids, model_source
 from .policy import Policy
@@ -55,6 +56,7 @@ class SamplingTrainer(Trainer):
     config: Any
     policy: Policy
     sampler: Sampler | None = None
+    ahead: Ahead | None = None  # draws the next step's answers during this one
     _pushed = -1  # the number of updates that the sampler's weights have seen
 
     def set_up_sampling(self, sampler: Sampler | None) -> None:
@@ -65,22 +67,63 @@ class SamplingTrainer(Trainer):
         self.sampler = sampler
         self.end_ids = end_token_ids(self.model, self.tokenizer, c.stop_tokens)
 
+    def set_up_ahead(self, prompts_of: Callable[[int], Sequence[list[int]]], group_size: int) -> None:
+        """From now on the answers of a step are drawn during the one before it; ``prompts_of`` a step its prompts."""
+        self.config.wanted(self.ranks.size == 1, "overlap", "false with several processes")
+
+        def draw(prompts: Sequence[list[int]], generator: torch.Generator, policy: Policy | None) -> Rollout:
+            return self._answers(prompts, group_size, generator, policy or self.policy)
+
+        self.ahead = Ahead(draw, prompts_of, self.policy, engine=self.sampler is not None)
+
+    def begin(self, step: int) -> None:
+        """Begin to draw the answers of ``step``, under the weights as they are."""
+        assert self.ahead is not None
+        self.push_weights()
+        self.ahead.start(step, self.generator)
+
+    def drawn(self, step: int) -> Rollout:
+        """The answers of ``step`` that were begun during the one before; the first one's are begun now."""
+        assert self.ahead is not None
+        if self.ahead.step != step:
+            self.begin(step)
+        return self.ahead.take()
+
+    def state(self) -> dict[str, Any]:
+        own = super().state()
+        return own if self.ahead is None else {"policy": own, "ahead": self.ahead.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state if self.ahead is None else state["policy"])
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state["ahead"])
+
     def draw(
         self, prompts: Sequence[list[int]], group_size: int = 1, *, generator: torch.Generator | None = None
     ) -> Rollout:
         """``group_size`` answers to each of ``prompts``, under the weights as they are now."""
-        c, generator = self.config, generator or self.generator
+        if self.sampler is not None:
+            self.push_weights()
+        return self._answers(prompts, group_size, generator or self.generator, self.policy)
+
+    def push_weights(self) -> None:
+        """Give the sampler the weights as they are now, unless it has them."""
+        if self.sampler is not None and self._pushed != self.updates:
+            self.sampler.load_weights((name, p.detach()) for name, p in self.model.named_parameters())
+            self._pushed = self.updates
+
+    def _answers(
+        self, prompts: Sequence[list[int]], group_size: int, generator: torch.Generator, policy: Policy
+    ) -> Rollout:
+        c = self.config
         options = {"max_new_tokens": c.max_new_tokens, "end_ids": self.end_ids, "temperature": c.temperature,
                    "top_p": c.top_p, "top_k": c.top_k}  # fmt: skip
         if self.sampler is None:
             with self.chosen_backend():
                 return sample(
-                    self.policy, prompts, group_size=group_size, generator=generator,
+                    policy, prompts, group_size=group_size, generator=generator,
                     batch_size=c.sampling_batch_size, ranks=self.ranks, **options,
                 )  # fmt: skip
-        if self._pushed != self.updates:
-            self.sampler.load_weights((name, p.detach()) for name, p in self.model.named_parameters())
-            self._pushed = self.updates
         # Each process has a sampler of its own; the seeds are drawn alike everywhere, and go on with the run.
         seed = int(torch.randint(2**30, (), generator=generator)) + self.ranks.cut(len(prompts)).start * group_size
         own = [prompt for prompt in self.ranks.share(list(prompts)) for _ in range(group_size)]
