@@ -95,7 +95,8 @@ class PrecomputedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        factors, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out once
+        factors, gradients = saved[:3], saved[3:]
         kernels, needed = dispatch.ops(ctx.backend), ctx.needs_input_grad[1:4]
         # The last backward through this node hands on what was saved. One that keeps the graph makes tensors of its
         # own; so does one under compile, where the graph decides what it overwrites, and one that is differentiated

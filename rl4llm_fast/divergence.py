@@ -11,7 +11,7 @@ from . import checks, dispatch, reference
 from .autograd import KlDivergence, KlDivergenceOptions, LinearKlDivergence, LinearKlDivergenceOptions
 from .checks import Number
 from .chunked import chunk_rule
-from .heads import check_dtypes, check_linear
+from .heads import check_chunk, check_dtypes, check_linear
 from .kl import Estimator, Gradient, kl_estimate
 from .logprobs import check_temperature, flat_rows, linear_token_logprobs
 
@@ -128,8 +128,7 @@ def linear_kl_divergence(
     checks.same_device("ref_hidden", ref_hidden, hidden, "hidden")
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"ref_weight: wanted the {weight.shape[0]} rows of weight, got {checks.shape(ref_weight)}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    check_chunk(chunk_tokens)
     beta_tensor = _check_direction(direction, beta, hidden)
     mask = checks.live_mask("mask", mask, hidden.shape[:-1], hidden, "hidden without D")
     tau = check_temperature(temperature, hidden)

@@ -12,7 +12,7 @@ from . import checks, chunked, dispatch, formulas, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
-from .heads import check_dtypes, check_linear
+from .heads import check_chunk, check_dtypes, check_linear
 from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
 from .schemas import accumulation_dtype
@@ -130,8 +130,7 @@ def linear_policy_loss_and_logprobs(
     checks.same_device("token_ids", token_ids, hidden, "hidden")
     if "entropy" in options:
         raise ValueError("entropy: made here from the hidden states; entropy_coef asks for it")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     kept = token_ids != ignore_index
     mask = kept if mask is None else kept & mask
@@ -147,7 +146,7 @@ def linear_policy_loss_and_logprobs(
     with_entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0
     options = {"kind": kind, "mask": mask, "cu_seqlens": cu_seqlens, "entropy_coef": entropy_coef, **options}
     options["backend"] = backend
-    check_reference(hidden, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)
+    check_reference(hidden, weight, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)
 
     # The loss of zeros: every other argument is checked by the function that it is meant for, before any product.
     nothing = torch.zeros(lead, dtype=accumulation_dtype(compute_dtype), device=hidden.device)
@@ -267,6 +266,7 @@ def linear_sft_loss(
 
 def check_reference(
     hidden: Tensor,
+    weight: Tensor,
     ref_logp: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
@@ -288,6 +288,8 @@ def check_reference(
         raise ValueError(
             f"ref_hidden: wanted {checks.shape(hidden)[:-1]} tokens like hidden, got {checks.shape(ref_hidden)}"
         )
+    if ref_weight.shape[0] != weight.shape[0] and not sharded:
+        raise ValueError(f"ref_weight: wanted the {weight.shape[0]} rows of weight, got {checks.shape(ref_weight)}")
 
 
 def slopes_of(loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]], lead: torch.Size) -> Slopes:

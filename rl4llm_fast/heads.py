@@ -66,3 +66,12 @@ def check_dtypes(
         if dtype not in (None, compute_dtype, wide):
             wanted = f"{compute_dtype}" if compute_dtype == wide else f"{compute_dtype} or {wide}"
             raise ValueError(f"{name}: wanted {wanted} or None for products in {compute_dtype}, got {dtype}")
+
+
+def check_chunk(chunk_tokens: int | None) -> None:
+    if chunk_tokens is None:
+        return
+    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, (int, torch.SymInt)):
+        raise TypeError(f"chunk_tokens: wanted a whole number or None, got {type(chunk_tokens).__name__}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, chunked, dispatch, reference
 from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
-from .heads import check_dtypes, check_group, check_linear
+from .heads import check_chunk, check_dtypes, check_group, check_linear
 from .vocab_parallel import GatheredRows
 
 
@@ -251,8 +251,7 @@ def linear_token_logprobs(
     _check_ids_shape(token_ids, hidden, "hidden")
     group = check_group(tp_group)
     lead = hidden.shape[:-1]
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+    check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)

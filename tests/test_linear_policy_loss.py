@@ -406,6 +406,7 @@ def test_liger(loss_type):
         (ValueError, "ref_weight: wanted beside", {"ref_hidden": torch.zeros(2, 3, 8)}),
         (ValueError, "ref_hidden: wanted beside", {"ref_weight": torch.zeros(7, 8)}),
         (ValueError, "ref_hidden: wanted", {"ref_hidden": torch.zeros(2, 4, 8), "ref_weight": torch.zeros(7, 8)}),
+        (ValueError, "ref_weight: wanted the 7", {"ref_hidden": torch.zeros(2, 3, 8), "ref_weight": torch.zeros(9, 8)}),
         (ValueError, "advantages: wanted", {"advantages": torch.zeros(5)}),
         (ValueError, "chunk_tokens: wanted", {"chunk_tokens": 0}),
         (ValueError, "temperature: wanted", {"temperature": 0.0}),

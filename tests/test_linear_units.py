@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import rl4llm_fast as rf
 from rl4llm_fast.chunked_losses import whole_units
@@ -127,6 +128,33 @@ def test_backward_twice_and_frozen(name):
     assert not loss.isnan()
     with torch.no_grad():
         torch.testing.assert_close(LOSSES[name](*leaves, tokens)[0], loss.detach())
+
+
+@pytest.mark.parametrize("name", ["gspo", "rollout", "dpo"])
+def test_under_activation_checkpointing(name):
+    factors, tokens, _ = inputs(False)
+    results = []
+    for again in (False, True):
+        leaves = [f.clone().requires_grad_() for f in factors]
+
+        def loss(*leaves):
+            return 3 * LOSSES[name](*leaves, tokens, chunk_tokens=15)[0]
+
+        (checkpoint(loss, *leaves, use_reentrant=False) if again else loss(*leaves)).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["gspo", "dpo"])
+def test_nothing_live_and_nothing_at_all(name):
+    factors, tokens, _ = inputs(False)
+    tokens["mask"][:] = False
+    assert all((leaf == 0).all() for leaf in run(LOSSES[name], factors, tokens)[-3:])
+    factors[0], tokens = factors[0][:, :0], {key: t[:, :0] for key, t in tokens.items()}
+    for backend in ("eager", "cpu"):
+        got = run(LOSSES[name], factors, tokens, backend=backend)
+        assert all((grad == 0).all() for grad in got[-3:])
 
 
 @pytest.mark.parametrize("name", ["gspo", "dpo"])
