@@ -184,6 +184,21 @@ class TestDeterminism:
 
     @each_kernel
     @each_op
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_time_as_the_outer_dimension(self, op, dtype, backend):
+        """Longer than a block, more rows than are taken together, each with an end of its own; one input as it was."""
+        x, last = inputs_of(19, 16_500, dtype=dtype), torch.randn(19).to(dtype)
+        mask = random_mask(19, 16_500)
+        mask[3:6, 16_300:], mask[6:9, 4000:] = False, False
+        for live in (None, mask):
+            columns = {name: tensor.t().contiguous().t() for name, tensor in x.items()} | {"values": x["values"]}
+            got = op(columns, mask=None if live is None else live.t().contiguous().t(), bootstrap_value=last,
+                     backend=backend)  # fmt: skip
+            for a, b in zip(got, op(x, mask=live, bootstrap_value=last, backend=backend), strict=True):
+                assert torch.equal(a, b)
+
+    @each_kernel
+    @each_op
     def test_fresh_memory_is_all_written(self, op, backend, monkeypatch):
         """NaN, which uninitialised memory is filled with here, is left nowhere: masked tokens get their zeros."""
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

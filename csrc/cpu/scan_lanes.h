@@ -83,13 +83,37 @@ RL4LLM_INLINE void scan_lanes_uniform(F& x, const S* powers) {
   }
 }
 
+#if defined(RL4LLM_ISA_AVX512)
+RL4LLM_INLINE void load_first(const float* ptr, int lanes, Lanes<float>::F& x) {
+  x = (Lanes<float>::F)_mm512_maskz_loadu_ps(__mmask16((1u << lanes) - 1), ptr);
+}
+RL4LLM_INLINE void load_first(const double* ptr, int lanes, Lanes<double>::F& x) {
+  x = (Lanes<double>::F)_mm512_maskz_loadu_pd(__mmask8((1u << lanes) - 1), ptr);
+}
+RL4LLM_INLINE void store_first(float* ptr, int lanes, Lanes<float>::F x) {
+  _mm512_mask_storeu_ps(ptr, __mmask16((1u << lanes) - 1), (__m512)x);
+}
+RL4LLM_INLINE void store_first(double* ptr, int lanes, Lanes<double>::F x) {
+  _mm512_mask_storeu_pd(ptr, __mmask8((1u << lanes) - 1), (__m512d)x);
+}
+#else
+template <class S, class F>
+RL4LLM_INLINE void load_first(const S* ptr, int lanes, F& x) {
+  for (int j = 0; j < lanes; ++j) x[j] = ptr[j];
+}
+template <class S, class F>
+RL4LLM_INLINE void store_first(S* ptr, int lanes, F x) {
+  for (int j = 0; j < lanes; ++j) ptr[j] = x[j];
+}
+#endif
+
 template <class L>
 RL4LLM_INLINE typename L::F load(const typename L::S* ptr, int lanes) {
   typename L::F result = {};
   if (lanes == L::width) {
     __builtin_memcpy(&result, ptr, sizeof result);
   } else {
-    for (int j = 0; j < lanes; ++j) result[j] = ptr[j];
+    load_first(ptr, lanes, result);
   }
   return result;
 }
@@ -99,7 +123,7 @@ RL4LLM_INLINE void store(typename L::S* ptr, int lanes, typename L::F value) {
   if (lanes == L::width) {
     __builtin_memcpy(ptr, &value, sizeof value);
   } else {
-    for (int j = 0; j < lanes; ++j) ptr[j] = value[j];
+    store_first(ptr, lanes, value);
   }
 }
 
@@ -116,6 +140,32 @@ RL4LLM_INLINE Lanes<double>::F exp(Lanes<double>::F x) {
   for (int j = 0; j < Lanes<double>::width; ++j) x[j] = __builtin_exp(x[j]);
   return x;
 }
+
+#if defined(RL4LLM_ISA_AVX512)
+constexpr bool kCompresses = true;
+RL4LLM_INLINE Lanes<float>::F compress(Lanes<float>::F x, uint32_t bits) {
+  return (Lanes<float>::F)_mm512_maskz_compress_ps(__mmask16(bits), (__m512)x);
+}
+RL4LLM_INLINE Lanes<double>::F compress(Lanes<double>::F x, uint32_t bits) {
+  return (Lanes<double>::F)_mm512_maskz_compress_pd(__mmask8(bits), (__m512d)x);
+}
+RL4LLM_INLINE Lanes<float>::F expand(Lanes<float>::F x, uint32_t bits) {
+  return (Lanes<float>::F)_mm512_maskz_expand_ps(__mmask16(bits), (__m512)x);
+}
+RL4LLM_INLINE Lanes<double>::F expand(Lanes<double>::F x, uint32_t bits) {
+  return (Lanes<double>::F)_mm512_maskz_expand_pd(__mmask8(bits), (__m512d)x);
+}
+#else
+constexpr bool kCompresses = false;
+template <class F>
+F compress(F x, uint32_t) {
+  return x;
+}
+template <class F>
+F expand(F x, uint32_t) {
+  return x;
+}
+#endif
 
 // Per-token data of one stage as numbers of the accumulation dtype, side by side.
 template <class S>
@@ -161,13 +211,35 @@ RL4LLM_INLINE void widen(ScanElement element, const void* ptr, int64_t stride, i
   }
 }
 
+// Which tokens of a vector are live: lanes that are all ones or 0 and, for AVX-512, a bit each.
+template <class L>
+struct LiveLanes {
+  typename L::I lanes;
+  uint32_t bits;
+};
+
+// 0 where a token is not live.
+template <class L>
+RL4LLM_INLINE typename L::F only(const LiveLanes<L>& live, typename L::F x) {
+#if defined(RL4LLM_ISA_AVX512)
+  if constexpr (sizeof(typename L::S) == sizeof(float)) {
+    return (typename L::F)_mm512_maskz_mov_ps(__mmask16(live.bits), (__m512)x);
+  } else {
+    return (typename L::F)_mm512_maskz_mov_pd(__mmask8(live.bits), (__m512d)x);
+  }
+#else
+  return live.lanes ? x : typename L::F{};
+#endif
+}
+
 enum class Live { all, none, some };
 
 template <class L>
-RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, typename L::I& live) {
+RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, LiveLanes<L>& live) {
   typename L::Bytes bytes = {};
   if (mask_ptr == nullptr && lanes == L::width) {
-    live = typename L::I{} == typename L::I{};
+    live.lanes = typename L::I{} == typename L::I{};
+    live.bits = (1u << L::width) - 1;
     return Live::all;
   }
   if (mask_ptr && lanes == L::width) {
@@ -175,7 +247,13 @@ RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, typename L::I&
   } else {
     for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr ? mask_ptr[j] : 1;
   }
-  live = __builtin_convertvector(bytes, typename L::I) != typename L::I{};
+  live.lanes = __builtin_convertvector(bytes, typename L::I) != typename L::I{};
+#if defined(RL4LLM_ISA_AVX512)
+  __m128i both = _mm_setzero_si128();
+  __builtin_memcpy(&both, &bytes, sizeof bytes);
+  live.bits = _mm_test_epi8_mask(both, both);
+  return live.bits == (1u << L::width) - 1 ? Live::all : live.bits == 0 ? Live::none : Live::some;
+#else
   constexpr __SIZE_TYPE__ word = sizeof bytes < 8 ? sizeof bytes : 8;
   uint64_t all = ~uint64_t(0), any = 0;
   for (__SIZE_TYPE__ i = 0; i < sizeof bytes; i += word) {
@@ -185,6 +263,7 @@ RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, typename L::I&
   }
   const uint64_t ones = 0x0101010101010101u >> (64 - 8 * word);
   return lanes == L::width && all == ones ? Live::all : any == 0 ? Live::none : Live::some;
+#endif
 }
 
 }  // namespace
