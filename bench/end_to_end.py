@@ -1,7 +1,8 @@
 """A whole training step on SmolLM2-135M, fused against plain PyTorch against TRL's trainers, on the same answers.
 
     python -m bench.end_to_end [--trainers sft,rm,ppo,dpo,kto,grpo] [--device cpu|cuda]
-                               [--precision autocast|fp32] [--rounds N] [--model FOLDER] [--out DIR]
+                               [--precision autocast|fp32] [--rounds N] [--variants fused,eager,trl] [--model FOLDER]
+                               [--out DIR]
 
 A step is forward, loss, backward, clipping and optimizer on answers that are given: sampling is left out. Everyone has
 a process of its own; they take turns. Speed-ups are printed where the gradients' norms of the first step agree. The
@@ -33,11 +34,19 @@ SIZES = {
 TRAINERS = tuple(trainer_steps.MADE)
 
 
-def measure(trainer: str, batch: dict[str, Any], model: str, precision: str, device: str, rounds: int) -> list[Any]:
+def measure(
+    trainer: str,
+    batch: dict[str, Any],
+    model: str,
+    precision: str,
+    device: str,
+    rounds: int,
+    variants: Sequence[str] = VARIANTS,
+) -> list[Any]:
     """A row a variant; one that is absent or fails says why."""
     from rl4llm_fast.trainer.compare import Worker, take_turns
 
-    known = [name for name in VARIANTS if name != "trl" or trainer in trainer_steps.TRL]
+    known = [name for name in variants if name != "trl" or trainer in trainer_steps.TRL]
     rows = {name: {"trainer": trainer, "variant": name} for name in known}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "batch.json")
@@ -145,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--precision", choices=("autocast", "fp32"), default="autocast", help="of everyone's forward")
     parser.add_argument("--rounds", type=int, default=6, help="steps of each, the first not counted")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; default: %(default)s")
     parser.add_argument("--model", help="a folder that from_pretrained takes; default: SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results", help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -152,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted(set(chosen) - set(TRAINERS))
     if unknown or not chosen:
         parser.error(f"--trainers: wanted names among {', '.join(TRAINERS)}, got {arguments.trainers!r}")
+    variants = [name for name in VARIANTS if name in arguments.variants.split(",")]
+    if "fused" not in variants or len(variants) < len(arguments.variants.split(",")):
+        parser.error(f"--variants: wanted fused and others among {', '.join(VARIANTS)}, got {arguments.variants!r}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU, and torch sees none here (torch.cuda.is_available() is False)")
         return 2
@@ -173,9 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         same = all(before["meta"].get(key) == meta[key] for key in ("precision", "sizes", "torch", "device"))
         result["rows"] = [row for row in before["rows"] if same and row["trainer"] not in chosen]
     for trainer in chosen:
-        print(f"{trainer}: {', '.join(VARIANTS)}, {arguments.rounds} steps each ...", file=sys.stderr, flush=True)
+        print(f"{trainer}: {', '.join(variants)}, {arguments.rounds} steps each ...", file=sys.stderr, flush=True)
         batch = trainer_steps.make_batch(trainer, sizes, _vocabulary(model))
-        result["rows"] += measure(trainer, batch, model, arguments.precision, arguments.device, arguments.rounds)
+        result["rows"] += measure(
+            trainer, batch, model, arguments.precision, arguments.device, arguments.rounds, variants
+        )
         report.write_json(path, result)
     print(markdown(result))
     print(f"wrote {path}")

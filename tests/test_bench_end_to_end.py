@@ -80,9 +80,9 @@ def test_the_command_from_end_to_end(
     folder: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(end_to_end.SIZES, "cpu", SMALL)
-    monkeypatch.setattr(end_to_end, "VARIANTS", ("fused", "trl"))
     monkeypatch.setattr(end_to_end.importlib.util, "find_spec", lambda name: None)
     arguments = ["--model", folder, "--trainers", "dpo", "--precision", "fp32", "--rounds", "2", "--out", str(tmp_path)]
+    arguments += ["--variants", "fused,trl"]
     assert end_to_end.main(arguments) == 0
     (path,) = tmp_path.glob("end-to-end-*.json")
     fused, trl = json.loads(path.read_text())["rows"]
@@ -96,10 +96,9 @@ def test_the_command_from_end_to_end(
     assert "| dpo | fused |" in page.read_text()
 
 
-def test_a_process_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(end_to_end, "VARIANTS", ("fused",))
+def test_a_process_that_dies_is_a_row(tmp_path: pathlib.Path) -> None:
     batch: dict[str, Any] = {"rows": [{"prompt": [1], "chosen": [2], "rejected": [3]}]}
-    (row,) = end_to_end.measure("dpo", batch, str(tmp_path / "no-model"), "fp32", "cpu", 1)
+    (row,) = end_to_end.measure("dpo", batch, str(tmp_path / "no-model"), "fp32", "cpu", 1, ["fused"])
     assert row["status"] == "failed"
     assert "ended with status" in row["reason"]
 
@@ -108,5 +107,8 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         end_to_end.main(["--trainers", "grpo,ppt"])
     assert "got 'grpo,ppt'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--variants", "fused,egaer"])
+    assert "got 'fused,egaer'" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert end_to_end.main(["--device", "cuda"]) == 2
