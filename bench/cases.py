@@ -37,6 +37,8 @@ class Target:
             text = f"<= {self.value:g} ms"
         elif self.kind == "copy_fraction":
             text = f">= {self.value:.0%} of copy"
+        elif self.kind == "workspace_bytes":
+            text = f"workspace <= {self.value / 2**20:,.0f} MiB"
         elif self.kind == "memory":
             text = f"extra <= {f'1/{self.value:g} of ' if self.value != 1 else ''}{self.peer}"
         elif self.kind == "products":
@@ -139,6 +141,22 @@ def _cpu_small() -> Iterator[Case]:
     )
 
 
+def _small_ops() -> Iterator[Case]:
+    """The other ops of a few numbers a token, and the loss that sees whole sequences; without thresholds."""
+    for suite, rows, positions in (("cpu", 256, 1_024), ("gpu", 512, 4_096)):
+        common = {"dtype": torch.float32, "shape": (rows, positions), "suites": (suite,)}
+        for op, mode, variant in (
+            ("kl_estimate", BOTH, "k3"),
+            ("value_loss", BOTH, "clipped"),
+            ("kto_loss", BOTH, ""),
+            ("whiten", FORWARD, "masked"),
+            ("vtrace", FORWARD, "padded"),
+            ("n_step_returns", FORWARD, "padded"),
+        ):
+            yield Case(op, op, mode, variant=variant, **common)  # type: ignore[arg-type]
+        yield Case("policy_loss", "policy_loss_gspo", BOTH, variant="gspo k3", **common)  # type: ignore[arg-type]
+
+
 def _cpu_linear() -> Iterator[Case]:
     """From hidden states (N, D, V), with little memory and, "one chunk", with all logits kept for the backward."""
     shape, suites = (2_048, 576, 49_152), ("cpu",)
@@ -200,7 +218,10 @@ def _gpu() -> Iterator[Case]:
         ("linear_token_logprobs", BOTH, "", 48),
         ("linear_policy_loss", BOTH, "grpo k3", 40),
     ):
-        yield Case(op, op, mode, bf16, shape, ("gpu",), (Target("time_ms", milliseconds, device=h100),), variant)
+        targets: tuple[Target, ...] = (Target("time_ms", milliseconds, device=h100),)
+        if op == "linear_policy_loss":
+            targets += (Target("workspace_bytes", 2**30),)
+        yield Case(op, op, mode, bf16, shape, ("gpu",), targets, variant)
     shape, targets = (64, 2_048), (_faster(10, "eager"),)
     yield Case("preference_loss", "preference_loss", BOTH, torch.float32, shape, ("gpu",), targets, "dpo")
     yield Case("group_advantages", "group_advantages", FORWARD, torch.float32, (2**20,), ("gpu",), (), "shuffled")
@@ -251,7 +272,16 @@ def size_of(op: str, axis: str, shape: Sequence[int]) -> int:
     return shape[_SIZES[op].index(axis)]
 
 
-CASES: tuple[Case, ...] = (*_cpu_logits(), *_cpu_kl(), *_cpu_small(), *_cpu_linear(), *_cpu_gae(), *_gpu(), *_sweep())
+CASES: tuple[Case, ...] = (
+    *_cpu_logits(),
+    *_cpu_kl(),
+    *_cpu_small(),
+    *_small_ops(),
+    *_cpu_linear(),
+    *_cpu_gae(),
+    *_gpu(),
+    *_sweep(),
+)
 SUITES = ("smoke", "cpu", "gpu", "sweep")
 
 

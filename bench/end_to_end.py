@@ -64,8 +64,11 @@ def measure(
                 except RuntimeError as error:
                     workers.pop(name).stop()
                     rows[name].update(status="failed", reason=str(error))
-            for name, steps in take_turns(workers, rounds).items():
+            failed: dict[str, str] = {}
+            for name, steps in take_turns(workers, rounds, failed).items():
                 rows[name].update(cost(steps, trainer_steps.tokens_of(trainer, batch)))
+            for name, reason in failed.items():
+                rows[name].update(status="failed", reason=reason)
         finally:
             for worker in workers.values():
                 worker.stop()

@@ -11,6 +11,8 @@ A peer's function has the signature of its case's ``call``:
     linear_token_logprobs(hidden (N, D), weight (V, D), token_ids (N,)) -> logp (N,)
     linear_policy_loss(hidden, weight, token_ids, ref_logp, advantages (N,)) -> loss; on-policy GRPO with k3, β 0.04
     gae(rewards, values (B, T) or (N,), mask, mask_mode, cu_seqlens (B+1,)) -> (advantages, returns); γ 0.99, λ 0.95
+
+Those of the ops of :mod:`bench.small` stand there.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 from rl4llm_fast.testing import error_bound
 
-from . import peers
+from . import peers, small
 from .cases import BACKWARD, BOTH, FORWARD, IN_PLACE, Case
 from .peers import ours
 from .timing import Step
@@ -64,6 +66,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         return {"rewards": torch.randn(count, generator=generator, device=device), "group_ids": ids}
     if case.op == "gae":
         return _gae_inputs(case, device, generator)
+    if case.op in small.OPS:
+        return small.inputs(case.op, case.shape, generator)
     if case.op.startswith("linear_"):
         return _linear_inputs(case, device, generator)
     rows, positions = case.shape
@@ -163,6 +167,8 @@ def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool
         return _linear_step(case, function, inputs)
     if case.op == "gae":
         return _gae_step(case, function, inputs)
+    if case.op in small.OPS:
+        return _small_step(case, function, inputs)
     return _logits_step(case, function, inputs, restore)
 
 
@@ -274,6 +280,20 @@ def _gae_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
     mode = "zero" if "zero" in case.variant else "skip"
     tensors = [inputs["rewards"], inputs["values"], inputs.get("mask"), mode, inputs.get("cu_seqlens")]
     return Step(lambda: None, lambda _: dict(zip(("advantages", "returns"), function(*tensors), strict=True)))
+
+
+def _small_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> Step:
+    assert case.mode in (FORWARD, BOTH)
+    name = small.OPS[case.op].leaf
+
+    def run(_: object) -> Outputs:
+        if case.mode == FORWARD or name is None:
+            with torch.no_grad():
+                return small.call(case.op, function, inputs, None)
+        leaf, received = _with_gradient(inputs[name])
+        return small.call(case.op, function, inputs, leaf) | {f"grad_{name}": received[0]}
+
+    return Step(lambda: None, run)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
             inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
             small = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5}
             style = {**dict.fromkeys(inked, ink), **small, "grid.alpha": 0.18, "axes.axisbelow": True}
+            style["figure.dpi"] = _DPI  # the width of a text depends on it, and is laid out before it is drawn
             with plt.rc_context({**style, "figure.facecolor": paper, "axes.facecolor": paper}):
                 figure = make(plt)
                 figure.text(0.995, 0.04 / figure.get_figheight(), footer, ha="right", fontsize=6, alpha=0.7)
@@ -182,6 +183,9 @@ def _logarithmic(axes: Any, xlabel: str, ylabel: str | None) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high / 30), high)  # a decade and a half at least, so that some line bears a number
     axes.grid(which="major")
     axes.set_xlabel(xlabel)
     if ylabel:

@@ -2,7 +2,8 @@
 
 python -m bench.report [FILE.json ...]      print tables (default: the newest of every suite and device)
 python -m bench.report --plots              draw their plots anew
-python -m bench.report --readme             rewrite the README between <!-- bench:begin --> and <!-- bench:end -->
+python -m bench.report --readme             rewrite the README between <!-- bench:begin --> and <!-- bench:end -->:
+                                            of each suite the newest result, whatever machine it is of
 python -m bench.report --performance        the same for the tables of docs/performance.md
 """
 
@@ -47,6 +48,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(_floor(record))
         missing = [f"{r['implementation']}: {r['status']}, {r['reason']}" for r in record["results"] if "reason" in r]
         lines += [f"  - {text}" for text in missing]
+        lines += _memory(record)
         lines += [f"  > {_verdict(target)}" for target in record["targets"]]
     verdicts = [target["verdict"] for record in result["cases"] for target in record["targets"]]
     versions = {r["implementation"]: r["version"] for record in result["cases"] for r in record["results"]}
@@ -99,6 +101,14 @@ def _floor(record: dict[str, Any]) -> str:
     return f"  {'(products)':<12}{floor:>10.3f}  its bare matrix products; over them: {', '.join(over)}"
 
 
+def _memory(record: dict[str, Any]) -> list[str]:
+    """From hidden states: what the peak memory consists of."""
+    if "memory" not in record:
+        return []
+    parts = ", ".join(f"{name} {size / MIB:,.0f} MiB" for name, size in record["memory"].items())
+    return [f"  . extra memory of {OURS}: {parts}"]
+
+
 def _verdict(target: dict[str, Any]) -> str:
     got = f": {target['shown']}" if target["got"] is not None else f" ({target['reason']})"
     return f"{target['verdict'].upper() if target['verdict'] == 'missed' else target['verdict']} {target['text']}{got}"
@@ -140,6 +150,17 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
         if match:  # sorted by name, so by date within a suite and device
             latest[match[1], match[2]] = path
     return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
+
+
+def newest_of_suites(results: dict[pathlib.Path, dict[str, Any]]) -> dict[pathlib.Path, dict[str, Any]]:
+    """What a page shows: of each suite and kind of device the newest; older machines' results stay in their files."""
+    latest: dict[tuple[str, str], pathlib.Path] = {}
+    for path in sorted(results, key=lambda path: results[path]["meta"]["date"]):
+        meta = results[path]["meta"]
+        latest[meta["suite"], meta["device_kind"]] = path
+    if ("cpu", "cpu") in latest:  # a full suite has the cases of the smoke run
+        latest.pop(("smoke", "cpu"), None)
+    return {path: result for path, result in results.items() if path in latest.values()}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -258,17 +279,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.readme is not None:
         from rl4llm_fast.info import ledger_lines
 
+        shown = newest_of_suites(results)
         suites = ("smoke", "cpu", "gpu")
-        blocks = [markdown(result) for result in results.values() if result["meta"]["suite"] in suites]
-        blocks += [pictures(path.with_suffix(""), arguments.readme) for path in results]
+        blocks = [markdown(result) for result in shown.values() if result["meta"]["suite"] in suites]
+        blocks += [pictures(path.with_suffix(""), arguments.readme) for path in shown]
         blocks.append("\n".join(ledger_lines(bullet="- ")))
         rewrite(arguments.readme, "bench", [block for block in blocks if block])
-        print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in results)}")
+        print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in shown)}")
     if arguments.performance is not None:
         made = {"sweep": sweeps.markdown, "end-to-end": end_to_end.markdown}
         written = 0
+        shown = newest_of_suites(results)
         for suite, make in made.items():
-            blocks = [make(result) for result in results.values() if result["meta"]["suite"] == suite]
+            blocks = [make(result) for result in shown.values() if result["meta"]["suite"] == suite]
             if blocks:
                 rewrite(arguments.performance, suite, blocks)
                 print(f"rewrote the table {suite} in {arguments.performance}")

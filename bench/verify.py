@@ -3,9 +3,10 @@
     python -m bench.verify [--plan] [--kernel PATH ...] [--minutes M] [--again]
 
 For each kernel file: its gpu-marked tests; for CUDA C++ also compute-sanitizer's memcheck and racecheck; its cases of
-the suite gpu. Then the whole suite gpu beside its peers. The ledger (bench/results/verified.json) is written after
-every step: a run that is cut off, or that --minutes ended, loses one step, and the same command goes on where it
-stopped. No step takes longer than eight minutes. --plan says what would run and for how long.
+the suite gpu. Then the whole suite gpu beside its peers, and the largest micro-batch that fits. The ledger
+(bench/results/verified.json) is written after every step: a run that is cut off, or that --minutes ended, loses one
+step, and the same command goes on where it stopped. No step takes longer than eight minutes. --plan says what would run
+and for how long.
 
 The exit status: 0 all held; 1 a test failed, a tool found something or a result was wrong; 2 there is no GPU, and the
 ledger stays as it is; 3 --minutes are over, and steps are left.
@@ -30,15 +31,16 @@ import torch
 import rl4llm_fast as rf
 from rl4llm_fast.info import LEDGER, kernel_files, kernel_sources, ledger_lines, read_ledger
 
-from . import cases, measure, peers, report, run, sanitizer, timing
+from . import capacity, cases, measure, peers, report, run, sanitizer, timing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Kernel files whose name is not that of the public op that they serve.
 _OPS = {
     "token_logprobs": ("token_logprobs", "linear_token_logprobs"),
-    "token_loss": ("policy_loss", "kl_estimate", "linear_policy_loss"),
-    "preference": ("preference_loss",),
+    "token_loss": ("policy_loss", "value_loss", "kl_estimate", "linear_policy_loss"),
+    "token_loss_sequences": ("policy_loss_gspo",),
+    "preference": ("preference_loss", "kto_loss"),
     "groups": ("group_advantages", "process_advantages"),
     "n_step": ("n_step_returns",),
     "scan": ("gae", "vtrace"),
@@ -49,7 +51,7 @@ _OPS = {
 # The file of a kernel's gpu-marked tests where it is not tests/test_gpu_{name of the kernel file}.py.
 _TESTS = {
     "token_logprobs": "tests/test_gpu.py",
-    "token_loss": "tests/test_losses.py",
+    **dict.fromkeys(("token_loss", "token_loss_sequences"), "tests/test_losses.py"),
     "kl_estimate": "tests/test_kl_estimate.py",
     "scale": "tests/test_gpu_linear.py",
     "preference": "tests/test_preference.py",
@@ -61,7 +63,14 @@ _PYTEST_NO_TESTS = 5
 _TESTS_LIMIT_S = 450.0
 SUITE_MINUTES = 7.0
 # For --plan, where the ledger has not measured a step yet: guesses at seconds, on the long side.
-_GUESS_S = {"tests": 90.0, "memcheck": 180.0, "racecheck": 180.0, "case": 8.0, "suite": 60 * SUITE_MINUTES}
+_GUESS_S = {
+    "tests": 90.0,
+    "memcheck": 180.0,
+    "racecheck": 180.0,
+    "case": 8.0,
+    "capacity": 60.0,
+    "suite": 60 * SUITE_MINUTES,
+}
 
 HELD, FAILED, NO_GPU, UNFINISHED = 0, 1, 2, 3
 
@@ -85,7 +94,8 @@ def tests_of(kernel: str) -> list[str]:
 
 
 def cases_of(kernel: str) -> list[cases.Case]:
-    return [case for case in cases.CASES if "gpu" in case.suites and case.op in ops_of(kernel)]
+    served = ops_of(kernel)
+    return [case for case in cases.CASES if "gpu" in case.suites and (case.op in served or case.call in served)]
 
 
 def steps_of(kernel: str) -> list[str]:
@@ -120,7 +130,8 @@ def plan(kernels: Sequence[str], ledger: dict[str, Any] | None = None) -> str:
     if not lines:
         return "no GPU kernels in this tree"
     lines.append(f"suite gpu beside its peers: {shlex.join(suite_command())}")
-    total += _GUESS_S["suite"]
+    lines.append("the largest micro-batch that fits, eager and fused: python -m bench.capacity")
+    total += _GUESS_S["suite"] + _GUESS_S["capacity"]
     how = " (guessed where the ledger has no figure)" if guessed else ""
     lines.append(f"in all about {total / 60:.0f} minutes{how}; each kernel file's sha256 goes into {LEDGER.name}")
     return "\n".join(lines)
@@ -274,6 +285,7 @@ def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool, minut
     if again:  # said once, so that a run that is cut off goes on without it
         ledger["kernels"] = {name: entry for name, entry in ledger["kernels"].items() if name not in kernels}
         ledger.pop("suite", None)
+        ledger.pop("capacity", None)
         report.write_json(ledger_path, ledger)
     held = True
     for number, kernel in enumerate(kernels, 1):
@@ -292,6 +304,13 @@ def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool, minut
             return UNFINISHED
         ledger["suite"] = now
         report.write_json(ledger_path, ledger)
+    if {key: ledger.get("capacity", {}).get(key) for key in now} != now:
+        if clock.over:
+            return UNFINISHED
+        found = capacity.measure()
+        ledger["capacity"] = {**now, **{key: found[key] for key in ("tokens", "ratio", "target", "reached")}}
+        report.write_json(ledger_path, ledger)
+        print(capacity.text(found))
     return HELD if held else FAILED
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import small
+
 if TYPE_CHECKING:
     from .cases import Case
 
@@ -108,7 +110,18 @@ def _linear_flops(case: Case) -> int:
     return (1 if case.mode == FORWARD else 3) * 2 * rows * width * vocabulary
 
 
+def _small_bytes(case: Case) -> int:
+    op, (rows, positions) = small.OPS[case.op], case.shape
+    return rows * positions * (op.forward_bytes + (op.backward_bytes if case.mode == BOTH else 0))
+
+
+def _small_flops(case: Case) -> int:
+    rows, positions = case.shape
+    return small.OPS[case.op].flops * rows * positions
+
+
 BYTES = {
+    **dict.fromkeys(small.OPS, _small_bytes),
     "linear_token_logprobs": _linear_bytes,
     "linear_policy_loss": _linear_bytes,
     "gae": _gae_bytes,
@@ -119,6 +132,7 @@ BYTES = {
     "group_advantages": _group_bytes,
 }
 FLOPS = {
+    **dict.fromkeys(small.OPS, _small_flops),
     "linear_token_logprobs": _linear_flops,
     "linear_policy_loss": _linear_flops,
     "gae": _gae_flops,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import re
-import subprocess
 
 import pytest
+
+from bench import static
 
 NVIDIA = [("cuda", arch, 32) for arch in (80, 90, 100)]
 AMD = ("hip", "gfx942", 64)
@@ -46,23 +46,23 @@ def compile_kernel(kernel, types, constants, warps, target, divisible=(), nvidia
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
-def assert_fits(compiled, folder, budget, label):
-    """No spills, and no more registers than the budget. On AMD, where there is no budget: no spills."""
+def assert_fits(compiled, budget, variant):
+    """No spills, no more registers than the budget, nothing worse than recorded; on AMD only no spills."""
+    import triton
+
+    kernel = compiled.metadata.name
     if "amdgcn" in compiled.asm:
         assert len(compiled.asm["hsaco"]) > 0
         spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
         assert spills is not None
-        assert int(spills.group(1)) == 0, label
+        assert int(spills.group(1)) == 0, f"{kernel} {variant}"
         return
-    import triton
-
-    file = folder / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
-    assert int(stack) == 0, f"{label} spills {stack} bytes"  # spills show as stack
-    assert int(registers) <= budget, f"{label}: {registers} registers, budget {budget}"
+    arch = compiled.metadata.target.arch
+    figures = static.read(compiled.asm["cubin"], arch, compiled.metadata.shared)[kernel]
+    label = f"{kernel} {variant} on sm_{arch}"
+    assert figures.spills == 0, f"{label} spills"
+    assert figures.registers <= budget, f"{label}: {figures.registers} registers, budget {budget}"
+    static.check(kernel, variant, arch, ("triton", triton.__version__), figures)
 
 
 def wide(compiled, what):

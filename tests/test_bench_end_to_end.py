@@ -11,6 +11,7 @@ import torch
 from tiny_llama import END, save_with_tokenizer
 
 from bench import end_to_end, report, run, trainer_steps
+from rl4llm_fast.trainer.compare import take_turns
 
 pytest.importorskip("transformers")
 SMALL = {"prompts": 3, "prompt": 8, "group": 4, "answer": 12}
@@ -101,6 +102,26 @@ def test_a_process_that_dies_is_a_row(tmp_path: pathlib.Path) -> None:
     (row,) = end_to_end.measure("dpo", batch, str(tmp_path / "no-model"), "fp32", "cpu", 1, ["fused"])
     assert row["status"] == "failed"
     assert "ended with status" in row["reason"]
+
+
+def test_a_worker_that_dies_on_the_way_leaves_the_others_their_turns() -> None:
+    class Worker:
+        def __init__(self, dies_at: int) -> None:
+            self.left = dies_at
+
+        def step(self) -> dict[str, float]:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("ended with status -9")
+            return {"seconds": 1.0}
+
+    failed: dict[str, str] = {}
+    workers: Any = {"a": Worker(9), "b": Worker(1), "c": Worker(9)}
+    rows = take_turns(workers, 3, failed)
+    assert {name: len(steps) for name, steps in rows.items()} == {"a": 3, "c": 3}
+    assert failed == {"b": "ended with status -9"}
+    with pytest.raises(RuntimeError, match="status -9"):
+        take_turns(workers, 1)
 
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, ops, peers
+from bench import cases, ops, peers, small
 from bench.cases import BOTH, FORWARD, Case
 
 LOGITS = Case("token_logprobs", "token_logprobs", BOTH, torch.float32, (8, 300), ("cpu",))
@@ -79,6 +79,27 @@ def test_chunked_heads_of_other_libraries_compute_the_same(name: str, op: str, m
         found = judged(name, linear(op, mode, dtype))
         assert ("grad_weight" in found) == (mode == BOTH)
         assert all(error.within for error in found.values()), found
+
+
+@pytest.mark.parametrize("op", [*small.OPS, "policy_loss_gspo"])
+def test_ops_of_a_few_numbers_a_token_and_their_formulas_agree(op: str) -> None:
+    public = op if op in small.OPS else "policy_loss"
+    mode = BOTH if public == "policy_loss" or small.OPS[op].leaf else FORWARD
+    case = Case(public, op, mode, torch.float32, (6, 40), ("cpu",))
+    inputs = ops.make_inputs(case, "cpu")
+    outputs = {
+        name: ops.first_run(ops.step(case, peers.build(name, case, "cpu"), inputs)) for name in (peers.OURS, "eager")
+    }
+    assert outputs["eager"].keys() == outputs[peers.OURS].keys()
+    assert any(name.startswith("grad_") for name in outputs["eager"]) == (mode == BOTH)
+    for name, found in ops.errors(case, inputs, outputs).items():
+        assert found.keys() == outputs[name].keys()
+        # both follow the formula; the library's own results also meet the error rule
+        assert all(error.within or name == "eager" for error in found.values()), (name, found)
+    for key, value in outputs["eager"].items():
+        torch.testing.assert_close(value, outputs[peers.OURS][key], atol=1e-5, rtol=1e-4)
+    assert case.bytes > 0
+    assert case.flops > 0
 
 
 def test_a_forward_alone_has_one_product_of_three() -> None:

@@ -200,6 +200,20 @@ def test_peers_of_a_sweep_are_few_unless_asked_for() -> None:
     assert run._arguments(["--suite", "gpu"]).device == "cuda"
 
 
+def test_a_page_shows_the_newest_of_each_suite() -> None:
+    def result(suite: str, date: str, kind: str = "cpu") -> dict[str, Any]:
+        return {"meta": {"suite": suite, "date": date, "device_kind": kind}}
+
+    given = {
+        pathlib.Path("cpu-a.json"): result("cpu", "2026-01-01"),
+        pathlib.Path("cpu-b.json"): result("cpu", "2026-01-02"),
+        pathlib.Path("gpu-c.json"): result("gpu", "2025-01-01", "cuda"),
+        pathlib.Path("smoke-b.json"): result("smoke", "2026-01-03"),
+        pathlib.Path("sweep-a.json"): result("sweep", "2026-01-01"),
+    }
+    assert [path.stem for path in report.newest_of_suites(given)] == ["cpu-b", "gpu-c", "sweep-a"]
+
+
 def test_ceilings_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cpu_sample", lambda step: (step.run(step.prepare()), 4.0)[1])
     found = timing.product_ceilings("cpu", budget_s=0.0)

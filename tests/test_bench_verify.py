@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, sanitizer, verify
-from rl4llm_fast.info import kernel_sources, ledger_status
+from bench import capacity, cases, sanitizer, verify
+from rl4llm_fast.info import kernel_files, kernel_sources, ledger_status
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLEAN = {"passed": 3, "failed": 0, "skipped": 0, "names": ["t::a"], "failures": []}
@@ -38,7 +38,14 @@ def test_the_plan_names_tests_and_cases() -> None:
     assert "case:  linear_policy_loss grpo k3/forward+backward/bf16/8192x4096x131072" in text
     assert "case:  policy_loss grpo k3/forward+backward/fp32/256x4096" in text
     assert "tests/test_gpu_new.py -m gpu -k 'triton or not cuda'   (there is no such file" in text
-    assert "case:  none in the suite gpu yet" in text
+    assert "case:  none in the suite gpu yet" in text  # of kernels/new.py
+
+
+def test_every_kernel_of_the_tree_has_tests_and_a_case() -> None:
+    for kernel in kernel_files(ROOT):
+        assert (ROOT / verify.tests_of(kernel)[0]).is_file(), kernel
+        assert verify.cases_of(kernel), kernel
+    assert {case.call for case in verify.cases_of("kernels/token_loss_sequences.py")} == {"policy_loss_gspo"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,7 @@ class Steps:
         monkeypatch.setattr(sanitizer, "check", lambda tool, arguments: self.step(tool, self.found))
         monkeypatch.setattr(verify, "run_figures", self.figures)
         monkeypatch.setattr(verify, "run_suite", lambda minutes: self.step("suite", True))
+        monkeypatch.setattr(capacity, "measure", lambda: self.step("capacity", LARGEST))
 
     def figures(self, kernel: str, case: cases.Case, copy: float) -> Any:
         return self.step(case.name, {"case": case.name, "correct": True, "median_ms": 1.0})
@@ -111,10 +119,17 @@ class Steps:
         return answer
 
 
+LARGEST = {
+    "meta": {"width": 1, "vocabulary": 1, "device": "X"},
+    "tokens": {"eager": 1, "rl4llm_fast": 12},
+    "ratio": 12.0,
+    "target": 10.0,
+    "reached": True,
+}
 KERNELS = ["kernels/a.py", "csrc/cuda/b.cu"]
 ALL = [
     *("kernels/a.py tests", "a/forward/fp32/8x300"),
-    *("csrc/cuda/b.cu tests", "memcheck", "racecheck", "b/forward/fp32/8x300", "suite"),
+    *("csrc/cuda/b.cu tests", "memcheck", "racecheck", "b/forward/fp32/8x300", "suite", "capacity"),
 ]
 
 
@@ -129,6 +144,7 @@ def test_all_steps_in_order_and_what_the_ledger_keeps(tree: pathlib.Path, monkey
     assert entry["sanitizer"].keys() == {"memcheck", "racecheck"}
     assert [figure["case"] for figure in entry["figures"]] == ["b/forward/fp32/8x300"]
     assert entry["seconds"].keys() == {"tests", "memcheck", "racecheck", "b/forward/fp32/8x300"}
+    assert ledger["capacity"]["tokens"] == {"eager": 1, "rl4llm_fast": 12}
     assert {status.state for status in ledger_status(tree, path)} == {"verified"}
     assert verify.verify(KERNELS, path, again=False) == verify.HELD
     assert steps.done == ALL  # nothing ran again, the suite neither

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 
 import pytest
+
+from bench import static
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -35,18 +36,9 @@ def toolkit() -> pathlib.Path | None:
     return next((home for home in named if (home / "bin" / "nvcc").is_file()), None)
 
 
-def cuobjdump(home: pathlib.Path) -> str | None:
-    """The toolkit's, or the one in Triton's package."""
-    if (home / "bin" / "cuobjdump").is_file():
-        return str(home / "bin" / "cuobjdump")
-    triton = pytest.importorskip("triton", reason="no cuobjdump: neither in the CUDA toolkit nor in triton")
-    inside = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(inside) if inside.is_file() else shutil.which("cuobjdump")
-
-
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """{(source name, arch): cubin}, all compiled side by side."""
+    """nvcc's version, and {(source name, arch): {symbol: figures}}, all compiled side by side."""
     home = toolkit()
     if home is None:
         pytest.skip("no CUDA toolkit here (no nvcc in CUDA_HOME or /usr/local/cuda*)")
@@ -61,48 +53,58 @@ def cubins(tmp_path_factory):
     for (name, arch), (_, process) in jobs.items():
         errors = process.communicate()[1]
         assert process.returncode == 0, f"{name}.cu for sm_{arch}:\n{errors}"
-    return cuobjdump(home), {key: out for key, (out, _) in jobs.items()}
+    version = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = {key: static.read(out.read_bytes(), int(key[1].rstrip("a"))) for key, (out, _) in jobs.items()}
+    return re.search(r"release ([\d.]+)", version)[1], found
+
+
+def kernel_and_variant(symbol: str) -> tuple[str, str]:
+    """The kernel's name, and its template arguments, of a mangled symbol."""
+    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+    name = re.sub(r"rl4llm::|\(anonymous namespace\)::|^void |__(?=half|nv_)", "", name)
+    kernel, arguments = re.match(r"(\w+)(?:<(.*?)>)?\(", name).groups()
+    return kernel, arguments or "plain"
 
 
 @pytest.mark.slow
 def test_no_spills_and_registers_within_budget(cubins):
-    tool, files = cubins
-    assert files
-    for (name, arch), cubin in files.items():
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    version, found = cubins
+    for (name, arch), kernels in found.items():
         assert kernels, f"{name}.cu holds no kernel for sm_{arch}"
-        for kernel, registers, stack in kernels:
-            assert int(stack) == 0, f"{kernel} sm_{arch} spills {stack} bytes"
-            budget = REGISTERS if any(streaming in kernel for streaming in STREAMING) else OTHER_REGISTERS
-            if "scan_kernel" in kernel:
-                (budget,) = {b for formula, b in SCAN_REGISTERS.items() if formula in kernel}
-            assert int(registers) <= budget, f"{kernel} sm_{arch}: {registers} registers, budget {budget}"
+        seen = set()
+        for symbol, figures in kernels.items():
+            kernel, variant = kernel_and_variant(symbol)
+            assert (kernel, variant) not in seen
+            seen.add((kernel, variant))
+            assert figures.spills == 0, f"{kernel} {variant} sm_{arch} spills"
+            budget = REGISTERS if kernel in STREAMING else OTHER_REGISTERS
+            if kernel == "scan_kernel":
+                (budget,) = {b for formula, b in SCAN_REGISTERS.items() if variant.startswith(formula)}
+            assert figures.registers <= budget, f"{kernel} {variant} sm_{arch}: {figures.registers}, budget {budget}"
+            static.check(kernel, variant, int(arch.rstrip("a")), ("nvcc", version), figures)
 
 
 @pytest.mark.slow
 def test_streaming_kernels_move_16_bytes_at_a_time(cubins):
-    tool, files = cubins
+    _, found = cubins
     for kernel, (name, count) in STREAMING.items():
-        sass = subprocess.run([tool, "-sass", files[name, "90a"]], capture_output=True, text=True, check=True).stdout
-        bodies = [body for body in re.split(r"Function : ", sass)[1:] if kernel in body.split("\n", 1)[0]]
-        assert len(bodies) >= count
-        for body in bodies:
-            head = body.split("\n", 1)[0]
-            assert re.search(r"LDG\.E\.\S*128", body), f"no 16-byte load in {head}"
+        for arch in ARCHS:
+            variants = [figures for symbol, figures in found[name, arch].items() if kernel in symbol]
+            assert len(variants) >= count
+            assert {figures.load_bits for figures in variants} == {128}
             if "bwd" in kernel or "apply" in kernel:
-                assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"
+                assert {figures.store_bits for figures in variants} == {128}
 
 
 @pytest.mark.slow
 def test_scans_move_16_bytes_at_a_time(cubins):
     """Four tokens a thread: 16 bytes of fp32 in (8 of the halves), 16 bytes of every result out."""
-    tool, files = cubins
-    sass = subprocess.run([tool, "-sass", files["scan", "90a"]], capture_output=True, text=True, check=True).stdout
-    bodies = [body.split("\n", 1) for body in re.split(r"Function : ", sass)[1:]]
-    assert len(bodies) == (3 + 3 + 1) * 2 * 2  # gae and vtrace in every dtype, the backward; warp or block; both passes
-    for head, body in bodies:
-        width = 64 if "half" in head or "bfloat16" in head else 128
-        assert re.search(rf"LDG\.E\.\S*{width}", body), f"no load of {width} bits in {head}"
-        if "Lb1E" in head:
-            assert re.search(r"STG\.E\.\S*128", body), f"no 16-byte store in {head}"
+    _, found = cubins
+    for arch in ARCHS:
+        kernels = found["scan", arch]
+        assert len(kernels) == (3 + 3 + 1) * 2 * 2  # gae and vtrace in every dtype, the backward; warp or block; passes
+        for symbol, figures in kernels.items():
+            halves = "half" in symbol or "bfloat16" in symbol
+            assert figures.load_bits >= (64 if halves else 128), symbol
+            if "Lb1E" in symbol:
+                assert figures.store_bits == 128, symbol

@@ -63,7 +63,7 @@ def kernel_cases():
 
 
 @pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=str)
-def test_compiles_without_spills(target, tmp_path):
+def test_compiles_without_spills(target):
     for name, kernel, types, constants, warps, options in kernel_cases():
         compiled = compile_kernel(kernel, types, constants, warps, target, nvidia=options)
-        assert_fits(compiled, tmp_path, REGISTERS, f"{name} {target}")
+        assert_fits(compiled, REGISTERS, name)

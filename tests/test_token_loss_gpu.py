@@ -93,10 +93,10 @@ def kernel_cases():
 
 
 @pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=str)
-def test_triton_compiles_without_spills(target, tmp_path):
+def test_triton_compiles_without_spills(target):
     for name, kernel, types, constants, warps, budget, options in kernel_cases():
         compiled = compile_kernel(kernel, types, constants, warps, target, nvidia=options)
-        assert_fits(compiled, tmp_path, budget, f"{name} {target}")
+        assert_fits(compiled, budget, name)
 
 
 # CUDA C++, executed on a CPU by tests/cuda_on_cpu/emulator.h: what nvcc compiles, with the launches translated.

@@ -58,13 +58,13 @@ def kernel_case(name, dtype, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_merge", "token_logprobs_bwd"])
-def test_nvidia(name, dtype, case, tmp_path):
+def test_nvidia(name, dtype, case):
     if dtype == "fp16" and case != "plain":
         pytest.skip("fp16 differs from bf16 in the conversion only")
     kernel, constants, warps, budget = kernel_case(name, dtype, case)
     for target in NVIDIA:
         compiled = compile_kernel(kernel, dtype, constants, target, warps)
-        assert_fits(compiled, tmp_path, budget, f"{name} {dtype} {case} {target}")
+        assert_fits(compiled, budget, f"{dtype} {case}")
         loads, stores = wide(compiled, "ld"), wide(compiled, "st")
         # 16 bytes a load: as many as the columns that a thread holds at once need, and no narrower ones beside them.
         if name != "token_logprobs_merge":
@@ -101,13 +101,13 @@ def kl_case(name, dtype, ref_dtype, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "fp16")], ids=str)
 @pytest.mark.parametrize("name", KL_KERNELS)
-def test_nvidia_kl(name, dtypes, case, tmp_path):
+def test_nvidia_kl(name, dtypes, case):
     if case == "softcap" and (dtypes[0] != dtypes[1] or "merge" in name):
         pytest.skip("mixed dtypes differ in the loads only, and a merge knows no softcap")
     kernel, constants, warps, budget = kl_case(name, *dtypes, case)
     for target in NVIDIA:
         compiled = compile_kernel(kernel, dtypes[0], constants, target, warps, dtypes[1])
-        assert_fits(compiled, tmp_path, budget, f"{name} {dtypes} {case} {target}")
+        assert_fits(compiled, budget, " ".join((*name.split()[1:], *dtypes, case)))
         if "merge" not in name:
             each = constants["BLOCK_V"] // (32 * warps)  # columns of each side that a thread holds
             assert wide(compiled, "ld") == sum(each // configs.vector(SIZES[dtype]) for dtype in dtypes)
@@ -125,17 +125,17 @@ def test_one_row_is_laid_out_like_many():
 
 
 @pytest.mark.parametrize("name", KL_KERNELS)
-def test_amd_compiles_kl(name, tmp_path):
+def test_amd_compiles_kl(name):
     kernel, constants, warps, _ = kl_case(name, "bf16", "fp32", "softcap")
     compiled = compile_kernel(kernel, "bf16", constants, AMD, warps, "fp32")
-    assert_fits(compiled, tmp_path, None, name)
+    assert_fits(compiled, None, name)
 
 
 @pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_merge", "token_logprobs_bwd"])
-def test_amd_compiles(name, tmp_path):
+def test_amd_compiles(name):
     kernel, constants, warps, _ = kernel_case(name, "bf16", "softcap")
     compiled = compile_kernel(kernel, "bf16", constants, AMD, warps)
-    assert_fits(compiled, tmp_path, None, name)
+    assert_fits(compiled, None, name)
 
 
 def test_how_a_row_is_cut():

@@ -34,17 +34,17 @@ def compile_kernel(kernel, dtype, case, target):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_nvidia(name, case, tmp_path):
+def test_nvidia(name, case):
     for target in NVIDIA:
         compiled = compile_kernel(KERNELS[name], "fp32", case, target)
-        assert_fits(compiled, tmp_path, configs.SCAN_REGISTERS, f"{name} {case} {target}")
+        assert_fits(compiled, configs.SCAN_REGISTERS, case)
         if case == "rows":
             assert wide(compiled, "ld"), f"{name}: no 16-byte load"
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_amd_compiles(name, tmp_path):
-    assert_fits(compile_kernel(KERNELS[name], "bf16", "masked packed parts", AMD), tmp_path, None, name)
+def test_amd_compiles(name):
+    assert_fits(compile_kernel(KERNELS[name], "bf16", "masked packed parts", AMD), None, name)
 
 
 def test_how_rows_are_cut():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import small
 from ..cases import Case
 from . import pick
 
@@ -57,23 +59,28 @@ def group_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, mask: Tensor
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, mask: Tensor, *, of_sequence: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO with k3 to the reference, token mean, and the metrics that a trainer logs."""
+    """GRPO, or GSPO with the ratio of the sequence, with k3 to the reference, token mean, and a trainer's metrics."""
     advantage = advantages.unsqueeze(-1)
     log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
-    to_ref = ref_logp - logp
-    kl_ref = to_ref.exp() - to_ref - 1
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) + 0.04 * kl_ref
+    kl_ref = (to_ref := ref_logp - logp).exp() - to_ref - 1
     count = mask.sum().clamp(min=1)
+    lower, upper = 0.8, 1.2
+    clipped_ratio = log_ratio
+    if of_sequence:
+        lower, upper = 1 - 3e-4, 1 + 4e-4
+        clipped_ratio = torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    ratio = clipped_ratio.exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(lower, upper) * advantage) + 0.04 * kl_ref
 
     def mean(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum() / count
 
     with torch.no_grad():
-        low = mean(((ratio < 0.8) & (advantage < 0)).float())
-        high = mean(((ratio > 1.2) & (advantage > 0)).float())
+        low = mean(((ratio < lower) & (advantage < 0)).float())
+        high = mean(((ratio > upper) & (advantage > 0)).float())
+        token_ratio = log_ratio.exp() if of_sequence else ratio
         metrics = {
             "clip_fraction": low + high,
             "clip_fraction_low": low,
@@ -82,7 +89,7 @@ def policy_loss(
             "ratio_min": torch.where(mask, ratio, torch.inf).amin(),
             "ratio_max": torch.where(mask, ratio, -torch.inf).amax(),
             "kl_old_k1": mean(-log_ratio),
-            "kl_old_k3": mean(ratio - 1 - log_ratio),
+            "kl_old_k3": mean(token_ratio - 1 - log_ratio),
             "kl_ref": mean(kl_ref),
         }
     return mean(loss), metrics
@@ -117,9 +124,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "kl_divergence": kl_divergence,
     "group_advantages": group_advantages,
     "policy_loss": policy_loss,
+    "policy_loss_gspo": functools.partial(policy_loss, of_sequence=True),
     "preference_loss": preference_loss,
     "linear_token_logprobs": linear_token_logprobs,
     "linear_policy_loss": grpo_from(linear_token_logprobs),
+    **{name: op.eager for name, op in small.OPS.items()},
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import rl4llm_fast as rf
 
+from .. import small
 from ..cases import IN_PLACE, Case
 from . import Absent
 
@@ -16,8 +17,8 @@ def version() -> str:
     return rf.__version__
 
 
-def _policy_loss(logp: Any, old_logp: Any, ref_logp: Any, advantages: Any, mask: Any) -> Any:
-    return rf.policy_loss(logp, old_logp, advantages, kind="grpo", mask=mask, ref_logp=ref_logp, kl_coef=0.04)
+def _policy_loss(logp: Any, old_logp: Any, ref_logp: Any, advantages: Any, mask: Any, *, kind: str) -> Any:
+    return rf.policy_loss(logp, old_logp, advantages, kind=kind, mask=mask, ref_logp=ref_logp, kl_coef=0.04)
 
 
 def _gae(rewards: Any, values: Any, mask: Any, mask_mode: Any, cu_seqlens: Any) -> Any:
@@ -52,6 +53,12 @@ def build(case: Case, device: str) -> Callable[..., Any]:
         return _preference_loss
     if case.op == "kl_divergence":
         return rf.kl_divergence
+    if case.op in small.OPS:
+        return small.OPS[case.op].ours
     if case.op == "group_advantages":
         return lambda rewards, group_ids: rf.group_advantages(rewards, group_ids=group_ids)
-    return _gae if case.op == "gae" else _policy_loss
+    return (
+        _gae
+        if case.op == "gae"
+        else functools.partial(_policy_loss, kind="gspo" if case.call.endswith("gspo") else "grpo")
+    )

@@ -87,13 +87,24 @@ def compare(path: Path, *, rounds: int = 7) -> dict[str, Cost]:
             worker.stop()
 
 
-def take_turns(workers: dict[str, Worker], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """What each worker says of each of its steps; they are ready."""
+def take_turns(
+    workers: dict[str, Worker], rounds: int, failed: dict[str, str] | None = None
+) -> dict[str, list[dict[str, float]]]:
+    """What each worker says of each of its steps; they are ready.
+
+    ``failed`` takes the name of a worker that dies, with the reason, and the others go on; without it that raises.
+    """
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for turn in range(rounds):
         # The order alternates: whoever goes second finds the caches as the first one left them.
-        for name in workers if turn % 2 == 0 else reversed(workers):
-            rows[name].append(workers[name].step())
+        for name in list(rows) if turn % 2 == 0 else list(reversed(rows)):
+            try:
+                rows[name].append(workers[name].step())
+            except RuntimeError as error:
+                if failed is None:
+                    raise
+                failed[name] = str(error)
+                del rows[name]
     return rows
 
 
