@@ -225,7 +225,8 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor) -> Ten
     """Bradley–Terry loss over all pairs of K ranked answers to a prompt (survey (13), (38); Ouyang et al. 2022, eq. 1).
 
     The mean of −log σ(s_better − s_worse) over the pairs of each prompt, then over the prompts that have a pair. Plain
-    PyTorch on (B, B): a reward model's batch is small.
+    PyTorch: each answer beside those that follow it when they are sorted by prompt, as many as the largest prompt has
+    answers; on a GPU, where looking at that number would be a synchronisation, as many as there are answers at all.
 
     Args:
         scores: (B,), the reward model's. Differentiable.
@@ -245,17 +246,30 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor) -> Ten
         checks.is_integer(name, tensor)
         checks.has_shape(name, tensor, checks.shape(scores), "scores")
         checks.same_device(name, tensor, scores, "scores")
-    dtype = accumulation_dtype(scores.dtype)
-    score = scores.to(dtype)
-    same = prompt_ids.unsqueeze(1) == prompt_ids
-    pair = same & (ranks.unsqueeze(1) < ranks)  # row: the better answer, column: the worse
-    # The pairs of every row's prompt, counted in whole numbers; a prompt counts at its first answer.
-    pairs = torch.where(same, pair.sum(1), 0).sum(1)
-    first = same.tril(-1).sum(1) == 0
-    prompts = ((pairs > 0) & first).sum().clamp(min=1)
-    difference = torch.where(pair, score.unsqueeze(1) - score, torch.zeros((), dtype=dtype, device=score.device))
-    loss = torch.where(pair, -torch.nn.functional.logsigmoid(difference), 0.0).sum(1)
-    return (loss / pairs.clamp(min=1)).sum() / prompts
+    count = scores.shape[0]
+    if count == 0:
+        return scores.to(accumulation_dtype(scores.dtype)).sum()
+    order = torch.argsort(prompt_ids, stable=True)
+    prompt, rank, score = prompt_ids[order], ranks[order], scores.to(accumulation_dtype(scores.dtype))[order]
+    new = torch.nn.functional.pad(prompt[1:] != prompt[:-1], (1, 0))
+    group = new.long().cumsum(0)  # 0, 1, 2, ... by prompt
+    window = count
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        window = int(torch.bincount(group).max())
+
+    def following(x: Tensor) -> Tensor:
+        """(B, window): each answer and those behind it; zeros behind the last."""
+        return torch.nn.functional.pad(x, (0, window - 1)).unfold(0, window, 1)
+
+    here = torch.arange(count, device=scores.device).unsqueeze(1) + torch.arange(window, device=scores.device)
+    same = (following(group) == group.unsqueeze(1)) & (here < count)
+    worse, better = (compare(following(rank), rank.unsqueeze(1)) & same for compare in (torch.gt, torch.lt))
+    pair = worse | better
+    difference = score.unsqueeze(1) - following(score)
+    gap = torch.where(worse, difference, torch.where(better, -difference, torch.zeros_like(difference)))
+    loss = torch.where(pair, -torch.nn.functional.logsigmoid(gap), 0.0).sum(1)
+    pairs = torch.zeros_like(group).index_add(0, group, pair.sum(1))  # of each prompt, in whole numbers
+    return (loss / pairs[group].clamp(min=1)).sum() / (pairs > 0).sum().clamp(min=1)
 
 
 def _knobs(kind: str, given: dict[str, Any]) -> dict[str, Any]:

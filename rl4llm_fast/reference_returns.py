@@ -133,13 +133,14 @@ def shape_rewards(scores: Tensor, kl: Tensor, beta: Tensor, mask: Tensor | None,
     """r_t = −β·kl_t, plus the score of its prefix (81), or at the last live token that of the sequence (7)."""
     layout, live, _ = token_layout(kl, mask, cu_seqlens, "skip")
     penalty = _rows(layout, kl, live)
+    shaped = 0.0 - beta.to(penalty) * penalty  # 0 where a token is not live, and stays so
     if scores.shape == kl.shape:
-        score = _rows(layout, scores, live)
-    else:
-        last = live & (_live_from(layout, live) == 1)
-        per_sequence = layout.spread(scores.to(penalty.dtype)).expand(layout.rows)
-        score = torch.where(last, per_sequence, torch.zeros_like(penalty))
-    return _masked(layout, live, score - beta.to(penalty) * penalty)
+        shaped = shaped + _rows(layout, scores, live)
+    elif live.numel():
+        last = _last_live(layout, live)
+        score = torch.where(last >= 0, scores.to(shaped.dtype), torch.zeros((), dtype=shaped.dtype, device=kl.device))
+        shaped = shaped.reshape(-1).scatter_add(0, last.clamp(min=0), score).reshape(layout.rows)
+    return shaped.reshape(layout.shape)
 
 
 def process_advantages(
@@ -225,6 +226,17 @@ def _live_from(layout: Sequences, live: Tensor) -> Tensor:
         return count[:, -1:] - count + live.long()
     total = torch.nn.functional.pad(count[0], (1, 0))[layout.cu_seqlens[1:]]
     return layout.spread(total) - count + live.long()
+
+
+def _last_live(layout: Sequences, live: Tensor) -> Tensor:
+    """(B,) the place of each sequence's last live token among all positions of the rows; negative without one."""
+    rows, length = layout.rows
+    place = live.int() * torch.arange(1, length + 1, dtype=torch.int32, device=live.device)  # in the row, from 1
+    if layout.cu_seqlens is None:
+        last, start = place.amax(1).long() - 1, torch.arange(rows, device=live.device) * length
+        return torch.where(last >= 0, last + start, -1)
+    last = place[0].cummax(0).values[(layout.cu_seqlens[1:] - 1).clamp(min=0)].long() - 1
+    return torch.where(last >= layout.cu_seqlens[:-1], last, -1)
 
 
 def _walk(layout: Sequences, active: Tensor, start: State, step: Callable[[int, State], State]) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, formulas, reference_losses, weights
+from . import checks, dispatch, formulas, reference_losses, reference_returns, weights
 from .autograd_losses import PolicyLoss, PolicyLossOptions
 from .checks import Number
 from .kl import check_like
@@ -114,22 +114,17 @@ def value_loss(
     clip_fraction = vector[formulas.METRICS.index("clip_fraction")]
     return loss, {
         "clip_fraction": clip_fraction,
-        "explained_variance": _explained_variance(now.detach(), target, live),
+        "explained_variance": _explained_variance(now.detach(), target, live, backend),
     }
 
 
-def _explained_variance(values: Tensor, returns: Tensor, live: Tensor | None) -> Tensor:
+def _explained_variance(values: Tensor, returns: Tensor, live: Tensor | None, backend: str | None) -> Tensor:
+    """1 − Var(R − V)/Var(R), from the sums that whiten takes."""
+    chosen = dispatch.choose("whiten", values, "eager" if backend == "eager" else None)
+    stats = reference_returns.whiten_stats if chosen == "eager" else dispatch.ops(chosen).whiten_stats
     with torch.no_grad():
-        alive = torch.ones_like(values, dtype=torch.bool) if live is None else live
-        count = alive.sum().clamp(min=1)
-        zero = torch.zeros((), dtype=values.dtype, device=values.device)
-
-        def spread(x: Tensor) -> Tensor:
-            mean = torch.where(alive, x, zero).sum() / count
-            return torch.where(alive, (x - mean).square(), zero).sum()
-
-        total = spread(returns)
-        return torch.where(total > 0, 1.0 - spread(returns - values) / total, zero)
+        total, left = (stats(x, live)[2] for x in (returns, returns - values))
+        return torch.where(total > 0, 1.0 - left / total, 0.0).to(values.dtype)
 
 
 def sft_loss(
