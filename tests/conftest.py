@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rl4llm_fast.info import ledger_lines
+
 GPU_REASON = "no GPU here (torch.cuda.is_available() is False)"
+
+
+def pytest_report_header() -> list[str]:
+    """What CI's output says of kernels that no test here runs."""
+    return ["GPU kernels, last verified:", *ledger_lines()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,6 +61,13 @@ def test_the_tests_of_a_kernel_are_found_and_name_its_backend(kernel: str, mine:
     assert not any(other in parameters for parameters in collected)
 
 
+def test_the_tests_output_begins_with_the_ledger() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "tests/test_codegen.py"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    at = shown.index("GPU kernels, last verified:")
+    assert any("kernels/token_logprobs.py: " in line for line in shown[at:])
+
+
 def test_a_kernel_without_a_test_file_has_no_passed_test() -> None:
     assert verify.run_tests("kernels/no_such_kernel.py")["passed"] == 0
 
