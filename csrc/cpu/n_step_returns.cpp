@@ -23,7 +23,7 @@ struct Run {
   std::vector<double> reward, value, to_end, from_start, power;
 
   void make_room(int64_t tokens) {
-    if (int64_t(position.size()) >= tokens) return;
+    if (int64_t(to_end.size()) > tokens) return;
     position.resize(size_t(tokens)), reward.resize(size_t(tokens)), value.resize(size_t(tokens));
     to_end.resize(size_t(tokens) + 1);
   }
