@@ -1,7 +1,8 @@
 """What is known of the GPU kernels without a GPU: registers, shared memory, spills, occupancy, load widths, bytes.
 
-    python -m bench.static --write     compile every kernel (the tests that do so anyway), record, rewrite the tables
-    python -m bench.static --check     whether docs/performance.md shows what is recorded
+    python -m bench.static --write [triton|nvcc]  compile every kernel (the tests that do so anyway), record, rewrite
+                                                  the tables; nvcc: the CUDA C++ kernels, out of the built extension
+    python -m bench.static --check                whether docs/performance.md shows what is recorded
 
 The tests that compile kernels ahead of time hand each one to :func:`check`, which compares it with the record
 (bench/results/static.json): more registers, a spill, a narrower global load or a lower occupancy is a failure. Figures
@@ -33,10 +34,13 @@ from .report import rewrite
 
 RECORD = ROOT / "bench" / "results" / "static.json"
 PAGE = ROOT / "docs" / "performance.md"
-TESTS = (
-    *("test_triton_aot", "test_triton_advantages_aot", "test_triton_returns_aot", "test_token_loss_gpu"),
-    *("test_preference_triton", "test_cuda_static"),
-)
+TESTS = {
+    "triton": (
+        *("test_triton_aot", "test_triton_advantages_aot", "test_triton_returns_aot", "test_token_loss_gpu"),
+        "test_preference_triton",
+    ),
+    "nvcc": ("test_cuda_static",),
+}
 # A file to which :func:`check` appends what it is given, instead of comparing it.
 _RECORDING = "RL4LLM_FAST_RECORD_STATIC"
 
@@ -272,22 +276,25 @@ def _range(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def _write() -> int:
+def _write(compilers: Sequence[str]) -> int:
+    """Record the kernels of these compilers anew; those of the others stay as they are."""
+    known = _record()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "recorded")
-        tests = [f"tests/{name}.py" for name in TESTS]
+        tests = [f"tests/{name}.py" for compiler in compilers for name in TESTS[compiler]]
         chosen = "nvidia or compiles_without_spills or registers_within_budget"
         command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, *tests]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, _RECORDING: str(path)}).returncode
-        if code or not path.is_file():
-            print("the kernels were not all compiled: the record is as it was")
-            return 1
-        record = record_of(path.read_text(encoding="utf-8").splitlines()) | {"traffic": traffic.counted()}
-    known = _record()
-    missing = sorted(set(known["compilers"]) - set(record["compilers"]))
-    if missing:
-        print(f"{', '.join(missing)} is not here, and the record has its kernels: the record is as it was")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    record = record_of(lines)
+    missing = sorted(set(compilers) - set(record["compilers"]))
+    if code or missing:
+        print(f"not all was compiled ({', '.join(missing) or 'a test failed'}): the record is as it was")
         return 1
+    kept = {name: by for name, by in known["kernels"].items() if name.split()[0] not in compilers}
+    record["compilers"] = {**known["compilers"], **record["compilers"]}
+    record["kernels"] |= kept
+    record["traffic"] = traffic.counted() if "triton" in compilers else known["traffic"]
     write_record(record)
     rewrite(PAGE, "static", [markdown(record)])
     print(f"wrote {RECORD} and the table in {PAGE}")
@@ -297,11 +304,13 @@ def _write() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description="GPU kernels, as compiled.")
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--write", action="store_true", help="compile, record and rewrite the table")
+    how.add_argument(
+        "--write", nargs="?", const="all", choices=("all", *TESTS), help="compile, record, rewrite the tables"
+    )
     how.add_argument("--check", action="store_true", help="whether the page shows the record")
     arguments = parser.parse_args(argv)
     if arguments.write:
-        return _write()
+        return _write(tuple(TESTS) if arguments.write == "all" else (arguments.write,))
     shown = markdown(_record()) in PAGE.read_text(encoding="utf-8")
     print("the page shows the record" if shown else "the page does not show the record: python -m bench.static --write")
     return 0 if shown else 1
