@@ -43,6 +43,7 @@ _OPS = {
     "preference": ("preference_loss", "kto_loss"),
     "groups": ("group_advantages", "process_advantages"),
     "n_step": ("n_step_returns",),
+    "scale": ("linear_policy_loss",),
     "scan": ("gae", "vtrace"),
     "kl": ("kl_divergence",),
     "kl_fwd": ("kl_divergence",),
