@@ -12,8 +12,7 @@ namespace rl4llm {
 namespace {
 
 constexpr int64_t kPart = 8192;
-constexpr int kSums = 8;    // independent sums, for the processor to keep busy with
-constexpr int kBlock = 64;  // elements that are widened, and masked, before they are summed
+constexpr int kSums = 8;  // independent sums, for the processor to keep busy with
 
 struct Stats {
   double count = 0, mean = 0, squares = 0;
@@ -28,25 +27,15 @@ struct Stats {
   }
 };
 
-// term(x_i) of the live elements of [begin, end), summed in a fixed order.
-template <class Read, class Term>
-double sum_over(const Read& read, const uint8_t* mask_ptr, int64_t begin, int64_t end, const Term& term) {
-  double sums[kSums] = {}, terms[kBlock];
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int count = int(end - start < kBlock ? end - start : kBlock);
-    if (mask_ptr) {
-      for (int i = 0; i < count; ++i) {
-        const double value = term(read(start + i));  // whatever a dead element makes of it: no branch
-        terms[i] = mask_ptr[start + i] ? value : 0;
-      }
-    } else {
-      for (int i = 0; i < count; ++i) terms[i] = term(read(start + i));
-    }
-    for (int i = count; i < kBlock; ++i) terms[i] = 0;
-    for (int i = 0; i < kBlock; i += kSums) {
-      for (int k = 0; k < kSums; ++k) sums[k] += terms[i + k];
-    }
+// term(i) summed over [begin, end) in a fixed order.
+template <class Term>
+double sum_over(int64_t begin, int64_t end, const Term& term) {
+  double sums[kSums] = {};
+  int64_t i = begin;
+  for (; i + kSums <= end; i += kSums) {
+    for (int k = 0; k < kSums; ++k) sums[k] += term(i + k);
   }
+  for (; i < end; ++i) sums[0] += term(i);
   double sum = 0;
   for (const double x : sums) sum += x;
   return sum;
@@ -55,16 +44,12 @@ double sum_over(const Read& read, const uint8_t* mask_ptr, int64_t begin, int64_
 template <class Read>
 Stats part_stats(const Read& read, const uint8_t* mask_ptr, int64_t begin, int64_t end) {
   Stats stats;
-  int64_t live = end - begin;
-  if (mask_ptr) {
-    live = 0;
-    for (int64_t i = begin; i < end; ++i) live += mask_ptr[i];
-  }
-  if (live == 0) return stats;
-  stats.count = double(live);
-  stats.mean = sum_over(read, mask_ptr, begin, end, [](double x) { return x; }) / stats.count;
-  stats.squares = sum_over(read, mask_ptr, begin, end, [mean = stats.mean](double x) {
-    const double centred = x - mean;
+  const auto live = [&](int64_t i) { return !mask_ptr || mask_ptr[i]; };
+  stats.count = mask_ptr ? sum_over(begin, end, [&](int64_t i) { return double(mask_ptr[i]); }) : double(end - begin);
+  if (stats.count == 0) return stats;
+  stats.mean = sum_over(begin, end, [&](int64_t i) { return live(i) ? read(i) : 0; }) / stats.count;
+  stats.squares = sum_over(begin, end, [&](int64_t i) {
+    const double centred = live(i) ? read(i) - stats.mean : 0;
     return centred * centred;
   });
   return stats;
