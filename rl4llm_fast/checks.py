@@ -88,12 +88,19 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
         if value.device.type != "cpu":
             same_device(name, value, reference, "its op")
             return value.to(torch.float32)
+        if positive and not torch.compiler.is_compiling() and not bool(value > 0):
+            raise ValueError(f"{name}: wanted a number > 0, got {value.item()}")
         return value.to(torch.float64)
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
     if positive and not value > 0:
         raise ValueError(f"{name}: wanted a number > 0, got {value}")
     return torch.ones((), dtype=torch.float64) * value
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
 
 
 def numbers(values: dict[str, Number], room: int, reference: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The ops that start from hidden states: logits are made a chunk of tokens at a time, used and overwritten.
+"""The ops that start from hidden states: logits are made a tile at a time, used and overwritten.
 
 Written once for every backend: the matrix products go to the vendor's library (oneDNN, cuBLAS), the rest to the
-backend's own ``token_logprobs`` kernels. Nothing of size N×V ever exists; a workspace of chunk×V is reused.
+backend's own ``token_logprobs`` kernels. Nothing of size N×V ever exists; a workspace of one tile is reused. A tile is
+a chunk of tokens, and where that is faster a slice of the vocabulary of it (tiles.py).
 Registered as torch ops, so that Dynamo sees one node and not the loop.
 
 Chunks and bits: a matrix product's bits may depend on the number of rows it is given, so results here are reproducible
@@ -18,29 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, schemas, vocab_parallel
+from . import reference, schemas, tiles, vocab_parallel
+from .tiles import Tile, chunk_rule
 
-MIB = 2**20
+__all__ = ["chunk_rule"]
 
-
-def chunk_rule(
-    vocabulary: int, compute_dtype: torch.dtype, device: str, logits_dtype: torch.dtype | None = None
-) -> int:
-    """How many tokens' logits the workspace holds: 512 MiB on a GPU; on a CPU 64 MiB, or 256 MiB in bf16 and fp16.
-
-    Large enough that a product runs at the library's full rate (a few hundred rows), small enough to be noise beside
-    the weights. On a CPU a wider workspace buys nothing in fp32, whose products are slow; in bf16 they are 2.6 times as
-    fast and the fp32 accumulation of dW between chunks starts to show, so chunks are larger (docs/performance.md).
-    Logits that are kept in another dtype need the room of both: their gradient is rounded for the products.
-    """
-    wide = logits_dtype is not None and logits_dtype != compute_dtype
-    itemsize = compute_dtype.itemsize + (logits_dtype.itemsize if wide and logits_dtype is not None else 0)
-    if device != "cpu":
-        workspace = 512 * MIB
-    else:
-        workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
-    tokens = workspace // (max(vocabulary, 1) * itemsize)  # a vocabulary-parallel rank may have no row
-    return max(tokens // 128 * 128, min(tokens, 128), 1)
+_IGNORED = -100  # as an id of a slice
+_EVERYTHING = slice(None)
 
 
 def large_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -115,20 +100,34 @@ class Projection:
         self.weight = weight if self.out_dtype else weight.to(logits_dtype)
         self.bias = None if bias is None else bias.to(logits_dtype)
 
-    def __call__(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """The logits; −inf where ``out`` is wider than the head."""
-        rows = self.weight.shape[0]
+    def __call__(self, hidden: Tensor, out: Tensor, columns: slice = _EVERYTHING) -> Tensor:
+        """The logits, or a slice of them; −inf where ``out`` is wider than that."""
+        weight, bias = self.weight[columns], None if self.bias is None else self.bias[columns]
+        rows = weight.shape[0]
         logits = out[:, :rows]
         out[:, rows:] = -math.inf
         if self.out_dtype is not None:
-            torch.ops.aten.mm.dtype_out(hidden, self.weight.t(), self.out_dtype, out=logits)
-            if self.bias is not None:
-                logits += self.bias
-        elif self.bias is None:
-            torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=logits)
+            torch.ops.aten.mm.dtype_out(hidden, weight.t(), self.out_dtype, out=logits)
+            if bias is not None:
+                logits += bias
+        elif bias is None:
+            torch.mm(hidden.to(weight.dtype), weight.t(), out=logits)
         else:
-            torch.addmm(self.bias, hidden.to(self.weight.dtype), self.weight.t(), out=logits)
+            torch.addmm(bias, hidden.to(weight.dtype), weight.t(), out=logits)
         return out
+
+
+def tile_of(workspace: Tensor, tile: Tile, rows: int) -> Tensor:
+    """The logits of a tile (rows, width) in the flat workspace."""
+    return workspace[: rows * tile.width].view(rows, tile.width)
+
+
+def ids_in(tile: Tile, slices: list[Tile], token_ids: Tensor, ignore_index: int) -> tuple[Tensor, int]:
+    """Ids as a tile's kernels take them, and which of them they ignore."""
+    if len(slices) == 1:
+        return token_ids, ignore_index
+    vocabulary = slices[-1].columns.stop
+    return tiles.ids_of_slice(token_ids, tile.start, tile.size, vocabulary, ignore_index, _IGNORED), _IGNORED
 
 
 def cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -158,9 +157,12 @@ def _forward(
     keep_logits: bool,
     group: str,
 ) -> tuple[Tensor, ...]:
-    rows_total, vocabulary = hidden.shape[0], vocab_parallel.width(weight.shape[0], group)
+    total = hidden.shape[0]
+    chunk_tokens, slices = tiles.tiling(
+        total, weight.shape[0], compute_dtype, logits_dtype, hidden.device.type, chunk_tokens, bool(group)
+    )
     live = live_rows(token_ids, mask, ignore_index)
-    check_ids(token_ids, live, ignore_index, vocabulary)
+    check_ids(token_ids, live, ignore_index, slices[0].width if group else weight.shape[0])
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     assert x is not None
@@ -169,35 +171,42 @@ def _forward(
     count = x.shape[0]
     acc = schemas.accumulation_dtype(compute_dtype)
     logp = x.new_empty((count, *token_ids.shape[1:]), dtype=acc)
-    entropy, row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(3))
+    entropy = x.new_empty(count if return_entropy else 0, dtype=acc)
+    row_max, log_sum = (x.new_empty(count, dtype=acc) for _ in range(2))
     project = Projection(w, b, logits_dtype or compute_dtype)
-    workspace = large_empty(x, (min(chunk_tokens, rows_total), vocabulary), logits_dtype or compute_dtype)
+    elements = tiles.workspace_elements(total, chunk_tokens, slices)
+    workspace = large_empty(x, (elements,), logits_dtype or compute_dtype)
     for part, chunk in chunks_of(rows, chunk_tokens):
-        logits = project(chunk.hidden, workspace[: chunk.hidden.shape[0]])
-        outputs = kernels.token_logprobs_fwd(
-            logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, return_entropy
-        )
+        pieces = []
+        for tile in slices:
+            logits = project(chunk.hidden, tile_of(workspace, tile, chunk.hidden.shape[0]), tile.columns)
+            ids, ignored = ids_in(tile, slices, chunk.token_ids, ignore_index)
+            per_row = (ids, chunk.mask, chunk.temperature, softcap, ignored)
+            pieces.append(kernels.token_logprobs_fwd(logits.unsqueeze(0), *per_row, return_entropy))
+        outputs = pieces[0]
+        if len(pieces) > 1:
+            logps, entropies, maxima, sums = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+            outputs = tiles.join(logps, entropies, maxima, sums, chunk.temperature)
         for whole, piece in zip((logp, entropy, row_max, log_sum), outputs, strict=True):
-            if piece.shape[0]:
+            if whole.shape[0]:
                 whole[part] = piece
-    entropy = entropy if return_entropy else entropy[:0]
     if group:
         logp, entropy, row_max, log_sum = vocab_parallel.combine(
             logp, entropy, row_max, log_sum, rows.temperature, group
         )
+    if group or len(slices) > 1:  # joined log-probabilities of what is not live are no zeros
         dead = rows.token_ids == ignore_index
         if rows.mask is not None:
             dead_rows = ~rows.mask
             dead = dead | (dead_rows if dead.dim() == 1 else dead_rows.unsqueeze(-1))
             entropy = entropy.masked_fill(dead_rows, 0.0) if return_entropy else entropy
         logp = logp.masked_fill(dead, 0.0)
-    kept = workspace if keep_logits and rows_total <= chunk_tokens else workspace.new_empty(0)
     return (
-        scatter(logp, index, rows_total),
-        scatter(entropy, index, rows_total) if return_entropy else entropy.clone(),
-        scatter(row_max, index, rows_total),
-        scatter(log_sum, index, rows_total),
-        kept,
+        scatter(logp, index, total),
+        scatter(entropy, index, total) if return_entropy else entropy.clone(),
+        scatter(row_max, index, total),
+        scatter(log_sum, index, total),
+        workspace if keep_logits else workspace.new_empty(0),
     )
 
 
@@ -234,32 +243,41 @@ def _backward(
     saved = [
         t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
     ]
-    count, vocabulary = x.shape[0], vocab_parallel.width(weight.shape[0], group)
+    chunk_tokens, slices = tiles.tiling(
+        hidden.shape[0], weight.shape[0], compute_dtype, logits_dtype, hidden.device.type, chunk_tokens, bool(group)
+    )
+    chunks = chunks_of(rows, chunk_tokens)
     dtypes, needs = (weight.dtype, grad_weight_dtype), (need_hidden, need_weight, need_bias)
-    gradients = Gradients(x, w, bias, *dtypes, -(-count // chunk_tokens), *needs)
-    reuse = kept_logits is not None and kept_logits.shape[0] > 0
-    if reuse:
-        workspace, project = kept_logits, None
-    else:
-        project = Projection(w, b, logits_dtype or compute_dtype)
-        workspace = large_empty(x, (min(chunk_tokens, count), vocabulary), logits_dtype or compute_dtype)
+    gradients = Gradients(x, w, bias, *dtypes, len(chunks), *needs)
+    # From the end, because there the forward's last tile lies in the workspace that it kept.
+    made = kept_logits is not None and kept_logits.shape[0] > 0
+    project = None if made and len(chunks) * len(slices) == 1 else Projection(w, b, logits_dtype or compute_dtype)
+    elements = tiles.workspace_elements(hidden.shape[0], chunk_tokens, slices)
+    workspace = kept_logits if made else large_empty(x, (elements,), logits_dtype or compute_dtype)
     assert workspace is not None
-    for part, chunk in chunks_of(rows, chunk_tokens):
-        logits = workspace[: chunk.hidden.shape[0]]
-        if project is not None:
-            project(chunk.hidden, logits)
+    for part, chunk in reversed(chunks):
         pieces = [None if t is None else t[part] for t in saved]
-        kernels.token_logprobs_bwd_(
-            logits.unsqueeze(0), chunk.token_ids, chunk.mask, chunk.temperature, softcap, ignore_index, *pieces
-        )  # the logits are now dlogits
-        gradients.add(part, logits[:, : weight.shape[0]])
+        for tile in reversed(slices):
+            logits = tile_of(workspace, tile, chunk.hidden.shape[0])
+            if not made:
+                assert project is not None
+                project(chunk.hidden, logits, tile.columns)
+            made = False
+            ids, ignored = ids_in(tile, slices, chunk.token_ids, ignore_index)
+            per_row = (ids, chunk.mask, chunk.temperature, softcap, ignored)
+            kernels.token_logprobs_bwd_(logits.unsqueeze(0), *per_row, *pieces)  # the logits are now dlogits
+            gradients.add(part, logits[:, : tile.size], tile.columns)
     if group and need_hidden:
         vocab_parallel.all_reduce(gradients.hidden, group)
     return gradients.result(index, hidden)
 
 
 class Gradients:
-    """dx = dz·W, dW = Σ dzᵀ·x and db = Σ dz from the dlogits of one chunk after the other; only what is needed."""
+    """dx = dz·W, dW = Σ dzᵀ·x and db = Σ dz from the dlogits of one tile after the other; only what is needed.
+
+    Tiles of one chunk of tokens follow each other. Slices of the vocabulary are in fp32 or fp64 only: dx adds up in
+    place.
+    """
 
     def __init__(
         self,
@@ -279,15 +297,19 @@ class Gradients:
         self.weight = WeightGradient(weight, weight_dtype, chunks, grad_weight_dtype) if need_weight else None
         self.db = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=acc)
         self.need_hidden, self.need_bias = need_hidden, need_bias
+        self.part = slice(0, 0)
 
-    def add(self, part: slice, grad_logits: Tensor) -> None:
+    def add(self, part: slice, grad_logits: Tensor, columns: slice = _EVERYTHING) -> None:
         if self.need_bias:
-            self.db += grad_logits.sum(0, dtype=self.db.dtype)
+            self.db[columns] += grad_logits.sum(0, dtype=self.db.dtype)
         grad_logits = grad_logits.to(self.w.dtype)  # logits may be wider than the factors
-        if self.need_hidden:
-            torch.mm(grad_logits, self.w, out=self.hidden[part])
+        if self.need_hidden and part != self.part:
+            torch.mm(grad_logits, self.w[columns], out=self.hidden[part])
+        elif self.need_hidden:
+            self.hidden[part].addmm_(grad_logits, self.w[columns])
+        self.part = part
         if self.weight is not None:
-            self.weight.add(grad_logits, self.x[part])
+            self.weight.add(grad_logits, self.x[part], columns)
 
     def result(self, index: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dW, db) in the dtypes of the factors, dx at its place among the rows of ``like``; (0,) for the rest."""
@@ -309,17 +331,18 @@ class WeightGradient:
         self.wide = wide or schemas.accumulation_dtype(weight.dtype)
         self.one_chunk = chunks == 1
         self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
+        self.begun: set[int | None] = set()  # the slices that hold something, by their first column
 
-    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
-        transposed, first = grad_logits.t(), self.total.numel() == 0
-        if first:
-            own = self.one_chunk or hidden.dtype == self.wide
+    def add(self, grad_logits: Tensor, hidden: Tensor, columns: slice = _EVERYTHING) -> None:
+        transposed, first = grad_logits.t(), columns.start not in self.begun
+        own = self.one_chunk or hidden.dtype == self.wide
+        if self.total.numel() == 0:
             self.total = large_empty(hidden, self.shape, hidden.dtype if own else self.wide)
-            if own:
-                torch.mm(transposed, hidden, out=self.total)
-                return
-        if hidden.dtype == self.wide:
-            self.total.addmm_(transposed, hidden)
+        self.begun.add(columns.start)
+        if own and first:
+            torch.mm(transposed, hidden, out=self.total[columns])
+        elif hidden.dtype == self.wide:
+            self.total[columns].addmm_(transposed, hidden)
         elif hidden.is_cuda and first:
             torch.ops.aten.mm.dtype_out(transposed, hidden, self.wide, out=self.total)
         elif hidden.is_cuda:  # cuBLAS adds a bf16 product to an fp32 matrix in one call

@@ -51,6 +51,13 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "process_advantages": ("process_advantages",),
     "whiten": ("whiten_stats", "whiten_apply"),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
+    "linear_kl_estimate": (
+        "linear_token_logprobs_fwd",
+        "token_logprobs_fwd",
+        "token_logprobs_bwd_",
+        "kl_estimate_fwd",
+        "token_loss_bwd",
+    ),
     "policy_loss": ("policy_loss_fwd", "token_loss_bwd"),
     "linear_policy_loss": _LINEAR_LOSS,
     "linear_sft_loss": _LINEAR_LOSS,

@@ -120,14 +120,9 @@ def linear_kl_divergence(
     Raises:
         As :func:`kl_divergence`; ValueError for shapes that do not fit, naming the argument.
     """
-    compute_dtype = check_linear(hidden, weight, bias)
-    ref_compute_dtype = check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    compute_dtype, ref_compute_dtype = _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     check_dtypes(ref_compute_dtype, logits_dtype, None)
-    checks.has_shape("ref_hidden", ref_hidden[..., 0], hidden.shape[:-1], "hidden, up to D")
-    checks.same_device("ref_hidden", ref_hidden, hidden, "hidden")
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"ref_weight: wanted the {weight.shape[0]} rows of weight, got {checks.shape(ref_weight)}")
     check_chunk(chunk_tokens)
     beta_tensor = _check_direction(direction, beta, hidden)
     mask = checks.live_mask("mask", mask, hidden.shape[:-1], hidden, "hidden without D")
@@ -192,6 +187,7 @@ def linear_kl_estimate(
     :func:`kl_estimate` of two :func:`linear_token_logprobs`, the reference's without gradient; arguments, results and
     errors are theirs (survey (83), (84), §6.4).
     """
+    _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "softcap": softcap,
@@ -208,6 +204,24 @@ def linear_kl_estimate(
     return kl_estimate(
         logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp, clamp=clamp, mask=mask, backend=backend
     )
+
+
+def _check_heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+) -> tuple[torch.dtype, torch.dtype]:
+    """Validate the policy's and the reference's factors; the dtypes in which their products run."""
+    compute_dtype = check_linear(hidden, weight, bias)
+    ref_compute_dtype = check_linear(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    checks.has_shape("ref_hidden", ref_hidden[..., 0], hidden.shape[:-1], "hidden, up to D")
+    checks.same_device("ref_hidden", ref_hidden, hidden, "hidden")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"ref_weight: wanted the {weight.shape[0]} rows of weight, got {checks.shape(ref_weight)}")
+    return compute_dtype, ref_compute_dtype
 
 
 def _check_direction(direction: str, beta: Number, like: Tensor) -> Tensor:

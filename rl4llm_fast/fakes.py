@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas, pair_formulas
+from . import formulas, pair_formulas, tiles
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,13 +65,15 @@ def linear_token_logprobs_fwd(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
-    kept = (rows, weight.shape[0]) if keep_logits and rows <= chunk_tokens else (0,)
+    device = hidden.device.type
+    cut = tiles.tiling(rows, weight.shape[0], compute_dtype, logits_dtype, device, chunk_tokens, bool(group))
+    kept = tiles.workspace_elements(rows, *cut) if keep_logits else 0
     return (
         hidden.new_empty(token_ids.shape, dtype=acc),
         hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
-        hidden.new_empty(kept, dtype=logits_dtype or compute_dtype),
+        hidden.new_empty((kept,), dtype=logits_dtype or compute_dtype),
     )
 
 

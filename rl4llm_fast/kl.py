@@ -57,6 +57,7 @@ def kl_estimate(
         TypeError, ValueError: wrong dtype, shape or device; an unknown estimator or gradient.
     """
     checks.is_float("logp", logp)
+    checks.is_float("ref_logp", ref_logp)
     check_like("ref_logp", ref_logp, logp)
     check_like("old_logp", old_logp, logp)
     checks.choice("estimator", estimator, formulas.ESTIMATORS)

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch, reference
+from . import checks, dispatch, reference, tiles
 from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
 from .heads import check_chunk, check_dtypes, check_group, check_linear
@@ -81,7 +81,7 @@ def token_logprobs(
         return_entropy: also return the entropy in nats, differentiable.
         inplace_backward: write the gradient over the logits' own storage, so that peak memory is one copy of the
             logits. Any later use of the logits by autograd, a second backward included, raises. Refused for leaf
-            logits that require grad; a hint under torch.compile and on the eager backend.
+            logits that require grad and views of them; a hint under torch.compile and on the eager backend.
         backend: "eager", "cpu", "triton" or "cuda"; None chooses by device.
 
     Returns:
@@ -99,10 +99,11 @@ def token_logprobs(
     _check_logits(logits)
     lead = logits.shape[:-1]
     _check_ids_shape(token_ids, logits, "logits")
-    if inplace_backward and logits.is_leaf and logits.requires_grad:
+    checks.integer("ignore_index", ignore_index)
+    if inplace_backward and belongs_to_a_leaf(logits):
         raise ValueError(
-            "inplace_backward: refused, because logits are a leaf that requires grad; their values would be "
-            "overwritten by their gradient"
+            "inplace_backward: refused, because logits are a leaf that requires grad, or a view of one; its values "
+            "would be overwritten by their gradient"
         )
     mask = checks.live_mask("mask", mask, lead, logits, "logits without V")
     tau = check_temperature(temperature, logits)
@@ -216,8 +217,8 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probabilities of chosen tokens straight from hidden states: :func:`token_logprobs` of :math:`x W^\top + b`.
 
-    The logits exist for one chunk of tokens at a time, in a workspace that is used again; the backward makes them anew
-    (unless all of them fit one chunk), overwrites them with :math:`dz`, and adds up :math:`dW = dz^\top x` and
+    The logits exist for one tile at a time, in a workspace that is used again; the backward makes them anew (but for
+    the last ones, which still lie there), overwrites them with :math:`dz`, and adds up :math:`dW = dz^\top x` and
     :math:`db = \sum_n dz` in fp32. Gradients that nobody needs are not computed. Survey (2), (4).
 
     Args:
@@ -226,7 +227,8 @@ def linear_token_logprobs(
         token_ids: integers, (...) or (..., K).
         bias: (V,) or None.
         chunk_tokens: tokens per chunk. None: as many as fit 512 MiB of logits on a GPU, and on a CPU 64 MiB in fp32 or
-            256 MiB in bf16 (``rl4llm_fast.chunked.chunk_rule``).
+            256 MiB in bf16. Where that is not all of them, fp32 on a CPU takes up to 2,048 tokens at a time and cuts
+            the vocabulary into slices of 32 MiB instead (``rl4llm_fast.tiles.tiling``).
         tp_group: a process group over whose ranks the rows of ``weight`` (and ``bias``) are split, in rank order, any
             number each: the ids are those of the whole vocabulary, and everything but ``weight`` and ``bias`` is the
             same on all ranks. So are the results, those of the whole vocabulary; d hidden comes back summed over the
@@ -251,6 +253,7 @@ def linear_token_logprobs(
     _check_ids_shape(token_ids, hidden, "hidden")
     group = check_group(tp_group)
     lead = hidden.shape[:-1]
+    checks.integer("ignore_index", ignore_index)
     check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     tau = check_temperature(temperature, hidden)
@@ -271,7 +274,6 @@ def linear_token_logprobs(
         ignore_index = -100
     elif chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
         _check_ids_on_device(token_ids, mask, ignore_index, hidden, weight.shape[0])
-    chunk = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
     options = LinearTokenLogprobsOptions(
         backend=chosen,
         ignore_index=ignore_index,
@@ -279,7 +281,7 @@ def linear_token_logprobs(
         compute_dtype=compute_dtype,
         logits_dtype=logits_dtype,
         grad_weight_dtype=grad_weight_dtype,
-        chunk_tokens=chunk,
+        chunk_tokens=chunk_tokens or tiles.BY_RULE,
         keep_logits=torch.is_grad_enabled() and not torch.compiler.is_compiling() and not group,
         group=group,
     )
@@ -327,6 +329,12 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: wanted a vocabulary of at least one token, got shape {checks.shape(logits)}")
 
 
+def belongs_to_a_leaf(logits: Tensor) -> bool:
+    """Whether writing over the logits would write over a leaf that requires grad."""
+    owner = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
+    return owner.is_leaf and owner.requires_grad
+
+
 def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
     """τ as a 0-d tensor, or one value per row (...)."""
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
@@ -339,7 +347,7 @@ def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
             raise ValueError("temperature: gets no gradient, but came as a tensor that requires one")
         tau = temperature.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
     on_host = tau.device.type == "cpu" or checks.debug()
-    if isinstance(temperature, Tensor) and on_host and not torch.compiler.is_compiling() and bool((tau <= 0).any()):
+    if isinstance(temperature, Tensor) and on_host and not torch.compiler.is_compiling() and not bool((tau > 0).all()):
         raise ValueError("temperature: wanted values > 0 in every row")
     return tau
 

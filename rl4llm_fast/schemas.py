@@ -64,8 +64,8 @@ OPS: dict[str, Op] = {
     "token_logprobs_bwd_": Op(f"(Tensor(a!) logits, {_TOKEN_LOGPROBS_BWD} -> ()", fakes.token_logprobs_bwd_, True),
     # hidden (N, D), weight (V, D), bias (V,); the rest as above. Products run in compute_dtype, chunk_tokens rows at a
     # time; their logits are kept in logits_dtype (None: the same), dW is added up in grad_weight_dtype (None: the
-    # accumulation dtype). -> logp, entropy, row_max, log_sum as above; with keep_logits also the logits (N, V) if one
-    # chunk holds them
+    # accumulation dtype); chunk_tokens 0: by the rule of tiles.py. -> logp, entropy, row_max, log_sum as above; with
+    # keep_logits also the workspace, in which the last tile's logits lie
     "linear_token_logprobs_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, ScalarType? logits_dtype, "
@@ -109,8 +109,8 @@ OPS: dict[str, Op] = {
     # Memory without contents on like's device; on the CPU from the blocks that large results are kept in.
     "kept_empty": Op("(Tensor like, int[] shape, ScalarType dtype) -> Tensor", fakes.kept_empty),
     # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
-    # direction "reverse"|"forward"|"jsd". -> kl, inner (what the gradient subtracts: KL(p‖q) for reverse, KL(p‖m) for
-    # jsd, unspecified for forward), then row_max and log_sum of both sides as in token_logprobs_fwd; all (N,)
+    # direction "reverse"|"forward"|"jsd". -> kl, inner (what the backend's own gradient subtracts, whatever that is),
+    # then row_max and log_sum of both sides as in token_logprobs_fwd; all (N,)
     "kl_divergence_fwd": Op(
         "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature, Tensor? softcap, str direction, "
         "Tensor beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

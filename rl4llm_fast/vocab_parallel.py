@@ -4,28 +4,18 @@ A rank reduces its own logits as it always does. What makes the numbers of the w
 all-gather of three or four numbers a token, joined in rank order, so that all ranks get the same bits; the backward
 takes the joint maximum and log-sum, and adds up d hidden over the group. No rank ever sees another one's logits.
 
-Behind its own rows a rank has at least one phantom logit of −inf: chosen tokens that belong to another rank point
-there, which gives them log-probability −inf here, and the others their share −g·p of the gradient, by the same kernels.
+A rank's rows are one slice of the vocabulary, with its phantoms, as tiles.py cuts it within a process.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, tiles
 from .checks import debug
-
-_WIDTH = 16  # the phantoms round a row up to this many logits, so that its start stays aligned
-_NOWHERE = 2**62  # an id outside every vocabulary: kernels answer it with NaN
-
-
-def width(rows: int, group: str) -> int:
-    """How many logits a row has in the workspace: the slice, and its phantoms where there is a group."""
-    return rows // _WIDTH * _WIDTH + _WIDTH if group else rows
 
 
 def resolve(group: str) -> Any:
@@ -66,37 +56,20 @@ def local_ids(
     invalid = live & ((token_ids < 0) | (token_ids >= total))
     if look:
         reference.check_token_ids(token_ids, invalid, int(total))
-    own = (token_ids >= start) & (token_ids < start + rows)
-    ids = torch.where(own, token_ids - start, rows).masked_fill(invalid, _NOWHERE)
-    return ids.masked_fill(~kept, ignored)
+    return tiles.ids_of_slice(token_ids, start, rows, total, ignore_index, ignored)
 
 
 def combine(
     logp: Tensor, entropy: Tensor, row_max: Tensor, log_sum: Tensor, temperature: Tensor, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same four of the whole vocabulary; the entropy (0,) where it is.
-
-    With share_r the probability of rank r's slice: logp = logp_r + log share_r, H = Σ share_r (H_r − log share_r).
-    """
+    """The same four of the whole vocabulary; the entropy (0,) where it is."""
     count, columns = row_max.shape[0], logp.reshape(row_max.shape[0], -1)
     with_entropy = entropy.shape[0] == count and count > 0
     own = [row_max.unsqueeze(1), log_sum.unsqueeze(1), entropy.reshape(count, -1) if with_entropy else columns[:, :0]]
     gathered = _all_gather(torch.cat([*own, columns], 1), group)
-    maxima, sums = gathered[..., 0], gathered[..., 1]
-    chosen = gathered[..., 2 + with_entropy :]
-
-    joint_max = maxima.amax(0)
-    nothing = maxima == -math.inf  # no token of this slice can be drawn; the kernel calls its log-sum NaN
-    log_mass = (maxima - joint_max) / temperature.to(maxima.dtype) + sums
-    log_mass = log_mass.masked_fill(nothing & (joint_max > -math.inf), -math.inf)
-    joint_sum = torch.logsumexp(log_mass, 0)
-    log_share = log_mass - joint_sum
-    chosen = chosen.masked_fill(nothing.unsqueeze(-1), -math.inf) + log_share.unsqueeze(-1)
-    if with_entropy:
-        impossible = log_share == -math.inf
-        terms = log_share.exp() * (gathered[..., 2] - log_share)
-        entropy = terms.masked_fill(impossible, 0.0).sum(0)
-    return chosen.amax(0).reshape(logp.shape), entropy, joint_max, joint_sum
+    entropies = gathered[..., 2] if with_entropy else entropy[:0].expand(gathered.shape[0], 0)
+    chosen = gathered[..., 2 + with_entropy :].reshape(-1, *logp.shape)
+    return tiles.join(chosen, entropies, gathered[..., 0], gathered[..., 1], temperature)
 
 
 class GatheredRows(torch.autograd.Function):

@@ -265,5 +265,7 @@ def test_bad_input_from_hidden_states(name, arguments):
         "hidden": torch.randn(2, 4), "weight": torch.randn(7, 4),
         "ref_hidden": torch.randn(2, 5), "ref_weight": torch.randn(7, 5),
     }  # fmt: skip
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"^{name}"):
         rf.linear_kl_divergence(**{**good, **arguments})
+    with pytest.raises(ValueError, match=rf"^{name}"):
+        rf.linear_kl_estimate(**{**good, **arguments}, token_ids=torch.zeros(2, dtype=torch.long))

@@ -129,6 +129,7 @@ def test_registration():
         ({"gradient": "none"}, "gradient: wanted one of 'value'"),
         ({"ref_logp": torch.zeros(4)}, "ref_logp: wanted the shape"),
         ({"ref_logp": torch.zeros(3, dtype=torch.int64)}, "ref_logp: wanted float32"),
+        ({"ref_logp": None}, "ref_logp: wanted a"),
         ({"mask": torch.zeros(3)}, "mask: wanted a bool"),
         ({"old_logp": torch.zeros(2)}, "old_logp: wanted the shape"),
     ],

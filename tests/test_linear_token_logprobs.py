@@ -244,6 +244,8 @@ def test_chunk_rule_keeps_its_bound():
         (ValueError, "token_ids", {"token_ids": torch.zeros(2, 4, dtype=torch.long)}),
         (IndexError, "token_ids: 7 at position", {"token_ids": torch.full((2, 3), 7)}),
         (ValueError, "chunk_tokens", {"chunk_tokens": 0}),
+        (TypeError, "chunk_tokens", {"chunk_tokens": 1.5}),
+        (TypeError, "ignore_index", {"ignore_index": None}),
         (ValueError, "temperature", {"temperature": -1.0}),
         (ValueError, "mask", {"mask": torch.ones(3, 2, dtype=torch.bool)}),
     ],

@@ -90,7 +90,7 @@ def test_three_products_where_units_fit(name, packed, chunk_tokens, three, monke
         assert chunks == (1 if chunk_tokens is None else 2)
     else:
         live = int(tokens["mask"].sum())
-        assert chunks == 2 * math.ceil(live / 3)  # made twice
+        assert chunks == 2 * math.ceil(live / 3) - 1  # made twice, but for the last, which the forward leaves behind
 
 
 def test_no_unit_is_cut():

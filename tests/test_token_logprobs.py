@@ -267,6 +267,24 @@ class TestInplaceBackward:
         with pytest.raises(ValueError, match="inplace_backward"):
             rf.token_logprobs(logits, torch.zeros(2, dtype=torch.long), inplace_backward=True, backend=backend)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_refuses_a_view_of_a_leaf(self, backend):
+        logits = torch.randn(2, 4, 5, requires_grad=True)
+        with pytest.raises(ValueError, match="inplace_backward"):
+            rf.token_logprobs(
+                logits[:, :-1], torch.zeros(2, 3, dtype=torch.long), inplace_backward=True, backend=backend
+            )
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_a_view_of_other_logits_is_fine(self, backend):
+        logits, ids = torch.randn(2, 4, 5, dtype=torch.bfloat16), torch.randint(5, (2, 3))
+        grads = []
+        for inplace in (False, True):
+            leaf = logits.clone().requires_grad_()
+            logp = rf.token_logprobs((leaf * 1)[:, :-1], ids, inplace_backward=inplace, backend=backend)
+            grads += torch.autograd.grad(logp.sum(), leaf)
+        assert torch.equal(*grads)
+
     def test_second_backward_and_other_consumers_raise(self):
         if "cpu" not in BACKENDS:
             pytest.skip("no compiled backend here")
@@ -296,7 +314,10 @@ class TestBadInput:
             rf.token_logprobs(self.logits, ids, backend=backend)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    @pytest.mark.parametrize("temperature", [0, -1.0, torch.tensor(0.0), torch.tensor([[1.0, 1, 1], [1, -1, 1]])])
+    @pytest.mark.parametrize(
+        "temperature",
+        [0, -1.0, torch.tensor(0.0), torch.tensor([[1.0, 1, 1], [1, -1, 1]]), math.nan, torch.tensor(math.nan)],
+    )
     def test_temperature(self, backend, temperature):
         with pytest.raises(ValueError, match="temperature"):
             rf.token_logprobs(self.logits, self.ids, temperature=temperature, backend=backend)
@@ -317,6 +338,10 @@ class TestBadInput:
             (TypeError, "temperature", {"temperature": "warm"}),
             (ValueError, "temperature", {"temperature": torch.tensor(1.0, requires_grad=True)}),
             (ValueError, "softcap", {"softcap": -1.0}),
+            (ValueError, "softcap", {"softcap": torch.tensor(-1.0)}),
+            (ValueError, "softcap", {"softcap": torch.tensor(0.0), "backend": "eager"}),
+            (TypeError, "ignore_index", {"ignore_index": 1.5}),
+            (TypeError, "ignore_index", {"ignore_index": "pad", "backend": "eager"}),
             (TypeError, "softcap", {"softcap": True}),
             (ValueError, "backend", {"backend": "tpu"}),
             (rf.BackendError, "backend 'cuda'", {"backend": "cuda"}),

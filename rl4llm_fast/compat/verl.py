@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..advantages import group_advantages
 from ..kl import kl_estimate
-from ..logprobs import linear_token_logprobs, token_entropy, token_logprobs
+from ..logprobs import belongs_to_a_leaf, linear_token_logprobs, token_entropy, token_logprobs
 from ..returns import gae
 from . import patching, rounding
 from .patching import Patch, Target
@@ -30,7 +30,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: (..., V). labels: integers (...).
         inplace_backward: on a GPU, as with flash-attn's kernel, the gradient is written over the logits, unless they
-            are a leaf; another consumer of the logits then raises in its backward instead of computing nonsense.
+            are a leaf or a view of one; another consumer of the logits then raises in its backward instead of
+            computing nonsense.
 
     Returns:
         (...): on a CPU in the dtype of the logits, with ``torch.log_softmax``'s bits in bf16 and fp16; on a GPU in
@@ -38,7 +39,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """
     if logits.device.type == "cpu":
         return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False)[0]
-    in_place = inplace_backward and not (logits.is_leaf and logits.requires_grad)
+    in_place = inplace_backward and not belongs_to_a_leaf(logits)
     return token_logprobs(logits, labels, inplace_backward=in_place)
 
 
