@@ -164,6 +164,44 @@ def test_peft_is_unwrapped(tokens: tuple[Tensor, Tensor]) -> None:
     assert wrapped(input_ids=ids, labels=labels).log_probs.shape == (3, 8)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied", "softcap"])
+@pytest.mark.parametrize(
+    "targets", [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj", "lm_head"]},
+                {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["layers", "head", "saved-head"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of adapters on tied weights
+def test_peft_itself(name: str, targets: dict[str, Any], tokens: tuple[Tensor, Tensor]) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    ids, labels = tokens
+
+    def adapted() -> Any:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=3, lora_dropout=0.0, init_lora_weights=False, **targets)
+        return peft.get_peft_model(build(name), config).eval()
+
+    reference, model = adapted(), adapted()
+    assert logprob_head(model, return_entropy=True) is model
+    output = model(input_ids=ids, labels=labels)
+    wanted, wanted_entropy = plain(reference, ids, labels)
+    torch.testing.assert_close(output.log_probs, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.entropy, wanted_entropy, rtol=1e-5, atol=1e-5)
+    (output.log_probs.sum() + 0.1 * output.entropy.sum()).backward()
+    (wanted.sum() + 0.1 * wanted_entropy.sum()).backward()
+    trained = 0
+    for (parameter, got), (_, expected) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert (got.grad is None) == (expected.grad is None), parameter
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-4, msg=parameter)
+            trained += 1
+    assert trained
+    with model.disable_adapter(), torch.no_grad():  # the base model's, as a reference for the KL
+        base = model(input_ids=ids, labels=labels).log_probs
+        wanted_base, _ = plain(build(name), ids, labels)
+    torch.testing.assert_close(base, wanted_base, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(base, wanted, atol=1e-3)
+
+
 def test_refusals(tokens: tuple[Tensor, Tensor]) -> None:
     ids, labels = tokens
 

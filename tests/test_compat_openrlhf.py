@@ -1,13 +1,11 @@
 """Drop-ins for OpenRLHF, against its own file where it is installed, else against a restatement; and the patch.
 
-The restatement follows the documentation token by token. The last class has the cases of OpenRLHF's loss-aggregation
-test and of torchtune's fixed-value tests that this library's own functions answer, with values worked out by hand.
+The restatement follows the documentation token by token.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 import types
 from collections.abc import Iterator
@@ -145,6 +143,28 @@ class TestKl:
             assert got.dtype == wanted.dtype
             torch.testing.assert_close(got, wanted, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=1e-5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("unbiased", [False, True])
+    def test_k3_far_out(self, dtype: torch.dtype, unbiased: bool) -> None:
+        """As OpenRLHF's own test has it: against the formula in fp64, where e^−d overflows too."""
+        d = torch.tensor([-100.0, -90.0, -11.0, -10.0, -3.0, -1.0, -0.1, 0.0], dtype=dtype, requires_grad=True)
+        kl = ours.compute_approx_kl(d, torch.zeros_like(d), kl_estimator="k3", unbiased_gradient=unbiased)
+        kl.sum().backward()
+        wide = d.detach().double().requires_grad_()
+        wanted = ((-wide).exp() - 1 + wide).clamp(-10, 10)
+        wanted.sum().backward()
+        torch.testing.assert_close(kl, wanted.float(), rtol=1e-5, atol=1e-6)
+        wanted_grad = wide.detach() if unbiased else wide.grad
+        torch.testing.assert_close(d.grad, wanted_grad.to(dtype), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("unbiased", [False, True])
+    def test_k3_has_the_bits_of_its_formula(self, unbiased: bool) -> None:
+        now, base = torch.randn(64), torch.randn(64)
+        now[:8] = base[:8] + 1e-4  # where e^−d − 1 + d keeps few digits
+        d = now - base
+        wanted = ((-d).exp() - 1 + d).clamp(-10, 10)
+        assert torch.equal(ours.compute_approx_kl(now, base, None, "k3", unbiased), wanted)
+
     def test_third_argument_of_older_versions(self) -> None:
         now, base = torch.randn(4), torch.randn(4)
         assert torch.equal(
@@ -181,42 +201,3 @@ class TestPatch:
             got = maker().get_advantages_and_returns(values, rewards, mask, 0.9, 0.8)
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         assert (utils.compute_approx_kl, maker.__dict__["get_advantages_and_returns"]) == before
-
-
-class TestFixedValues:
-    """By hand; ln 2 and its like are exact arithmetic, not another library's output."""
-
-    def test_every_sequence_weighs_the_same(self) -> None:
-        # ρ = 1: the losses are −A, the means of the rows −2 and −1; a token's share is A/(|row|·B).
-        logp = torch.full((2, 2), -math.log(2.0), requires_grad=True)
-        advantages, mask = torch.tensor([[2.0, 2.0], [1.0, 0.0]]), torch.tensor([[True, True], [True, False]])
-        loss, _ = rf.policy_loss(logp, logp.detach(), advantages, mask=mask, aggregation="seq_mean_token_mean")
-        assert float(loss.detach()) == pytest.approx(-1.5)
-        loss.backward()
-        assert logp.grad is not None
-        assert logp.grad.tolist() == [[-0.5, -0.5], [-0.5, 0.0]]
-
-    def test_global_counts_make_micro_batches_add_up(self) -> None:
-        losses = [torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[3.0, 4.0, 5.0], [6.0, 7.0, 0.0]])]
-        masks = [losses[0] > 0, losses[1] > 0]
-        parts = [
-            rf.policy_loss(torch.zeros_like(l), None, -l, mask=m, kind="cpi", aggregation="token_mean", num_tokens=7)[0]
-            for l, m in zip(losses, masks, strict=True)
-        ]
-        assert float(sum(parts)) == pytest.approx(28 / 7)
-
-    def test_gae(self) -> None:
-        # γ = 1/2, λ = 1/2, V = (1, 2, 4), r = (1, 1, 1): δ = (1 + 1 − 1, 1 + 2 − 2, 1 − 4) = (1, 1, −3);
-        # A_3 = −3, A_2 = 1 − 3/4 = 1/4, A_1 = 1 + 1/16.
-        rewards, values = torch.ones(1, 3), torch.tensor([[1.0, 2.0, 4.0]])
-        advantages, returns = rf.gae(rewards, values, gamma=0.5, lam=0.5)
-        assert advantages.tolist() == [[1.0625, 0.25, -3.0]]
-        assert returns.tolist() == [[2.0625, 2.25, 1.0]]
-
-    def test_ppo_clip(self) -> None:
-        # ρ = (2, 1/2, 1, 2) with A = (1, 1, −1, −1), ε = 0.2: −min(ρA, clip(ρ)A) = (−1.2, −0.5, 1, 2).
-        ratio = torch.tensor([[2.0, 0.5, 1.0, 2.0]])
-        advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-        loss, metrics = rf.policy_loss(ratio.log(), torch.zeros(1, 4), advantages, aggregation="none")
-        torch.testing.assert_close(loss, torch.tensor([[-1.2, -0.5, 1.0, 2.0]]))
-        assert float(metrics["clip_fraction"]) == 0.25

@@ -55,7 +55,7 @@ def compute_approx_kl(
             :math:`w = \min(\pi/\pi_{old}, 10)`, or 1 without ``log_probs_old``.
 
     Returns:
-        Their shape, fp32.
+        Their shape, fp32, with OpenRLHF's bits in k3 too.
     """
     if isinstance(log_probs_old, str):
         kl_estimator, log_probs_old = log_probs_old, None
@@ -63,10 +63,12 @@ def compute_approx_kl(
         raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {kl_estimator!r}")
     estimator: Any = kl_estimator
     now, base = log_probs.float(), log_probs_base.detach().float()
-    if not unbiased_gradient:
-        return kl_estimate(now, base, estimator, clamp=True)
-    kl = kl_estimate(now, base, estimator, gradient="straight_through", clamp=True)
-    if log_probs_old is None:
+    kl = kl_estimate(now, base, estimator, gradient="straight_through" if unbiased_gradient else "value", clamp=True)
+    if kl_estimator == "k3":
+        # OpenRLHF's roundings, at which its own tests look: the kernel's k3 keeps the digits that e^−d − 1 + d loses.
+        d = (now.detach() - base).clamp(min=-10.0)
+        kl = rounding.with_gradient(((-d).exp() - 1 + d).clamp(-10.0, 10.0), kl if kl.requires_grad else None)
+    if not unbiased_gradient or log_probs_old is None:
         return kl
     weight = (now - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach()
     return kl.detach() + weight * (kl - kl.detach())

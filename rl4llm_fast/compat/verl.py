@@ -19,7 +19,7 @@ from ..logprobs import belongs_to_a_leaf, linear_token_logprobs, token_entropy, 
 from ..returns import gae
 from . import patching, rounding
 from .patching import Patch, Target
-from .verl_losses import POLICY_LOSSES
+from .verl_losses import POLICY_LOSSES, compute_value_loss
 
 VERSIONS = ("0.9",)
 
@@ -251,12 +251,13 @@ TARGETS = (
     Target(_CORE, "compute_grpo_outcome_advantage", compute_grpo_outcome_advantage),
     Target(_CORE, "agg_loss", agg_loss),
     Target(_CORE, "kl_penalty", kl_penalty),
+    Target(_CORE, "compute_value_loss", compute_value_loss),
     *(Target(_CORE, f"compute_policy_loss_{name}", loss) for name, loss in POLICY_LOSSES.items()),
 )
 
 
 def patch(force: bool = False) -> Patch:
-    """Swap this module's functions, policy losses included, inside the installed verl; see ``compat.trl.patch``."""
+    """Swap this module's functions, losses included, inside the installed verl; see ``compat.trl.patch``."""
     return patching.patch("verl", VERSIONS, TARGETS, force=force)
 
 

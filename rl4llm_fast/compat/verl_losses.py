@@ -1,9 +1,10 @@
-"""verl's policy losses over :func:`rl4llm_fast.policy_loss`: its argument order, its configuration, its metrics.
+"""verl's policy and value losses over this library's: its argument order, its configuration, its metrics.
 
-Every one takes (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights) and
-returns the loss and a dict of floats. ``config`` is verl's ActorConfig, or anything with its attributes: clip_ratio,
-clip_ratio_low, clip_ratio_high, ``get("clip_ratio_c", 3.0)``, tau_pos, tau_neg and global_batch_info, each where the
-loss has such a thing. Unlike verl's, a batch without a live token gives the loss 0 instead of NaN.
+Every policy loss takes (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+rollout_is_weights) and returns the loss and a dict of floats. ``config`` is verl's ActorConfig, or anything with its
+attributes: clip_ratio, clip_ratio_low, clip_ratio_high, ``get("clip_ratio_c", 3.0)``, tau_pos, tau_neg and
+global_batch_info, each where the loss has such a thing. Unlike verl's, a batch without a live token gives the loss 0
+instead of NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..losses import policy_loss
+from ..value import value_loss
 
 PolicyLoss = tuple[Tensor, dict[str, Any]]
 
@@ -142,6 +144,52 @@ def compute_policy_loss_gpg(
     return _policy_loss("pg", tokens, loss_agg_mode, config, rollout_is_weights)[0], {}
 
 
+def compute_value_loss(
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``verl.trainer.ppo.core_algos.compute_value_loss``: half the clipped squared error (:func:`value_loss`).
+
+    Args:
+        vpreds, returns, values: the new values, their targets and the old values, (B, T). The first is differentiable.
+        response_mask: (B, T), 0 or 1 of any dtype.
+        cliprange_value: ε > 0.
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor: as in ``agg_loss``.
+
+    Returns:
+        The loss, and the share of live tokens whose clipped square is the larger one, 0-d each; the loss in the common
+        dtype of the values, wider where the mask is. A batch without a live token gives 0 where verl gives NaN.
+    """
+    if loss_agg_mode not in _AGGREGATIONS:
+        raise ValueError(f"Invalid loss_agg_mode: {loss_agg_mode}")
+    dtype = torch.promote_types(torch.promote_types(vpreds.dtype, returns.dtype), values.dtype)
+    live = response_mask != 0
+    info = {"dp_size": dp_size, "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
+    loss, metrics = value_loss(
+        vpreds.to(dtype),
+        returns.to(dtype),
+        old_values=values.to(dtype),
+        clip=cliprange_value,
+        mask=live,
+        aggregation="seq_mean_token_sum" if loss_agg_mode.endswith("-norm") else _AGGREGATIONS[loss_agg_mode],
+        num_tokens=batch_num_tokens,
+        num_sequences=_sequences(loss_agg_mode, live, info),
+        dp_size=dp_size,
+    )
+    if loss_agg_mode.endswith("-norm"):
+        loss = loss / (response_mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+    wide = torch.promote_types(dtype, response_mask.dtype) if response_mask.is_floating_point() else dtype
+    return loss.to(wide), metrics["clip_fraction"].float()
+
+
 POLICY_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "vanilla": compute_policy_loss_vanilla,
     "gspo": compute_policy_loss_gspo,
@@ -178,12 +226,7 @@ def _policy_loss(
     old, now, advantages, mask = tokens
     live = mask != 0
     info = dict(_given(config).global_batch_info)
-    sequences, dp_size = info.get("global_batch_size"), info.get("dp_size", 1)
-    missing = {"token-mean": "batch_num_tokens", "token-sum": "dp_size"}.get(mode, "global_batch_size")
-    if dp_size > 1 and info.get(missing) is None:
-        raise ValueError(f"{missing}: wanted the global count with dp_size={dp_size}, got None")
-    if sequences is None and mode.startswith("seq-"):
-        sequences = live.any(-1).sum().to(torch.float32)  # verl leaves out sequences without a live token
+    sequences = _sequences(mode, live, info)
     loss, metrics = policy_loss(
         now,
         old,
@@ -193,12 +236,23 @@ def _policy_loss(
         aggregation=_AGGREGATIONS[mode],
         num_tokens=info.get("batch_num_tokens"),
         num_sequences=sequences,
-        dp_size=dp_size,
+        dp_size=info.get("dp_size", 1),
         max_length=info.get("loss_scale_factor"),
         token_weights=weights,
         **knobs,
     )
     return loss, metrics, live
+
+
+def _sequences(mode: str, live: Tensor, info: dict[str, Any]) -> Any:
+    """How many sequences the mode divides by; an error where verl wants a global count and has none."""
+    sequences, dp_size = info.get("global_batch_size"), info.get("dp_size", 1)
+    missing = {"token-mean": "batch_num_tokens", "token-sum": "dp_size"}.get(mode, "global_batch_size")
+    if dp_size > 1 and info.get(missing) is None:
+        raise ValueError(f"{missing}: wanted the global count with dp_size={dp_size}, got None")
+    if sequences is None and mode.startswith("seq-"):
+        return live.any(-1).sum().to(torch.float32)  # verl leaves out sequences without a live token
+    return sequences
 
 
 def _share(chosen: Tensor, live: Tensor) -> Tensor:

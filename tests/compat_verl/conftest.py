@@ -96,6 +96,25 @@ def restated_kl(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor
     return value.detach() + d * d / 2 - (d * d / 2).detach() if kl_penalty.endswith("+") else value
 
 
+def restated_value_loss(
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | None = None,
+    global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    clipped = values + (vpreds - values).clamp(-cliprange_value, cliprange_value)
+    plain, limited = (vpreds - returns) ** 2, (clipped - returns) ** 2
+    counts = (dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+    loss = restated_agg(torch.where(limited > plain, limited, plain) / 2, response_mask, loss_agg_mode, *counts)
+    return loss, (limited > plain)[response_mask.bool()].float().mean()
+
+
 def restated_losses(kind: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     def loss(
         old_log_prob: Tensor,
@@ -157,6 +176,7 @@ def restatement() -> dict[str, types.ModuleType]:
     core = module(CORE, POLICY_LOSS_REGISTRY={}, ADV_ESTIMATOR_REGISTRY={"gae": restated_gae, "grpo": restated_grpo})
     core.compute_gae_advantage_return = _renamed(restated_gae, ours.compute_gae_advantage_return)
     core.compute_grpo_outcome_advantage = _renamed(restated_grpo, ours.compute_grpo_outcome_advantage)
+    core.compute_value_loss = restated_value_loss
     core.agg_loss, core.kl_penalty = _renamed(restated_agg, ours.agg_loss), restated_kl
     core.ADV_ESTIMATOR_REGISTRY["gae"] = core.compute_gae_advantage_return
     for kind in POLICY_LOSSES:

@@ -65,6 +65,25 @@ class TestAdvantages:
         alone = rewards[3].sum() / (1 + 1e-6 if norm else 1)
         torch.testing.assert_close(got[0][3], alone * mask[3])
 
+    def test_grpo_of_rewards_close_together(self, core: Any) -> None:
+        """verl's own case: what is left of 1e-5 in fp32 over its standard deviation and ε."""
+        rewards = torch.tensor([[1.0], [1.00001], [2.0], [2.00001]])
+        index = np.array(["a", "a", "b", "b"], dtype=object)
+        got, _ = ours.compute_grpo_outcome_advantage(rewards, torch.ones(4, 1), index)
+        wanted, _ = core.compute_grpo_outcome_advantage(rewards, torch.ones(4, 1), index)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+    def test_gae_never_sees_observations(self) -> None:
+        """verl's own case: other values at masked tokens leave every bit, those of masked tokens included."""
+        mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0]], dtype=torch.float32)
+        rewards = torch.tensor([[0.0, 0.0, 0.1, 0.1, 0.1, 0.0, 0.0, 0.1, 1.0, 0.0, 0.0]])
+        values = torch.tensor([[0.0, 0.0, 4.0, 5.0, 6.0, 0.0, 0.0, 7.0, 9.0, 0.0, 0.0]])
+        wanted, wanted_returns = ours.compute_gae_advantage_return(rewards, values, mask, 0.7, 0.9)
+        noise = 100 * torch.randn(1, 11) * (1 - mask) * (torch.arange(11) < 9)
+        got, returns = ours.compute_gae_advantage_return(rewards, values + noise, mask, 0.7, 0.9)
+        assert torch.equal(got, wanted)
+        assert torch.equal(returns * mask, wanted_returns * mask)
+
     def test_grpo_wants_an_index_for_every_answer(self) -> None:
         with pytest.raises(ValueError, match="index"):
             ours.compute_grpo_outcome_advantage(torch.ones(2, 3), torch.ones(2, 3), np.array(["a"]))
@@ -105,6 +124,48 @@ class TestAggregation:
             ours.agg_loss(losses, mask, "seq-mean-token-mean", dp_size=2)
 
 
+class TestValueLoss:
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        "info", [{}, {"dp_size": 4, "batch_num_tokens": 77, "global_batch_size": 24, "loss_scale_factor": 50}]
+    )
+    @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
+    def test_equals_verl_with_gradient(
+        self, core: Any, mode: str, info: dict[str, int], mask_dtype: torch.dtype
+    ) -> None:
+        values, returns, mask = batch()
+        vpreds = values + 0.4 * torch.randn_like(values)
+        results = []
+        for function in (ours.compute_value_loss, core.compute_value_loss):
+            leaf = vpreds.clone().requires_grad_()
+            loss, clipped = function(
+                vpreds=leaf, returns=returns, values=values, response_mask=mask.to(mask_dtype), cliprange_value=0.3,
+                loss_agg_mode=mode, **info,
+            )  # fmt: skip
+            (loss * 1.5).backward()
+            assert loss.shape == clipped.shape == ()
+            results.append((loss.detach(), clipped, leaf.grad))
+        for got, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        assert 0 < float(results[0][1]) < 1
+
+    def test_golden_and_dtype(self) -> None:
+        # V = (1, 3, NaN), V_old = (0, 3), R = (0, 1), ε = 1/2: the squares (1, 4), clipped (1/4, 4); half their mean.
+        vpreds, returns = torch.tensor([[1.0, 3.0, float("nan")]]), torch.tensor([[0.0, 1.0, 0.0]])
+        values, mask = torch.tensor([[0.0, 3.0, 0.0]]), torch.tensor([[1, 1, 0]])
+        loss, clipped = ours.compute_value_loss(vpreds, returns, values, mask, 0.5)
+        assert (float(loss), float(clipped)) == (1.25, 0.0)
+        far = values.index_fill(1, torch.tensor([0]), 2.0)  # clip(1, 3/2, 5/2) = 3/2, whose square is the larger one
+        loss, clipped = ours.compute_value_loss(vpreds, returns, far, mask, 0.5)
+        assert (float(loss), float(clipped)) == (1.5625, 0.5)
+        half = torch.zeros(1, 3, dtype=torch.bfloat16)
+        assert ours.compute_value_loss(half, half, half, mask, 0.5)[0].dtype == torch.bfloat16
+        with pytest.raises(ValueError, match="Invalid loss_agg_mode: mean"):
+            ours.compute_value_loss(vpreds, returns, values, mask, 0.5, "mean")
+        with pytest.raises(ValueError, match="batch_num_tokens"):
+            ours.compute_value_loss(vpreds, returns, values, mask, 0.5, dp_size=2)
+
+
 class TestKl:
     @pytest.mark.parametrize("name", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "k2+", "k3+", "abs+"])
     def test_equals_verl_with_gradient(self, core: Any, name: str) -> None:
@@ -118,6 +179,16 @@ class TestKl:
             results.append((value.detach(), leaf.grad))
         for got, wanted in zip(*results, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("name", ["k1", "kl", "abs", "k3", "low_var_kl"])
+    def test_a_plus_changes_the_gradient_only(self, name: str) -> None:
+        logprob, ref, _ = batch()
+        plain, plus, k2 = logprob.clone(), logprob.clone().requires_grad_(), logprob.clone().requires_grad_()
+        value = ours.kl_penalty(plus, ref, name + "+")
+        assert torch.equal(value, ours.kl_penalty(plain, ref, name))
+        value.sum().backward()
+        ours.kl_penalty(k2, ref, "k2").sum().backward()
+        torch.testing.assert_close(plus.grad, k2.grad)
 
     def test_dtype_and_names(self) -> None:
         half = torch.zeros(2, 3, dtype=torch.bfloat16)

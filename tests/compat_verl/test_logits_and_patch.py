@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 import types
 from typing import Any
 
@@ -115,6 +117,38 @@ class TestPatch:
         finally:
             ours.unpatch()
             del sys.modules[worker.__name__]
+
+    def test_verl_itself(self) -> None:
+        """With verl's needs installed too: nothing is skipped, its workers are reached, and no trace is left."""
+        code = """
+        import importlib, sys
+        from rl4llm_fast.compat import verl as ours
+        try:
+            for name in ("verl.workers.utils.losses", *(target.module for target in ours.TARGETS)):
+                importlib.import_module(name)
+        except ImportError as error:
+            sys.exit(f"absent: {error}")
+
+        def bound():
+            modules = {n: m for n, m in sys.modules.items() if (n + ".").startswith("verl.")}
+            names = {(n, k): v for n, m in modules.items() for k, v in vars(m).items()}
+            entries = {(*p, k): v for p, d in names.items() if type(d) is dict and p[1] != "__builtins__"
+                       for k, v in d.items()}
+            return {place: id(value) for place, value in (names | entries).items()}
+
+        before = bound()
+        report = ours.patch()
+        assert not report.skipped, report
+        assert "verl.workers.utils.losses.compute_value_loss" in report.swapped, report
+        during = bound()
+        assert len(report.swapped) == sum(during[place] != value for place, value in before.items())
+        ours.unpatch()
+        assert bound() == before
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+        if "absent: " in done.stderr:
+            pytest.skip(f"verl is not installed with its needs: {done.stderr[-200:]}")
+        assert done.returncode == 0, done.stderr
 
     def test_missing(self) -> None:
         import importlib.util
