@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rl4llm_fast as rf
+from rl4llm_fast import tiles
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 pytestmark = pytest.mark.skipif(
@@ -51,6 +52,7 @@ def logits(draw, scales=(1e-3, 1.0, 20.0)):
 
 
 TEMPERATURES = st.sampled_from([1e-3, 0.3, 1.0, 2.0, 1e3, "rows"])
+SOFTCAPS = st.sampled_from([None, None, 5.0, 30.0])
 
 
 def temperature_of(choice, lead, generator):
@@ -125,6 +127,99 @@ def test_kl_divergence(make, tau, direction, mask, seed):
         return rf.kl_divergence(x, other, direction=direction, temperature=temperature, mask=live, backend=backend)
 
     compare(op, z, [torch.randn(lead, generator=generator)], ("kl", "dlogits"))
+
+
+# Temperatures of 1e-3 are for the ops on logits, above: here they only blow up how the products round.
+@st.composite
+def heads(draw):
+    """(hidden (N, D), weight (V, D), bias (V,) with some −inf or None, live (N,) or None, generator)."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows, width = draw(st.sampled_from([0, 1, 7, 23])), draw(st.sampled_from([1, 8, 33]))
+    vocabulary, scale = draw(st.sampled_from([1, 31, 127, 513])), draw(st.sampled_from([0.03, 0.3, 1.0]))
+    hidden = torch.randn(rows, width, generator=generator) * scale
+    bias = torch.randn(vocabulary, generator=generator)
+    bias[1:][torch.rand(vocabulary - 1, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.97]))] = -math.inf
+    live = torch.rand(rows, generator=generator) > 0.4 if draw(st.booleans()) else None
+    if live is not None:
+        hidden[~live] = math.nan
+    return hidden, torch.randn(vocabulary, width, generator=generator), bias, live, generator
+
+
+def factor_gradients(op, hidden, weight, bias, upstream, dtype):
+    leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight, bias)]
+    out = op(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(outs, [g.to(o) for g, o in zip(upstream, outs, strict=True)])
+    return [o.detach() for o in outs] + [leaf.grad for leaf in leaves]
+
+
+CHUNKS = st.sampled_from([None, "slices", 1, 5])
+
+
+def compare_factors(op, factors, upstream, dtype, chunk, names):
+    """``op(hidden, weight, bias, backend, chunk_tokens)``; "slices": by tiles of 4 tokens and 32 logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        if chunk == "slices":
+            patch.setattr(tiles, "chunk_rule", lambda *_: 1)
+            patch.setattr(tiles, "_SLICED_TOKENS", 4)
+            patch.setattr(tiles, "_SLICED_WORKSPACE", 4 * 4 * 32)
+        size = None if chunk == "slices" else chunk
+        got = factor_gradients(lambda *t: op(*t, "cpu", size), *factors, upstream, dtype)
+    oracle = factor_gradients(lambda *t: op(*t, "eager", None), *factors, upstream, torch.float64)
+    eager = factor_gradients(lambda *t: op(*t, "eager", None), *factors, upstream, dtype)
+    for name, g, o, e in zip(names, got, oracle, eager, strict=True):
+        assert_as_good_as_eager(g, o, e, dtype=dtype, name=name)
+
+
+@given(
+    head=heads(),
+    tau=st.sampled_from([1.0, 1e3, "rows"]),
+    softcap=SOFTCAPS,
+    k=st.sampled_from([None, 2]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    chunk=CHUNKS,
+)
+@CHEAP
+def test_linear_token_logprobs(head, tau, softcap, k, dtype, chunk):
+    hidden, weight, bias, live, generator = head
+    rows = hidden.shape[0]
+    ids = torch.zeros((rows,) if k is None else (rows, k), dtype=torch.long)  # the one token that all can draw
+    temperature = temperature_of(tau, (rows,), generator)
+    upstream = [torch.randn(ids.shape, generator=generator), torch.randn(rows, generator=generator)]
+
+    def op(hidden, weight, bias, backend, chunk_tokens):
+        options = {"temperature": temperature, "softcap": softcap, "mask": live, "backend": backend}
+        return rf.linear_token_logprobs(
+            hidden, weight, ids, bias, return_entropy=True, chunk_tokens=chunk_tokens, **options
+        )
+
+    compare_factors(op, (hidden, weight, bias), upstream, dtype, chunk, ("logp", "entropy", "dx", "dW", "db"))
+
+
+@given(
+    head=heads(),
+    tau=st.sampled_from([0.3, 1.0, 1e3, "rows"]),
+    direction=st.sampled_from(["reverse", "forward", "jsd"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    chunk=st.sampled_from([None, 1, 5]),
+)
+@CHEAP
+def test_linear_kl_divergence(head, tau, direction, dtype, chunk):
+    hidden, weight, bias, live, generator = head
+    rows = hidden.shape[0]
+    ref_hidden = torch.randn(rows, 5, generator=generator).to(dtype)
+    ref_weight = torch.randn(weight.shape[0], 5, generator=generator).to(dtype)
+    temperature = temperature_of(tau, (rows,), generator)
+
+    def op(hidden, weight, bias, backend, chunk_tokens):
+        ref = [t.to(hidden.dtype) for t in (ref_hidden, ref_weight, bias.detach())]
+        options = {"temperature": temperature, "direction": direction, "mask": live, "backend": backend}
+        return rf.linear_kl_divergence(
+            hidden, weight, ref[0], ref[1], bias, ref[2], chunk_tokens=chunk_tokens, **options
+        )
+
+    upstream = [torch.randn(rows, generator=generator)]
+    compare_factors(op, (hidden, weight, bias), upstream, dtype, chunk, ("kl", "dx", "dW", "db"))
 
 
 @given(
