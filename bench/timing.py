@@ -1,8 +1,8 @@
 """Clocks and memory probes: the figures of every table come from here.
 
-On the CPU a sample is one call (or enough calls to outlast the clock), with fresh outputs; a sample of one call starts
-from a settled cache and heap. On a GPU it is a pair of events around one call, with inputs that are not in the cache,
-or around a CUDA graph for what takes under 100 µs.
+On the CPU a sample is one call with fresh outputs, from a settled cache and heap, whoever makes it: calls repeated
+within a sample would leave the fast ones a warm cache, and their peers a cold one. On a GPU it is a pair of events
+around one call, with inputs that are not in the cache, or around a CUDA graph for what takes under 100 µs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 
 GRAPH_BELOW_MS = 0.1  # below this a launch costs as much as the kernel: replay a CUDA graph instead
-_SHORTEST_SAMPLE_S = 2e-3
 _LIBC = ctypes.CDLL(None)
 _M_MMAP_THRESHOLD = -3
 _SETTLING_BYTES = 2**28  # more than anybody's share of the last-level cache
@@ -59,7 +58,6 @@ class Step:
 
     prepare: Callable[[], object]
     run: Callable[[object], object]
-    inner: int = 1  # calls a sample; only for steps whose prepare() does nothing
 
 
 def interleave(
@@ -108,14 +106,12 @@ def settle() -> None:
 def cpu_sample(step: Step) -> float:
     """Milliseconds a call. The last outputs are freed after the clock has stopped: everyone's are fresh pages."""
     state = step.prepare()
-    if step.inner == 1:
-        settle()
+    settle()
     start = time.perf_counter()
-    for _ in range(step.inner):
-        kept = step.run(state)
+    kept = step.run(state)
     elapsed = time.perf_counter() - start
     del kept, state
-    return elapsed / step.inner * 1e3
+    return elapsed * 1e3
 
 
 def cuda_sample(step: Step) -> float:
@@ -125,17 +121,11 @@ def cuda_sample(step: Step) -> float:
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000)  # about a millisecond
     start.record()
-    for _ in range(step.inner):
-        kept = step.run(state)
+    kept = step.run(state)
     end.record()
     end.synchronize()
     del kept, state
-    return start.elapsed_time(end) / step.inner
-
-
-def calls_per_sample(ms: float) -> int:
-    """How many calls make a sample that outlasts the clock's and the scheduler's noise."""
-    return max(1, int(_SHORTEST_SAMPLE_S * 1e3 / max(ms, 1e-4)))
+    return start.elapsed_time(end)
 
 
 def graphed(steps: Sequence[Step]) -> Step:

@@ -254,8 +254,11 @@ def preference_loss_fwd(
     params: Tensor,
     formula: str,
     average: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """schemas.OPS["preference_loss_fwd"]: (loss, slopes, rewards, metrics)."""
+    gradients: bool,
+) -> tuple[Tensor, ...]:
+    """schemas.OPS["preference_loss_fwd"]: (loss, slopes, rewards, metrics, and no gradients)."""
+    if gradients:
+        raise ValueError("gradients: preference_loss_bwd makes them here")
     check_rows("preference_loss_fwd", (torch.float32,), chosen=chosen, rejected=rejected, ref_chosen=ref_chosen,
                ref_rejected=ref_rejected, per_pair=per_pair)  # fmt: skip
     B = chosen.shape[0] if cu_chosen is None else cu_chosen.shape[0] - 1
@@ -279,7 +282,7 @@ def preference_loss_fwd(
             TOKEN_NLL=FORMULAS[formula].token_nll, AVERAGE=average, PAIRS=rejected is not None, TILE=TILE_B,
             num_warps=FINISH_WARPS, **FINISH_REGISTERS, **COMPILE,
         )  # fmt: skip
-    return loss, slopes, rewards, metrics
+    return loss, slopes, rewards, metrics, chosen.new_empty((0,)), chosen.new_empty((0,))
 
 
 def preference_loss_bwd(

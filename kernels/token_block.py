@@ -54,13 +54,24 @@ def sum_live(live, value):
 
 
 @triton.jit
+def token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION: tl.constexpr):
+    """ω of tokens n, as it is given or made of the sampler's log-probabilities."""
+    omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
+    if CORRECTION is not None:
+        cap = param(params_ptr, params, ROLLOUT_CAP)
+        omega = CORRECTION(old - omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
+    return omega
+
+
+@triton.jit
 def block_of_tokens(
     logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, params, loss_ptr, dlogp_ptr,
-    dentropy_ptr, row, n, inside, live, log_s, omega, weight,
+    dentropy_ptr, row, n, inside, live, log_s, omega, weight, one_slope,
     FORMULA: tl.constexpr, KL_FORMULA: tl.constexpr, CORRECTION: tl.constexpr, ONE_ADV: tl.constexpr,
 ):  # fmt: skip
     """Stores loss and derivatives of tokens n, of which those inside exist; -> their sums, in the order of SUMS, and
     the extremes of the ratio. ω is ``omega``, or from policy_weights_ptr where that is given; the weight w_t is known.
+    Where the sequence's tokens share the slope of the policy term, ``one_slope`` stands for w_t·ω_t in it.
     """
     logp = tl.load(logp_ptr + n, mask=live, other=0.0).to(tl.float32)
     old = logp
@@ -83,19 +94,19 @@ def block_of_tokens(
         logp, old, ref, adv, tl.where(live, log_s, 0.0), knobs
     )
     if policy_weights_ptr is not None:
-        omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
-        if CORRECTION is not None:
-            cap = param(params_ptr, params, ROLLOUT_CAP)
-            omega = CORRECTION(old - omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
+        omega = token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION)
     loss *= omega
-    dlogp *= omega
+    if one_slope is not None:
+        dlogp *= one_slope
+    else:
+        dlogp *= omega * weight
     kl_sum = 0.0
     if ref_ptr is not None:
         kl, dkl = KL_FORMULA(logp, ref, old)
         kl_coef = param(params_ptr, params, KL_COEF)
         # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
         loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
-        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl, 0.0)
+        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl * weight, 0.0)
         kl_sum = sum_live(live, kl)
     entropy_sum = 0.0
     if entropy_ptr is not None:
@@ -108,7 +119,7 @@ def block_of_tokens(
     loss = tl.where(live, loss * weight, 0.0)
     if loss_ptr is not None:
         tl.store(loss_ptr + n, loss * param(params_ptr, params, DP_SIZE), mask=inside)
-    tl.store(dlogp_ptr + n, tl.where(live, dlogp * weight, 0.0), mask=inside)
+    tl.store(dlogp_ptr + n, tl.where(live, dlogp, 0.0), mask=inside)
     ratio_sum = sum_live(live, ratio)
     # The extremes of a reduction drop NaN, its sum does not; a ratio is at most e^20, so 0·sum is 0 or NaN.
     poison = 0.0 * ratio_sum

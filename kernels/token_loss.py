@@ -88,7 +88,8 @@ def policy_loss_fwd_kernel(
         weight = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
     count, loss, low, high, ratio, k1, k3, kl, entropy, least, largest = block_of_tokens(
         logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, params, loss_ptr, dlogp_ptr,
-        dentropy_ptr, row, n, inside, live, log_s, 1.0, weight, FORMULA, KL_FORMULA, CORRECTION, ONE_ADV,
+        dentropy_ptr, row, n, inside, live, log_s, 1.0, weight, None, FORMULA, KL_FORMULA, CORRECTION,
+        ONE_ADV,
     )  # fmt: skip
     sums = (count, loss, low, high, ratio, k1, k3, kl, entropy, least, largest)
     store_sums(partial_ptr + tl.program_id(0), programs, sums)

@@ -28,6 +28,7 @@ from .token_block import (
     param,
     store_sums,
     sum_live,
+    token_omega,
 )
 from .token_formulas_gen import CORRECTIONS, KL, WEIGHTS
 from .token_loss import SEGMENT, WARPS, check_rows, cut, finish, numbers_or_pointer, policy_formula
@@ -80,6 +81,7 @@ def policy_loss_sequences_kernel(
     CORRECTION: tl.constexpr,
     ONE_ADV: tl.constexpr,
     SEQUENCE_RATIO: tl.constexpr,
+    ONE_SLOPE: tl.constexpr,
     ONE_OMEGA: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -93,8 +95,8 @@ def policy_loss_sequences_kernel(
     Traffic: as policy_loss_fwd_kernel; logp, old, the sampler's log-probabilities, weights and mask are read twice,
         the second time from the cache
     Numerics: fp32; a sequence's sums block by block, in order
-    Gradient: as policy_loss_fwd_kernel; with one advantage and a ratio of the sequence only the mean of token_weights
-        counts, because every token's share of the loss moves the one ratio
+    Gradient: as policy_loss_fwd_kernel; where there is ONE_SLOPE, of gspo with one advantage, every token's share of
+        the policy term moves the one ratio, so that the mean of w_t·ω_t counts
     """
     b = tl.program_id(0)
     if cu_ptr is not None:
@@ -102,11 +104,11 @@ def policy_loss_sequences_kernel(
     else:
         start = b.to(tl.int64) * T
         length = b * 0 + T
-    MEAN_WEIGHT: tl.constexpr = SEQUENCE_RATIO and ONE_ADV and token_weights_ptr is not None
+    OWN_OMEGA: tl.constexpr = policy_weights_ptr is not None and not ONE_OMEGA
     tokens = 0.0
     log_rho = 0.0
     log_omega = 0.0
-    weights = 0.0
+    shares = 0.0
     if SEQUENCE_RATIO or ONE_OMEGA or WEIGHT is not None:
         for t0 in range(0, length, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
@@ -123,8 +125,13 @@ def policy_loss_sequences_kernel(
                 if ONE_OMEGA:
                     rollout = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
                     log_omega += sum_live(live, old - rollout)
-            if MEAN_WEIGHT:
-                weights += tl.sum(tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32), axis=0)
+            if ONE_SLOPE:
+                share = tl.where(live, 1.0, 0.0)
+                if token_weights_ptr is not None:
+                    share = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
+                if OWN_OMEGA:
+                    share *= token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION)
+                shares += sum_live(live, share)
     least_one = tl.maximum(tokens, 1.0)
     log_s = log_rho / least_one
     omega = 1.0
@@ -155,15 +162,12 @@ def policy_loss_sequences_kernel(
         inside = t < length
         live = live_tokens(mask_ptr, n, inside)
         weight = tl.where(live, of_sequence, 0.0)
-        if MEAN_WEIGHT:
-            weight *= weights / least_one
-        else:
-            if token_weights_ptr is not None:
-                weight *= tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
+        if token_weights_ptr is not None:
+            weight *= tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
         found = block_of_tokens(
             logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, None if ONE_OMEGA else policy_weights_ptr, params_ptr,
-            params, loss_ptr, dlogp_ptr, dentropy_ptr, b, n, inside, live, log_s, omega, weight, FORMULA, KL_FORMULA,
-            CORRECTION, ONE_ADV,
+            params, loss_ptr, dlogp_ptr, dentropy_ptr, b, n, inside, live, log_s, omega, weight,
+            of_sequence * omega * shares / least_one if ONE_SLOPE else None, FORMULA, KL_FORMULA, CORRECTION, ONE_ADV,
         )  # fmt: skip
         count += found[0]
         loss += found[1]
@@ -216,14 +220,16 @@ def policy_loss_sequences_fwd(
     partial = fp32((NUM_PARTIALS.value, B))
     # A row's weight is the finisher's; what packed sequences weigh, it cannot know: there it is in the tokens' weights.
     own_weight = packed and aggregation.startswith("seq_")
+    one_adv = advantages.shape != logp.shape
     with on_device(logp):
         if B:
             policy_loss_sequences_kernel[(grid,)](
                 logp, old, advantages, ref if kl else None, entropy, mask, policy_weights, token_weights, cu_seqlens,
                 *numbers_or_pointer(params), loss if per_token else None, dlogp, dentropy if entropy_grad else None,
                 partial, T, logp.numel(), B, FORMULA=policy_formula(formula), KL_FORMULA=KL[kl or "k3_value"],
-                CORRECTION=CORRECTIONS[correction] if correction else None, ONE_ADV=advantages.shape != logp.shape,
-                SEQUENCE_RATIO=sequence_ratio, ONE_OMEGA=sequence_correction and bool(correction),
+                CORRECTION=CORRECTIONS[correction] if correction else None, ONE_ADV=one_adv,
+                SEQUENCE_RATIO=sequence_ratio, ONE_SLOPE=one_adv and formula == "gspo",
+                ONE_OMEGA=sequence_correction and bool(correction),
                 WEIGHT=WEIGHTS[aggregation] if own_weight else None, BLOCK_T=SEGMENT if packed else cut(T)[0],
                 TILE=TILE_B, num_warps=WARPS, **REGISTERS, **COMPILE,
             )  # fmt: skip

@@ -40,8 +40,11 @@ class Answers:
         """(logp, ref, mask, offsets) as ops take them."""
 
         def tokens(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(dtype)
-            return (tensor.unsqueeze(1) if self.whole else tensor).contiguous()
+            # What needs nothing is left alone: an op that does nothing costs its dispatch.
+            if tensor.dtype != dtype:
+                tensor = tensor.to(dtype)
+            tensor = tensor.unsqueeze(1) if self.whole else tensor
+            return tensor if tensor.is_contiguous() else tensor.contiguous()
 
         ref = None if self.ref is None else tokens(self.ref.detach())
         return tokens(self.logp), ref, None if self.mask is None else self.mask.contiguous(), self.offsets
@@ -61,12 +64,19 @@ def run_pairs(
     """(loss, rewards (2, B), metrics)"""
     logp, ref, mask, offsets = chosen.prepared(dtype)
     other, other_ref, other_mask, other_offsets = (None,) * 4 if rejected is None else rejected.prepared(dtype)
+    # Dynamo hands no tensor to an autograd function twice.
+    if other is logp:
+        other = logp.view_as(logp)
+    if other_mask is not None and other_mask is mask:
+        other_mask = mask.view_as(mask)
     pair = None if per_pair is None else per_pair.detach().to(dtype).contiguous()
     params = checks.numbers(numbers, len(pair_formulas.PARAMS) + pair_formulas.MAX_KNOBS, chosen.logp)
     used = dispatch.choose(op, logp, backend)
     tensors = (logp, other, ref, other_ref, mask, other_mask, offsets, other_offsets, pair, params)
     if used == "eager":
         return reference_preference.preference_loss(*tensors, formula, average)
-    options = PreferenceLossOptions(used, formula, average)
+    learns = torch.is_grad_enabled() and (logp.requires_grad or (other is not None and other.requires_grad))
+    gradients = learns and used == "cpu" and not torch.compiler.is_compiling()
+    options = PreferenceLossOptions(used, formula, average, gradients)
     loss, rewards, metrics = PreferenceLoss.apply(*tensors, options)  # type: ignore[no-untyped-call]
     return loss, rewards, metrics

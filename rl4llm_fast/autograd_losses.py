@@ -68,6 +68,8 @@ class PolicyLoss(torch.autograd.Function):
             return (None,) * 12
         logp, entropy, dlogp, dentropy, scale = ctx.saved_tensors
         options: PolicyLossOptions = ctx.options
+        if options.backend == "cpu" and dispatch.is_last_backward() and dispatch.is_one(grad_loss):
+            return dlogp, dentropy if options.entropy_grad else None, *(None,) * 10
         grad_logp, grad_entropy = dispatch.run_backward(
             options.backend, "token_loss_bwd", grad_loss.contiguous(), logp, entropy, scale, dlogp, dentropy
         )
@@ -101,8 +103,8 @@ class PrecomputedGradients(torch.autograd.Function):
         # The last backward through this node hands on what was saved. One that keeps the graph makes tensors of its
         # own; so does one under compile, where the graph decides what it overwrites, and one that is differentiated
         # again, which must raise.
-        last = not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _frees_its_graph()
-        unscaled = last and grad.device.type == "cpu" and grad.item() == 1  # on a GPU the kernel looks, not the host
+        last = dispatch.is_last_backward()
+        unscaled = last and dispatch.is_one(grad)  # on a GPU the kernel looks, not the host
         found: list[Tensor | None] = [None, None, None]
         for i in range(3):
             if needed[i] and not last:
@@ -112,12 +114,6 @@ class PrecomputedGradients(torch.autograd.Function):
                     kernels.scale_gradient_(gradients[i], grad)
                 found[i] = gradients[i]
         return None, *found, None, None, None, None
-
-
-def _frees_its_graph() -> bool:
-    """Whether the backward that runs is the last through its graph, so that what it saved may be overwritten."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
 
 
 @dataclass(frozen=True)

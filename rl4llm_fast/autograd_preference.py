@@ -1,4 +1,8 @@
-"""The differentiable preference loss: forward leaves one slope per answer, backward spreads it over its tokens."""
+"""The differentiable preference loss: forward leaves one slope per answer, backward spreads it over its tokens.
+
+On the CPU the forward pass spreads the slopes too, while the masks are in the cache, and the last backward pass hands
+that on where the upstream gradient is 1, as it is unless somebody scales the loss.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ class PreferenceLossOptions:
     backend: str
     formula: str
     average: bool
+    gradients: bool  # made in the forward pass
 
 
 class PreferenceLoss(torch.autograd.Function):
@@ -39,9 +44,10 @@ class PreferenceLoss(torch.autograd.Function):
         options: PreferenceLossOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         answers = (mask_chosen, mask_rejected, cu_chosen, cu_rejected)
-        loss, slopes, rewards, metrics = dispatch.ops(options.backend).preference_loss_fwd(
-            chosen, rejected, ref_chosen, ref_rejected, *answers, per_pair, params, options.formula, options.average
-        )
+        tensors = (chosen, rejected, ref_chosen, ref_rejected, *answers, per_pair, params)
+        how = (options.formula, options.average, options.gradients)
+        loss, slopes, rewards, metrics, *gradients = dispatch.ops(options.backend).preference_loss_fwd(*tensors, *how)
+        ctx.gradients = gradients if options.gradients else None
         ctx.save_for_backward(slopes, chosen, rejected, *answers)
         ctx.options = options
         ctx.mark_non_differentiable(rewards, metrics)
@@ -53,7 +59,9 @@ class PreferenceLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         slopes, chosen, rejected, *answers = ctx.saved_tensors
-        grad_chosen, grad_rejected = dispatch.run_backward(
-            ctx.options.backend, "preference_loss_bwd", grad_loss, slopes, chosen, rejected, *answers
-        )
-        return grad_chosen, None if rejected is None else grad_rejected, *(None,) * 9
+        made, ctx.gradients = ctx.gradients, None
+        if made is None or not (dispatch.is_last_backward() and dispatch.is_one(grad_loss)):
+            made = dispatch.run_backward(
+                ctx.options.backend, "preference_loss_bwd", grad_loss, slopes, chosen, rejected, *answers
+            )
+        return made[0], None if rejected is None else made[1], *(None,) * 9

@@ -245,6 +245,23 @@ def run_backward(backend: str, name: str, *args: Any) -> Any:
         return op(*args)
 
 
+def is_last_backward() -> bool:
+    """Whether what the backward pass that runs has saved may be overwritten, or handed on as its result.
+
+    Not where it keeps its graph, where it is differentiated again, which must raise, nor under compile, where the graph
+    decides.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
+
+
+def is_one(grad: Tensor) -> bool:
+    """Whether an upstream gradient is one number, 1, on the CPU: looking at it costs no synchronisation there."""
+    return grad.dim() == 0 and grad.device.type == "cpu" and grad.item() == 1
+
+
 def backends() -> dict[str, list[str]]:
     """Every op of the library with the backends that can run here, on any device this machine has.
 

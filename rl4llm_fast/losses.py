@@ -136,8 +136,11 @@ def policy_loss(
     def rows(tensor: Tensor | None) -> Any:
         if tensor is None:
             return None
-        fits = triton and tensor.dtype != torch.float64
-        return layout.as_rows(tensor if fits else tensor.to(dtype)).contiguous()
+        # What needs nothing is left alone: an op that does nothing costs its dispatch.
+        if tensor.dtype != dtype and not (triton and tensor.dtype != torch.float64):
+            tensor = tensor.to(dtype)
+        tensor = layout.as_rows(tensor)
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
 
     def fixed(tensor: Tensor | None) -> Any:
         return None if tensor is None else rows(tensor.detach())
@@ -148,6 +151,36 @@ def policy_loss(
 
     now, old, live = rows(logp), fixed(old_logp), None if mask is None else layout.as_rows(mask).contiguous()
     per_sequence = check_advantages(advantages, layout, logp)
+    if formula == "gspo" and per_sequence:
+        uneven = token_weights is not None or (rollout_correction is not None and rollout_level == "token")
+        if aggregation == "none" or (uneven and not triton):
+            common = {
+                "mask": mask,
+                "cu_seqlens": cu_seqlens,
+                "ref_logp": ref_logp,
+                "kl_estimator": kl_estimator,
+                "kl_gradient": kl_gradient,
+                "kl_clamp": kl_clamp,
+                "aggregation": aggregation,
+                "num_tokens": num_tokens,
+                "num_sequences": num_sequences,
+                "dp_size": dp_size,
+                "max_length": max_length,
+                "token_weights": token_weights,
+                "backend": backend,
+            }
+            policy = {
+                "kind": kind,
+                "entropy": entropy,
+                "entropy_coef": entropy_coef,
+                "rollout_logp": rollout_logp,
+                "rollout_correction": rollout_correction,
+                "rollout_level": rollout_level,
+                "rollout_cap": rollout_cap,
+                "rollout_floor": rollout_floor,
+                **knobs,
+            }
+            return _one_ratio(logp, old_logp, advantages, kl_coef, policy, common)
     omega, correction = fixed(rollout_logp), rollout_correction or ""
     sequence_correction = bool(correction) and rollout_level == "sequence"
     weight, how, log_s = fixed(token_weights), aggregation, None
@@ -168,10 +201,6 @@ def policy_loss(
             correction = ""
         if sequence_level:
             log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
-            if per_sequence and weight is not None:
-                # With one A per sequence every token's share of the loss moves the one ratio: only the mean weight
-                # counts.
-                weight = _sequence_mean(weight.to(dtype), live, layout).expand(layout.rows).contiguous()
         if layout.packed and aggregation.startswith("seq_"):
             made = aggregation_weights(aggregation, layout, live, current(), num_tokens, num_sequences, max_length)
             weight, how = made if weight is None else weight * made, "token_sum"
@@ -193,6 +222,8 @@ def policy_loss(
     )
     variant = "" if ref_logp is None else formulas.kl_variant(kl_estimator, kl_gradient, bool(kl_clamp))
     ref, uncertainty = fixed(ref_logp), rows(entropy)
+    if uncertainty is now:
+        uncertainty = now.view_as(now)  # Dynamo hands no tensor to an autograd function twice
     if chosen == "eager":
         arguments = (now, old, adv, ref, uncertainty, live, omega, weight, log_s, params, formula, variant, how)
         loss, vector = reference_losses.policy_loss(*arguments, correction)
@@ -210,6 +241,34 @@ def policy_loss(
     absent = {"kl_ref": ref_logp is None, "entropy": entropy is None}
     metrics = dict(zip(formulas.METRICS, vector.unbind(), strict=True))
     return loss, {k: v for k, v in metrics.items() if (clips or "clip" not in k) and not absent.get(k, False)}
+
+
+def _one_ratio(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    kl_coef: Number,
+    policy: dict[str, Any],
+    common: dict[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO with one advantage per sequence whose tokens do not weigh the same: each of them moves the one ratio.
+
+    It is GSPO-token of x, which has the value of logp and the gradient of its mean over the sequence; the KL term,
+    whose gradient is each token's own, is a loss beside it.
+    """
+    layout, mask = sequences(logp, common["cu_seqlens"]), common["mask"]
+    live = None if mask is None else layout.as_rows(mask)
+    now = layout.as_rows(logp.to(accumulation_dtype(logp.dtype)))
+    mean = _sequence_mean(now, live, layout)
+    # 0, and NaN for a mean that is infinite, whose ratio is at its bound and has no gradient.
+    x = now.detach() + torch.nan_to_num(mean - mean.detach())
+    each = layout.spread(advantages.detach()).expand(layout.rows).reshape(logp.shape)
+    old = logp.detach() if old_logp is None else old_logp
+    loss, metrics = policy_loss(x.reshape(logp.shape), old, each, **policy, **common)
+    if isinstance(kl_coef, Tensor) or kl_coef != 0:
+        nothing = torch.zeros_like(now.detach()).reshape(logp.shape)
+        loss = loss + policy_loss(logp, old_logp, nothing, kind="cpi", kl_coef=kl_coef, **common)[0]
+    return loss, metrics
 
 
 def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:

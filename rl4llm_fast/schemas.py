@@ -188,8 +188,9 @@ OPS: dict[str, Op] = {
     # correction (one of formulas.CORRECTIONS, else "") the sampler's log-probabilities, from which ω is made. params
     # (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or on the op's device. formula: a name of formulas.FORMULAS,
     # or the op_name of a registered one; kl: one of formulas.kl_variants(), "" without ref.
-    # -> loss 0-d ((B, T) for "none"); dlogp (B, T) and dentropy (B, T) or (0,), without the weight of their sequence,
-    #    which is in scale (B,); metrics (len(formulas.METRICS),)
+    # -> loss 0-d ((B, T) for "none"); dlogp (B, T) and dentropy (B, T) or (0,), to be multiplied by scale (B,), the
+    #    weight of their sequence (the CPU counts tokens first: there they have it, and scale is 1);
+    #    metrics (len(formulas.METRICS),)
     "policy_loss_fwd": Op(
         "(Tensor logp, Tensor? old, Tensor advantages, Tensor? ref, Tensor? entropy, Tensor? mask, "
         "Tensor? policy_weights, Tensor? token_weights, Tensor? log_s, Tensor params, str formula, str kl, "
@@ -224,11 +225,12 @@ OPS: dict[str, Op] = {
     # params (len(PARAMS) + MAX_KNOBS,) fp64 as in policy_loss_fwd; formula: a name of pair_formulas.FORMULAS;
     # average: means of the live tokens in place of sums.
     # -> loss 0-d; slopes (2, B), the derivative in every live token of either answer; rewards (2, B), β·x of either;
-    #    metrics (len(pair_formulas.METRICS),)
+    #    metrics (len(pair_formulas.METRICS),); with gradients (the CPU alone makes them here) what preference_loss_bwd
+    #    gives for a grad of 1, else (0,) twice
     "preference_loss_fwd": Op(
         "(Tensor chosen, Tensor? rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? mask_chosen, "
         "Tensor? mask_rejected, Tensor? cu_chosen, Tensor? cu_rejected, Tensor? per_pair, Tensor params, str formula, "
-        "bool average) -> (Tensor, Tensor, Tensor, Tensor)",
+        "bool average, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.preference_loss_fwd,
     ),
     # grad 0-d -> dchosen, drejected ((0,) without): grad·slope at live tokens, 0 at others

@@ -38,7 +38,7 @@ class Sequences:
         return found.clamp(max=max(self.count - 1, 0))
 
     def as_rows(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.rows)
+        return tensor if tensor.shape == self.rows else tensor.reshape(self.rows)
 
     def sums(self, rows: Tensor) -> Tensor:
         """(B,): the sum over each sequence. No atomics, no synchronisation."""

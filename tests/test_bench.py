@@ -60,13 +60,11 @@ def test_interleave_stops_at_the_largest_number_of_rounds() -> None:
     assert len(result["a"].ms) == 5
 
 
-def test_cpu_sample_divides_by_the_calls_of_a_sample() -> None:
-    ran: list[object] = []
-    step = timing.Step(prepare=lambda: "state", run=ran.append, inner=7)
-    assert timing.cpu_sample(step) >= 0
-    assert ran == ["state"] * 7
-    assert timing.calls_per_sample(1e-9) > timing.calls_per_sample(0.5) == 4
-    assert timing.calls_per_sample(100.0) == 1
+def test_a_cpu_sample_is_one_call_from_a_settled_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(timing, "settle", lambda: done.append("settled"))
+    assert timing.cpu_sample(timing.Step(prepare=lambda: "state", run=done.append)) >= 0
+    assert done == ["settled", "state"]
 
 
 # --- memory

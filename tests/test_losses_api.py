@@ -231,7 +231,7 @@ def test_agrees_with_trl(loss_type):
         assert metrics["kl_ref"].item() == pytest.approx(fake._metrics["train"]["kl"][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "cispo", "sapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "sequence"])
 def test_agrees_with_liger(loss_type):
     liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", reason="liger-kernel is not installed")
     B, T, D, V = 3, 7, 8, 19
@@ -242,15 +242,19 @@ def test_agrees_with_liger(loss_type):
     old, ref = logp + 0.3 * torch.randn(B, T), logp + 0.3 * torch.randn(B, T)
     theirs = hidden.clone().requires_grad_()
     function = liger.LigerFusedLinearGRPOLoss(
-        beta=0.04, compiled=False, epsilon_low=0.2, epsilon_high=high, loss_type=loss_type, max_completion_length=16
-    )
+        beta=0.04, compiled=False, epsilon_low=0.2, epsilon_high=high, max_completion_length=16,
+        loss_type="grpo" if loss_type == "sequence" else loss_type,
+        importance_sampling_level="sequence" if loss_type == "sequence" else "token",
+    )  # fmt: skip
     wanted, _ = function(theirs, weight, ids, mask.long(), adv, ref_per_token_logps=ref, old_per_token_logps=old)
     wanted.backward()
 
     ours = hidden.clone().requires_grad_()
     logp = rf.token_logprobs(ours @ weight.t(), ids)
     knobs = {"cispo": {"kind": "cispo", "cap": high}, "sapo": {"kind": "sapo"}}.get(loss_type, {"eps_high": high})
-    how = {"bnpo": "token_mean", "cispo": "token_mean", "dr_grpo": "seq_mean_token_sum_norm"}
+    if loss_type == "sequence":
+        knobs = {"kind": "gspo", "eps_low": 0.2, "eps_high": high}
+    how = {"bnpo": "token_mean", "dapo": "token_mean", "cispo": "token_mean", "dr_grpo": "seq_mean_token_sum_norm"}
     loss, _ = rf.policy_loss(
         logp, old, adv, mask=mask, ref_logp=ref, kl_coef=0.04, max_length=16,
         aggregation=how.get(loss_type, "seq_mean_token_mean"), **knobs,
@@ -279,3 +283,19 @@ def test_dead_stretches_on_every_instruction_set(dtype):
             extension.force_cpu_isa(None)
         assert torch.all(one_by_one["loss"][~mask] == 0)
         assert torch.all(one_by_one["loss"][mask] != 0)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built here")
+def test_a_gradient_that_was_handed_on_is_never_silently_changed():
+    """The backward pass of a loss that nobody scaled hands on what the forward pass made."""
+    leaf = (-torch.rand(3, 7)).requires_grad_()
+    loss, _ = rf.policy_loss(leaf, leaf.detach() + 0.1, torch.randn(3), mask=torch.rand(3, 7) > 0.3, backend="cpu")
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (twice,) = torch.autograd.grad(2 * loss, leaf, retain_graph=True)
+    assert torch.equal(twice, 2 * first)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, twice)
+    first.mul_(3)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 1.5 * twice)

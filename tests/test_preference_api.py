@@ -38,8 +38,9 @@ def test_opcheck():
     )
     alone = (chosen, None, ref_chosen, None, None, None, None, None, torch.ones(3))
     for arguments, formula in ((padded, "ipo"), (packed, "orpo"), (alone, "kto")):
-        torch.library.opcheck(ops.preference_loss_fwd.default, (*arguments, params, formula, True))
-        _, slopes, _, _ = ops.preference_loss_fwd(*arguments, params, formula, True)
+        for gradients in (False, True):
+            torch.library.opcheck(ops.preference_loss_fwd.default, (*arguments, params, formula, True, gradients))
+        _, slopes, *_ = ops.preference_loss_fwd(*arguments, params, formula, True, False)
         backward = (torch.ones(()), slopes, *arguments[:2], *arguments[4:8])
         torch.library.opcheck(ops.preference_loss_bwd.default, backward)
 
@@ -50,6 +51,30 @@ def test_double_backward_raises():
     (grad,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo"])
+def test_gradients_of_the_forward_pass_are_handed_on(kind):
+    """The last backward pass may own what the forward pass made; others, or those of a scaled loss, make their own."""
+    answers = [side(3, 7), side(3, 9)]
+    leaves = [logp.requires_grad_() for logp, _, _ in answers]
+    refs = [ref for _, ref, _ in answers] if kind == "dpo" else []
+    masks = {"mask_chosen": answers[0][2], "mask_rejected": answers[1][2]}
+
+    def loss_of():
+        return rf.preference_loss(*leaves, *refs, kind=kind, **masks, backend="cpu")[0]
+
+    loss, other = loss_of(), loss_of()
+    last = torch.autograd.grad(loss_of(), leaves)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for scaled in (torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * other, leaves)):
+        for one, again, handed, double in zip(first, second, last, scaled, strict=True):
+            assert torch.equal(one, handed)
+            assert one.abs().max() > 0
+            assert torch.equal(one, again)
+            assert torch.equal(double, 2 * one)
+    assert first[0].data_ptr() != second[0].data_ptr()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

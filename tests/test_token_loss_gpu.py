@@ -73,7 +73,11 @@ def kernel_cases():
     for name in ("gspo", "ppo_clip", "kl_pen"):
         for offsets in ("*i32", "*i64", None):
             types = sequences if offsets is None else sequences | {"cu_ptr": offsets}
-            constants = of_sequence | {"FORMULA": k.POLICY[name], "SEQUENCE_RATIO": name == "gspo"}
+            constants = of_sequence | {
+                "FORMULA": k.POLICY[name],
+                "SEQUENCE_RATIO": name == "gspo",
+                "ONE_SLOPE": name == "gspo",
+            }
             kernel = token_loss_sequences.policy_loss_sequences_kernel
             options = token_loss_sequences.REGISTERS
             yield f"sequences_{name}_{offsets}", kernel, types, constants, k.WARPS, SEQUENCE_REGISTERS, options

@@ -1,7 +1,7 @@
 // preference_loss and its backward on the CPU: checks, pairs and threads around preference.isa.cpp.
 //
-// A thread sums whole answers, so the result depends neither on the number of threads nor on the other pairs; what is
-// made of the sums is a few hundred numbers, in fp64 and in order.
+// A thread takes whole pairs, so the result depends neither on the number of threads nor on the other pairs; what is
+// made of their losses is a few hundred numbers, in fp64 and in order.
 #include "cpu/preference.h"
 
 #include <algorithm>
@@ -80,33 +80,47 @@ struct Answers {
   const uint8_t* mask_at(int64_t b) const { return mask_ptr ? mask_ptr + begin(b) : nullptr; }
 };
 
-// f(side, answer) for every answer of both sides (or of the one there is), in one start of the threads: each start
-// costs about as much as ten thousand tokens, so a thread takes some of them at a time.
-template <class S, class F>
-void each_answer(const Answers<S>& chosen, const Answers<S>* rejected, const F& f) {
-  const int64_t B = chosen.B, answers = rejected ? 2 * B : B, tokens = chosen.N + (rejected ? rejected->N : 0);
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) * answers / std::max<int64_t>(1, tokens));
-  torch::stable::parallel_for(0, answers, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i < B ? chosen : *rejected, i);
+// f(i) for every pair of answers (or for every answer, where there are no pairs), in one start of the threads: each
+// start costs about as much as ten thousand tokens, so a thread takes some of them at a time.
+template <class F>
+void each_pair(int64_t B, int64_t tokens, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) * B / std::max<int64_t>(1, tokens));
+  torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-struct Sums {
-  std::vector<double> sum;      // (2·B,), the chosen, then the rejected
-  std::vector<int64_t> length;  // live tokens, at least 1
+struct Sum {
+  double sum = 0;
+  int64_t length = 1;  // live tokens, at least 1
 };
 
 template <class S>
-Sums sums_of(const Answers<S>& chosen, const Answers<S>* rejected) {
-  Sums out = {std::vector<double>(size_t(2 * chosen.B)), std::vector<int64_t>(size_t(2 * chosen.B), 1)};
-  each_answer(chosen, rejected, [&](const Answers<S>& side, int64_t i) {
-    const int64_t b = i % chosen.B, n = side.begin(b);
-    int64_t count;
-    functions<S>().sum(side.length(b), side.logp_ptr + n, side.ref_ptr ? side.ref_ptr + n : nullptr, side.mask_at(b),
-                       &out.sum[size_t(i)], &count);
-    out.length[size_t(i)] = std::max<int64_t>(count, 1);
-  });
+Sum sum_of(const Answers<S>& side, int64_t i) {
+  const int64_t n = side.begin(i);
+  Sum out;
+  functions<S>().sum(side.length(i), side.logp_ptr + n, side.ref_ptr ? side.ref_ptr + n : nullptr, side.mask_at(i),
+                     &out.sum, &out.length);
+  out.length = std::max<int64_t>(out.length, 1);
   return out;
+}
+
+// slope at the live tokens of answer i, 0 at the others
+template <class S>
+void spread(const Answers<S>& side, int64_t i, S slope, S* grad_ptr) {
+  functions<S>().spread(side.length(i), slope, side.mask_at(i), grad_ptr + side.begin(i));
+}
+
+template <class S>
+int64_t live_tokens(const Answers<S>& side) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < side.B; ++i) {
+    const uint8_t* mask_ptr = side.mask_at(i);
+    const int64_t length = side.length(i);
+    total += std::max<int64_t>(
+        1, mask_ptr ? std::count_if(mask_ptr, mask_ptr + length, [](uint8_t m) { return m; }) : length);
+  }
+  return total;
 }
 
 template <class F>
@@ -121,17 +135,20 @@ void for_dtype(const Tensor& tensor, const char* name, const F& f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
     Tensor chosen, std::optional<Tensor> rejected, std::optional<Tensor> ref_chosen, std::optional<Tensor> ref_rejected,
     std::optional<Tensor> mask_chosen, std::optional<Tensor> mask_rejected, std::optional<Tensor> cu_chosen,
-    std::optional<Tensor> cu_rejected, std::optional<Tensor> per_pair, Tensor params, std::string formula,
-    bool average) {
+    std::optional<Tensor> cu_rejected, std::optional<Tensor> per_pair, Tensor params, std::string formula, bool average,
+    bool gradients) {
   const PairFormula& pair_formula = find_formula(formula);
   const int64_t B = cu_chosen ? cu_chosen->numel() - 1 : chosen.size(0);
   const ScalarType type = chosen.scalar_type();
   const Tensor loss_out = empty_like_of(chosen, {}, type), slopes = empty_like_of(chosen, {2, B}, type);
   const Tensor rewards = empty_like_of(chosen, {2, B}, type);
   const Tensor metrics_out = empty_like_of(chosen, {int64_t(pairs::num_metrics)}, type);
+  const Tensor grad_chosen = gradients ? empty_like_of(chosen, chosen.sizes(), type) : empty_like_of(chosen, {0}, type);
+  const Tensor grad_rejected =
+      gradients && rejected ? empty_like_of(*rejected, rejected->sizes(), type) : empty_like_of(chosen, {0}, type);
   const double* params_ptr = data_of<double>(params, "params", int64_t(pairs::num_params) + pairs::max_knobs);
   const double beta = params_ptr[pairs::param_beta], *knobs = params_ptr + pairs::num_params;
 
@@ -142,39 +159,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
     std::optional<Answers<S>> lost;
     if (rejected) lost.emplace(*rejected, ref_rejected, mask_rejected, cu_rejected, "rejected");
     if (lost && lost->B != B) fail("rejected: wanted ", B, " answers, got ", lost->B);
-    const Sums sums = sums_of(won, lost ? &*lost : nullptr);
-    int64_t chosen_tokens = 0;
-    for (int64_t i = 0; i < B; ++i) chosen_tokens += sums.length[size_t(i)];
-    const double nll_scale = chosen_tokens ? double(B) / double(chosen_tokens) : 0;
+    const double nll_scale = pair_formula.token_nll && B ? double(B) / double(live_tokens(won)) : 0;
 
     S* slopes_ptr = static_cast<S*>(slopes.data_ptr());
     S* rewards_ptr = static_cast<S*>(rewards.data_ptr());
-    double loss = 0, metrics[pairs::num_metrics] = {};
-    for (int64_t i = 0; i < B; ++i) {
-      const size_t w = size_t(i), l = size_t(B + i);
-      const double won_length = average ? double(sums.length[w]) : 1,
-                   lost_length = average ? double(sums.length[l]) : 1;
-      const double x = sums.sum[w] / won_length, y = sums.sum[l] / lost_length;
-      const double nll = pair_formula.token_nll ? -sums.sum[w] * nll_scale : 0;
+    S *grad_chosen_ptr = static_cast<S*>(grad_chosen.data_ptr()),
+      *grad_rejected_ptr = static_cast<S*>(grad_rejected.data_ptr());
+    struct Pair {
+      double loss, better, worse;
+    };
+    std::vector<Pair> found(static_cast<size_t>(B));
+    // A pair's answers are read, and their gradients written while the masks are in the cache.
+    each_pair(B, won.N + (lost ? lost->N : 0), [&](int64_t i) {
+      const Sum w = sum_of(won, i), l = lost ? sum_of(*lost, i) : Sum();
+      const double won_length = average ? double(w.length) : 1, lost_length = average ? double(l.length) : 1;
+      const double x = w.sum / won_length, y = l.sum / lost_length;
+      const double nll = pair_formula.token_nll ? -w.sum * nll_scale : 0;
       const double extra = per_pair_ptr ? double(per_pair_ptr[i]) : params_ptr[pairs::param_per_pair];
       const auto pair = pair_formula.function(x, y, nll, extra, beta, knobs);
-      loss += pair.loss;
       // No −0·scale: a formula without this nll has no slope in it.
       const double through_nll = pair_formula.token_nll ? pair.d_nll * nll_scale : 0;
       slopes_ptr[i] = S((pair.d_chosen / won_length - through_nll) / double(B));
       slopes_ptr[B + i] = S(pair.d_rejected / lost_length / double(B));
       const double better = beta * x, worse = beta * y;
       rewards_ptr[i] = S(better), rewards_ptr[B + i] = S(worse);
-      metrics[pairs::metric_reward_chosen] += better;
-      metrics[pairs::metric_reward_rejected] += worse;
-      metrics[pairs::metric_accuracy] += better > worse;
-      metrics[pairs::metric_margin] += better - worse;
+      found[size_t(i)] = {pair.loss, better, worse};
+      if (!gradients) return;
+      spread(won, i, slopes_ptr[i], grad_chosen_ptr);
+      if (lost) spread(*lost, i, slopes_ptr[B + i], grad_rejected_ptr);
+    });
+    double loss = 0, metrics[pairs::num_metrics] = {};
+    for (const Pair& pair : found) {
+      loss += pair.loss;
+      metrics[pairs::metric_reward_chosen] += pair.better;
+      metrics[pairs::metric_reward_rejected] += pair.worse;
+      metrics[pairs::metric_accuracy] += pair.better > pair.worse;
+      metrics[pairs::metric_margin] += pair.better - pair.worse;
     }
     const double total = double(std::max<int64_t>(B, 1));
     static_cast<S*>(loss_out.data_ptr())[0] = S(loss / total);
     for (int k = 0; k < pairs::num_metrics; ++k) static_cast<S*>(metrics_out.data_ptr())[k] = S(metrics[k] / total);
   });
-  return {loss_out, slopes, rewards, metrics_out};
+  return {loss_out, slopes, rewards, metrics_out, grad_chosen, grad_rejected};
 }
 
 std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tensor chosen,
@@ -192,12 +218,13 @@ std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tenso
     std::optional<Answers<S>> lost;
     if (rejected) lost.emplace(*rejected, std::nullopt, mask_rejected, cu_rejected, "rejected");
     if (lost && lost->B != won.B) fail("rejected: wanted ", won.B, " answers, got ", lost->B);
-    S* const out_ptrs[2] = {static_cast<S*>(grad_chosen.data_ptr()), static_cast<S*>(grad_rejected.data_ptr())};
-    each_answer(won, lost ? &*lost : nullptr, [&](const Answers<S>& side, int64_t i) {
-      const int64_t b = i % won.B;
-      // A slope of 0 stays 0 whatever comes from above.
-      const S value = slopes_ptr[i] == S(0) ? S(0) : upstream * slopes_ptr[i];
-      functions<S>().spread(side.length(b), value, side.mask_at(b), out_ptrs[i / won.B] + side.begin(b));
+    S *grad_chosen_ptr = static_cast<S*>(grad_chosen.data_ptr()),
+      *grad_rejected_ptr = static_cast<S*>(grad_rejected.data_ptr());
+    // A slope of 0 stays 0 whatever comes from above.
+    const auto scaled = [&](int64_t i) { return slopes_ptr[i] == S(0) ? S(0) : upstream * slopes_ptr[i]; };
+    each_pair(won.B, won.N + (lost ? lost->N : 0), [&](int64_t i) {
+      spread(won, i, scaled(i), grad_chosen_ptr);
+      if (lost) spread(*lost, i, scaled(won.B + i), grad_rejected_ptr);
     });
   });
   return {grad_chosen, grad_rejected};

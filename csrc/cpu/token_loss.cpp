@@ -1,7 +1,9 @@
 // policy_loss, kl_estimate and their backward on the CPU: checks, rows and threads around token_loss.isa.cpp.
 //
-// Every segment of a row writes its sums; they are combined in order, in double, so that the result depends neither on
-// the number of threads nor on which thread did what.
+// The mask is counted first: what a row weighs is then known, and the derivatives are written as the gradient of the
+// loss, which a backward pass without a factor hands on as it is. Every segment of a row writes its sums; they are
+// combined in order, in double, so that the result depends neither on the number of threads nor on which thread did
+// what.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -129,15 +131,38 @@ struct PolicyLossResult {
   Tensor loss, dlogp, dentropy, scale, metrics;
 };
 
-// From the sums of the segments: the weight of each row, the loss and the metrics.
+// What each row weighs in the loss and its derivatives.
+std::vector<double> row_scales(const PolicyLossArgs& a, int64_t B, int64_t T, const double* params) {
+  std::vector<double> count(static_cast<size_t>(B), double(T)), scale(static_cast<size_t>(B));
+  if (a.mask) {
+    const uint8_t* mask_ptr = reinterpret_cast<const uint8_t*>(data_of<bool>(*a.mask, "mask", B * T));
+    const auto live_count = token_loss_kernels().fp32.live_count;
+    torch::stable::parallel_for(0, B, std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, T)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t row = begin; row < end; ++row) {
+                                    count[size_t(row)] = double(live_count(T, mask_ptr + row * T));
+                                  }
+                                });
+  }
+  double num_tokens = params[formulas::param_num_tokens];
+  if (num_tokens < 0) {
+    num_tokens = 0;
+    for (const double length : count) num_tokens += length;
+  }
+  for (size_t row = 0; row < count.size(); ++row) {
+    scale[row] = params[formulas::param_dp_size] * sequence_weight(a.aggregation, count[row], num_tokens, params);
+  }
+  return scale;
+}
+
+// From the sums of the segments: the loss and the metrics.
 template <class S>
-void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& sums, const double* params,
+void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& sums, const std::vector<double>& scale,
             const PolicyLossResult& out) {
-  std::vector<double> total(num_sums, 0.0), row_count(size_t(cut.B)), row_loss(size_t(cut.B));
+  std::vector<double> total(num_sums, 0.0), row_loss(size_t(cut.B));
   total[least_ratio] = infinity(1.0), total[largest_ratio] = -infinity(1.0);
   for (int64_t job = 0; job < cut.jobs; ++job) {
     const double* part = &sums[size_t(job) * num_sums];
-    row_count[size_t(job / cut.segments)] += part[sum_count];
     row_loss[size_t(job / cut.segments)] += part[sum_loss];
     for (int k = 0; k < num_sums; ++k) {
       if (k == least_ratio) {
@@ -149,14 +174,11 @@ void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& 
       }
     }
   }
-  const double given = params[formulas::param_num_tokens], num_tokens = given >= 0 ? given : total[sum_count];
   S* scale_ptr = static_cast<S*>(out.scale.data_ptr());
   double loss = 0;
-  for (int64_t row = 0; row < cut.B; ++row) {
-    const double scale =
-        params[formulas::param_dp_size] * sequence_weight(a.aggregation, row_count[size_t(row)], num_tokens, params);
-    scale_ptr[row] = S(scale);
-    loss += scale * row_loss[size_t(row)];
+  for (size_t row = 0; row < scale.size(); ++row) {
+    scale_ptr[row] = 1;  // the derivatives have it
+    loss += scale[row] * row_loss[row];
   }
   if (a.aggregation != "none") static_cast<S*>(out.loss.data_ptr())[0] = S(loss);
 
@@ -203,6 +225,7 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
   S* dentropy_ptr = out.dentropy.numel() == N && N > 0 ? static_cast<S*>(out.dentropy.data_ptr()) : nullptr;
   const S dp_size = S(params[formulas::param_dp_size]);
 
+  const std::vector<double> scale = row_scales(a, B, T, params);
   std::vector<double> sums(size_t(cut.jobs) * num_sums);
   cut.each([&](int64_t job, int64_t row, int64_t t, int64_t length) {
     alignas(64) S kl_values[kSegment], dkl_values[kSegment];
@@ -228,13 +251,14 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
     segment.kl_coef = S(params[formulas::param_kl_coef]);
     segment.entropy_coef = S(params[formulas::param_entropy_coef]);
     segment.knobs = knobs;
+    segment.scale = S(scale[size_t(row)]);
     segment.loss_ptr = loss_ptr ? loss_ptr + n : nullptr;
     segment.dlogp_ptr = dlogp_ptr + n;
     segment.dentropy_ptr = dentropy_ptr ? dentropy_ptr + n : nullptr;
     policy(segment, &sums[size_t(job) * num_sums]);
     if (loss_ptr && dp_size != 1) functions<S>().scale(length, dp_size, nullptr, loss_ptr + n, loss_ptr + n);
   });
-  finish<S>(a, cut, sums, params, out);
+  finish<S>(a, cut, sums, scale, out);
 }
 
 template <class F>

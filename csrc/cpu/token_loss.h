@@ -46,6 +46,7 @@ struct PolicySegment {
   int correction;  // its place in RL4LLM_CORRECTION_FORMULAS, or −1
   S rollout_cap, rollout_floor, kl_coef, entropy_coef;
   const S* knobs;
+  S scale;          // the weight of the row, for the derivatives
   S* loss_ptr;      // (length,), or null
   S* dlogp_ptr;     // (length,)
   S* dentropy_ptr;  // (length,), or null
@@ -75,6 +76,7 @@ struct TokenLossFunctions {
   void (*kl[kKlFormulas])(const KlSegment<S>& segment);
   // out = g·d, with g one number times, where given, one per token; exactly 0 where d is 0.
   void (*scale)(int64_t length, S g, const S* grad_ptr, const S* d_ptr, S* out_ptr);
+  int64_t (*live_count)(int64_t length, const uint8_t* mask_ptr);
 };
 
 struct TokenLossKernels {

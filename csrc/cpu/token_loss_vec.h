@@ -194,6 +194,25 @@ RL4LLM_INLINE typename M::I live_lanes(const uint8_t* mask_ptr, int64_t i, int l
   return result;
 }
 
+// How many tokens are live.
+RL4LLM_INLINE int64_t live_count(int64_t length, const uint8_t* mask_ptr) {
+  typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
+  constexpr int64_t kMost = 255;  // as far as a byte counts
+  const int64_t whole = length / kBytes;
+  int64_t total = 0;
+  for (int64_t first = 0; first < whole; first += kMost) {
+    Bytes counts = {};
+    for (int64_t k = first; k < (whole < first + kMost ? whole : first + kMost); ++k) {
+      Bytes bytes;
+      __builtin_memcpy(&bytes, mask_ptr + k * kBytes, sizeof bytes);
+      counts -= (Bytes)(bytes != Bytes{});
+    }
+    for (int j = 0; j < kBytes; ++j) total += counts[j];
+  }
+  for (int64_t i = whole * kBytes; i < length; ++i) total += mask_ptr[i] != 0;
+  return total;
+}
+
 // Whether a whole vector has no live token, as behind the end of a padded answer: its inputs are not even read.
 template <class M>
 RL4LLM_INLINE bool all_dead(const uint8_t* mask_ptr, int64_t i, int lanes) {
@@ -264,11 +283,11 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
       const F entropy = input(s.entropy_ptr);
       entropy_sum += entropy;
       if (s.entropy_coef != 0) loss -= s.entropy_coef * entropy;
-      if (s.dentropy_ptr) store<M>(s.dentropy_ptr, i, lanes, live ? -s.entropy_coef * token_weight : zero);
+      if (s.dentropy_ptr) store<M>(s.dentropy_ptr, i, lanes, live ? -s.entropy_coef * token_weight * s.scale : zero);
     }
     loss = live ? loss * token_weight : zero;
     if (s.loss_ptr) store<M>(s.loss_ptr, i, lanes, loss);
-    store<M>(s.dlogp_ptr, i, lanes, live ? dlogp * token_weight : zero);
+    store<M>(s.dlogp_ptr, i, lanes, live ? dlogp * token_weight * s.scale : zero);
     loss_sum += loss;
     count += live ? one : zero;
     low += live ? token.clipped_low : zero;
