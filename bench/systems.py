@@ -1,10 +1,12 @@
 """What the systems of docs/systems.md reached, from the folders of their runs into its table.
 
-    python -m bench.systems RUNS [--note "one thread, other work beside it"] [--page docs/systems.md]
+    python -m bench.systems RUNS [--note "one thread, other work beside it"] [--steps FILE.json]
+                                 [--page docs/systems.md]
 
 RUNS holds what the commands of the table wrote (``runs`` where they were started). What is found there goes into
 bench/results/systems.json, in place of what it had of the same system; the table's last two columns are then written
-from that file. Nothing is typed by hand: a system that was not run says so.
+from that file. Nothing is typed by hand: a system that was not run says so. FILE.json is what ``bench.end_to_end``
+wrote of the trainers' steps; its table goes between the page's marks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import end_to_end, report
 from .base import ROOT
 
 RECORD = ROOT / "bench" / "results" / "systems.json"
@@ -135,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=pathlib.Path, help="the folder that the commands wrote their runs into")
     parser.add_argument("--note", default="", help="what else to say of these runs, kept with each")
     parser.add_argument("--page", type=pathlib.Path, default=ROOT / "docs" / "systems.md")
+    parser.add_argument("--steps", type=pathlib.Path, help="whole steps, measured by bench.end_to_end")
     parser.add_argument("--record", type=pathlib.Path, default=RECORD)
     arguments = parser.parse_args(argv)
     record = json.loads(arguments.record.read_text(encoding="utf-8")) if arguments.record.is_file() else {}
@@ -145,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {run['figure']}")
     arguments.record.parent.mkdir(parents=True, exist_ok=True)
     arguments.record.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.steps is not None:
+        result = json.loads(arguments.steps.read_text(encoding="utf-8"))
+        report.rewrite(arguments.page, "steps", [end_to_end.markdown(result)])
     for name in write(arguments.page, record):
         print(f"{name}: no run in {arguments.runs}, and none recorded")
     return 0

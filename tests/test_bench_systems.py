@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from bench import systems
+from bench import end_to_end, report, run, systems
 
 
 def test_figures_come_from_runs(tmp_path: pathlib.Path) -> None:
@@ -37,6 +37,13 @@ def test_figures_come_from_runs(tmp_path: pathlib.Path) -> None:
     assert json.loads(record.read_text())["SFT"]["note"] == "n"
     assert systems.main([str(tmp_path / "none"), *arguments[1:]]) == 0  # what is recorded stays
     assert page.read_text(encoding="utf-8") == first
+    begin, end = report.marks("steps")
+    page.write_text(f"{begin}\n{end}\n{first}", encoding="utf-8")
+    meta = {**run.environment("cpu"), "command": "c", "precision": "fp32", "trl": "1", "sizes": end_to_end.SIZES["cpu"]}
+    row = {"trainer": "sft", "variant": "fused", "status": "failed", "reason": "r"}
+    (tmp_path / "steps.json").write_text(json.dumps({"meta": meta, "rows": [row]}))
+    assert systems.main([*arguments, "--steps", str(tmp_path / "steps.json")]) == 0
+    assert "| sft | fused | failed: r |" in page.read_text(encoding="utf-8").split(end)[0]
 
 
 def test_every_row_of_the_page_has_a_source() -> None:
