@@ -1,7 +1,9 @@
-"""verl's and OpenRLHF's functions and their drop-ins, side by side: ``python -m bench.dropin_functions verl``.
+"""verl's and OpenRLHF's functions and their drop-ins, side by side: ``python -m bench.dropin_functions verl``; with
+``hf``, log-probabilities from SmolLM2-135M with and without ``logprob_head``.
 
 Forward, and backward where there is one, in fp32: 64 answers of up to 512 tokens, and 256 tokens of a vocabulary of
-49,152 for the functions of logits. Time: the best of interleaved rounds.
+49,152 for the functions of logits; 4 x 256 tokens for the model. Time: the best of interleaved rounds. Memory: peak
+resident size above what was there before the call (Linux).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from .dropin_trainers import kib, start_of_peak
 
 B, T, ROWS, V = 64, 512, 256, 49152
 
@@ -73,14 +77,47 @@ OPENRLHF: Cases = {
 }
 
 
+def model(rounds: int) -> None:
+    """Forward and backward of the whole model, its log-probabilities from logits and from the head."""
+    import transformers
+
+    from rl4llm_fast.compat.hf import logprob_head
+    from rl4llm_fast.trainer import smollm2
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(smollm2.model_folder(), dtype=torch.float32)
+    logprob_head(network)  # without labels it is what it was
+    ids = torch.randint(V, (4, 256), generator=torch.Generator().manual_seed(0))
+
+    def from_logits() -> torch.Tensor:
+        logps = network(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        return logps.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+    ways = {"logits": from_logits, "head": lambda: network(input_ids=ids, labels=ids).log_probs}
+    best, peak = dict.fromkeys(ways, float("inf")), dict.fromkeys(ways, 0)
+    for _ in range(rounds):
+        for name, way in ways.items():
+            network.zero_grad()
+            before = start_of_peak()
+            start = time.perf_counter()
+            backward(way())
+            best[name] = min(best[name], time.perf_counter() - start)
+            peak[name] = max(peak[name], (kib("VmHWM") - before) // 1024)
+    print("| SmolLM2-135M, 4 x 256 tokens | from its logits | `logprob_head` | ratio |\n|---|---|---|---|")
+    print(f"| time | {best['logits']:.2f} s | {best['head']:.2f} s | {best['logits'] / best['head']:.2f}x |")
+    print(f"| memory | {peak['logits']} MiB | {peak['head']} MiB | {peak['logits'] / peak['head']:.1f}x |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", choices=["verl", "openrlhf"])
+    parser.add_argument("library", choices=["verl", "openrlhf", "hf"])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     library = arguments.library
+    print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    if library == "hf":
+        model(arguments.rounds)
+        return
     drop_ins, tensors = importlib.import_module(f"rl4llm_fast.compat.{library}"), data()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(f"| function | {library} | drop-in | ratio |\n|---|---|---|---|")
     replacements = {target.name: target.replacement for target in drop_ins.TARGETS}
     for name, (module, call) in (VERL if library == "verl" else OPENRLHF).items():

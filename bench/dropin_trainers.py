@@ -28,6 +28,12 @@ def kib(field: str) -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 
 
+def start_of_peak() -> int:
+    """The resident size in KiB, from where VmHWM starts again."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return kib("VmRSS")
+
+
 def rows(folder: Path, name: str, columns: dict[str, str]) -> Any:
     """The first rows of a file, its columns under TRL's names."""
     from datasets import Dataset
@@ -77,8 +83,7 @@ def work(name: str, patched: bool, model: str, data: Path, steps: int) -> dict[s
             self.peaks: list[int] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-            self.before, self.start = kib("VmRSS"), time.perf_counter()
+            self.before, self.start = start_of_peak(), time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.perf_counter() - self.start)

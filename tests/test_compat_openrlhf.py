@@ -184,6 +184,10 @@ class TestAdvantages:
         wanted = Maker().get_advantages_and_returns(values, rewards, mask, 0.9, 0.8)
         for mine, theirs in zip(got, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        for dtype in (torch.float64, torch.bfloat16):
+            arguments = values.to(dtype), rewards.to(dtype), mask.to(mask_dtype), 0.9, 0.8
+            wide = Maker().get_advantages_and_returns(*arguments)[0].dtype
+            assert {t.dtype for t in ours.get_advantages_and_returns(*arguments)} == {wide}
         everything = ours.get_advantages_and_returns(values, rewards, None, 0.9, 0.8)
         torch.testing.assert_close(everything[0], rf.gae(rewards, values, gamma=0.9, lam=0.8)[0])
 

@@ -86,9 +86,11 @@ def get_advantages_and_returns(
             over such tokens like over any other, and their results are returned.
 
     Returns:
-        (advantages, returns), (B, T) each, in the common dtype of values and rewards.
+        (advantages, returns), (B, T) each, in the common dtype of values, rewards and a mask of floats.
     """
     dtype = torch.promote_types(values.dtype, rewards.dtype)
+    if action_mask is not None and action_mask.is_floating_point():
+        dtype = torch.promote_types(dtype, action_mask.dtype)  # OpenRLHF multiplies with it
     values, rewards = values.to(dtype), rewards.to(dtype)
     if action_mask is not None:
         values, rewards = torch.where(action_mask != 0, values, 0.0), torch.where(action_mask != 0, rewards, 0.0)
