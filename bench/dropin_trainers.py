@@ -1,6 +1,6 @@
 """TRL's trainers on SmolLM2-135M, patched by ``rl4llm_fast.compat.trl.patch()`` and not, side by side.
 
-    python -m bench.dropin_trainers [--trainers grpo,dpo,kto] [--steps 4] [--rows FOLDER] [--model FOLDER]
+    python -m bench.dropin_trainers [--trainers grpo,dpo,kto] [--steps 4] [--rounds 1] [--rows FOLDER] [--model FOLDER]
 
 The trainers are TRL's own, in fp32 on a CPU, on the rows of examples/film_reviews.py: 8 answers of 16 tokens a step for
 GRPO, each batch of them sampled once and used twice, 8 pairs for DPO, 8 answers for KTO. Every run has a process of its
@@ -107,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="of grpo, dpo, kto")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns")
     parser.add_argument("--rows", type=Path, default=Path("data/film_reviews"), help="made by examples/film_reviews.py")
     parser.add_argument("--model", help="a folder; by default SmolLM2-135M-Instruct")
     parser.add_argument("--verbose", action="store_true", help="show what the trainers write")
@@ -127,15 +128,20 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.dropin_trainers", "--steps", str(arguments.steps)]
         command += ["--rows", str(arguments.rows), "--model", arguments.model, "--work", name]
         log = None if arguments.verbose else subprocess.DEVNULL
-        plain, patched = (
-            json.loads(subprocess.check_output([*command, variant], text=True, stderr=log).splitlines()[-1])
-            for variant in ("plain", "patched")
-        )
-        assert len(plain["losses"]) == len(patched["losses"]) == arguments.steps
-        differ = max(abs(a - b) for a, b in zip(plain["losses"], patched["losses"], strict=True))
+        runs: dict[str, list[dict[str, Any]]] = {"plain": [], "patched": []}
+        for _ in range(arguments.rounds):  # in turns, since a shared machine's speed drifts
+            for variant, done in runs.items():
+                output = subprocess.check_output([*command, variant], text=True, stderr=log)
+                done.append(json.loads(output.splitlines()[-1]))
+        plain, patched = runs.values()
+        losses = [run["losses"] for run in (*plain, *patched)]
+        assert all(len(one) == arguments.steps for one in losses)
+        differ = max(abs(a - b) for one in losses for a, b in zip(one, losses[0], strict=True))
+        seconds = [min(run["seconds"] for run in done) for done in runs.values()]
+        mib = [max(run["mib"] for run in done) for done in runs.values()]
         print(
-            f"| {name.upper()} | {differ:.1e} | {plain['seconds']:.2f} s | {patched['seconds']:.2f} s "
-            f"| {plain['seconds'] / patched['seconds']:.2f}x | {plain['mib']} MiB | {patched['mib']} MiB |",
+            f"| {name.upper()} | {differ:.1e} | {seconds[0]:.2f} s | {seconds[1]:.2f} s "
+            f"| {seconds[0] / seconds[1]:.2f}x | {mib[0]} MiB | {mib[1]} MiB |",
             flush=True,
         )
 
