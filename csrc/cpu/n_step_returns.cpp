@@ -1,10 +1,12 @@
 // rl4llm_fast::n_step_returns on the CPU: G_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n} (docs/math.md section 4).
 //
-// The tokens that take a step are gathered into one run and cut into blocks of n. A window of n then is the end of one
-// block and the beginning of the next (van Herk 1992): sums from each token to its block's end and from the block's
-// start to each token give every window with one multiply-add, whatever n is. No difference of long sums is taken, so
-// nothing cancels and a NaN reaches n tokens back, no further. In fp64; one thread a sequence.
+// The tokens that take a step are gathered into one run. Where n is small, G^(k)_t = r_t + γ·G^(k−1)_{t+1} is taken n
+// times over the run, which lies in the cache. Otherwise the run is cut into blocks of n. A window of n then is the end
+// of one block and the beginning of the next (van Herk 1992): sums from each token to its block's end and from the
+// block's start to each token give every window with one multiply-add, whatever n is. Neither takes a difference of
+// long sums, so nothing cancels and a NaN reaches n tokens back, no further. In fp64; one thread a sequence.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/sequences.h"
@@ -12,16 +14,36 @@
 namespace rl4llm {
 namespace {
 
-// Scratch of one thread.
+constexpr int64_t kFew = 16;  // steps, up to which passes over the run are the faster way
+
+// Scratch of one thread: room for the longest sequence.
 struct Run {
-  std::vector<int64_t> position;
+  int64_t length = 0;
+  std::vector<int64_t> position;  // where a token of the run stands in its sequence
   std::vector<double> reward, value, to_end, from_start, power;
+
+  void make_room(int64_t tokens) {
+    if (int64_t(to_end.size()) > tokens) return;
+    position.resize(size_t(tokens)), reward.resize(size_t(tokens)), value.resize(size_t(tokens));
+    to_end.resize(size_t(tokens) + 1);
+  }
 };
 
+// The results, in to_end.
+void passes(Run& run, int64_t n, double gamma, double bootstrap) {
+  double* sum = run.to_end.data();
+  const double* reward = run.reward.data();
+  std::copy(run.value.begin(), run.value.begin() + run.length, sum);
+  sum[run.length] = bootstrap;
+  for (int64_t k = 0; k < n; ++k) {
+    for (int64_t t = 0; t < run.length; ++t) sum[t] = reward[t] + gamma * sum[t + 1];
+  }
+}
+
 void windows(Run& run, int64_t n, double gamma, double bootstrap) {
-  const int64_t length = int64_t(run.position.size());
+  const int64_t length = run.length;
   const int64_t block = std::min(n, length);
-  run.to_end.resize(size_t(length)), run.from_start.resize(size_t(length)), run.power.resize(size_t(block) + 1);
+  run.from_start.resize(size_t(length)), run.power.resize(size_t(block) + 1);
   run.power[0] = 1;
   for (size_t k = 1; k < run.power.size(); ++k) run.power[k] = run.power[k - 1] * gamma;
   for (int64_t start = 0; start < length; start += block) {
@@ -46,6 +68,48 @@ void windows(Run& run, int64_t n, double gamma, double bootstrap) {
   }
 }
 
+// f(an element of the type that is stored); bf16 as its bits.
+template <class F>
+void with_elements(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::BFloat16:
+      return f(uint16_t());
+    case ScalarType::Half:
+      return f(torch::headeronly::Half());
+    default:
+      fail("rewards: wanted float64, float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  }
+}
+
+// The tokens of a sequence, as doubles; those that are not live count as zeros, or not at all.
+template <class T>
+void gather(Run& run, const Tokens& mask, const char* mask_ptr, bool skip, const T* reward_ptr, int64_t reward_stride,
+            const T* value_ptr, int64_t value_stride, int64_t length) {
+  const auto wide = [](T x) {
+    if constexpr (std::is_same_v<T, uint16_t>) return double(bits_to_float(uint32_t(x) << 16));
+    return double(x);
+  };
+  if (!mask_ptr) {
+    run.length = length;
+    for (int64_t t = 0; t < length; ++t) run.reward[size_t(t)] = wide(reward_ptr[t * reward_stride]);
+    for (int64_t t = 0; t < length; ++t) run.value[size_t(t)] = wide(value_ptr[t * value_stride]);
+    return;
+  }
+  int64_t count = 0;
+  for (int64_t t = 0; t < length; ++t) {
+    const bool live = mask_ptr[t * mask.stride_t];
+    run.position[size_t(count)] = t;
+    run.reward[size_t(count)] = live ? wide(reward_ptr[t * reward_stride]) : 0;
+    run.value[size_t(count)] = live ? wide(value_ptr[t * value_stride]) : 0;
+    count += live || !skip;
+  }
+  run.length = count;
+}
+
 Tensor n_step_returns(Tensor rewards, Tensor values, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
                       std::optional<Tensor> bootstrap, int64_t n, Tensor gamma, std::string mask_mode) {
   const Sequences sequences(rewards, mask, cu_seqlens, mask_mode);
@@ -67,22 +131,24 @@ Tensor n_step_returns(Tensor rewards, Tensor values, std::optional<Tensor> mask,
       for (int64_t b = first; b < last; ++b) {
         const Span span = sequences.span(b);
         const int64_t length = sequences.live_length(span);
-        const void *reward_ptr = reward.at(span), *value_ptr = value.at(span);
         const char* mask_ptr = sequences.mask.at(span);
-        run.position.clear(), run.reward.clear(), run.value.clear();
-        for (int64_t t = 0; t < length; ++t) {
-          const bool live = !mask_ptr || mask_ptr[t * sequences.mask.stride_t];
-          if (!live && sequences.skip) continue;
-          run.position.push_back(t);
-          run.reward.push_back(live ? read_element(reward_ptr, type, t * reward.stride_t) : 0);
-          run.value.push_back(live ? read_element(value_ptr, type, t * value.stride_t) : 0);
-        }
-        windows(run, n, discount, bootstrap ? read_element(bootstrap->data_ptr(), acc, b) : 0);
+        run.make_room(length);
+        with_elements(type, [&](auto element) {
+          using T = decltype(element);
+          gather(run, sequences.mask, mask_ptr, sequences.skip, reinterpret_cast<const T*>(reward.at(span)),
+                 reward.stride_t, reinterpret_cast<const T*>(value.at(span)), value.stride_t, length);
+        });
+        const double behind = bootstrap ? read_element(bootstrap->data_ptr(), acc, b) : 0;
+        (n <= kFew ? passes : windows)(run, n, discount, behind);
         S* row_ptr = out_ptr + span.out;
+        if (!mask_ptr) {
+          for (int64_t t = 0; t < length; ++t) row_ptr[t] = S(run.to_end[size_t(t)]);
+          continue;
+        }
         std::fill(row_ptr, row_ptr + span.length, S(0));
-        for (size_t i = 0; i < run.position.size(); ++i) {
-          const int64_t t = run.position[i];
-          if (!mask_ptr || mask_ptr[t * sequences.mask.stride_t]) row_ptr[t] = S(run.to_end[i]);
+        for (int64_t i = 0; i < run.length; ++i) {
+          const int64_t t = run.position[size_t(i)];
+          if (mask_ptr[t * sequences.mask.stride_t]) row_ptr[t] = S(run.to_end[size_t(i)]);
         }
       }
     });
