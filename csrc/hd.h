@@ -87,55 +87,6 @@ RL4LLM_HD A chosen_logp(A shifted, A temperature, A log_sum) {
   return shifted / temperature - log_sum;
 }
 
-// A part of two rows of logits, z of the distribution a and w of b, summed up for KL(a‖b) = Σ a·(log a − log b).
-// x_v = (z'_v − max)·k as in RowSum, y_v = (w'_v − other_max)·k. dsum is in nats.
-template <class A>
-struct KlSum {
-  A max, sum;              // of z: max z', Σ 2^x_v
-  A dsum;                  // Σ 2^x_v·(x_v − y_v)·ln2, where −inf on both sides is a difference of 0
-  A other_max, other_sum;  // of w: max w', Σ 2^y_v
-  bool infinite;           // somewhere w is −inf and z is not
-};
-
-// The same sums, relative to new maxima.
-template <class A, class K>
-RL4LLM_HD KlSum<A> rebase(KlSum<A> part, A new_max, A new_other_max, K k) {
-  const A nothing = -infinity(A());
-  const A shift = part.max == nothing ? A(0) : exponent(part.max, new_max, k);
-  const A other_shift = part.other_max == nothing ? A(0) : exponent(part.other_max, new_other_max, k);
-  const A scale = power_of_2(shift);
-  const A dsum = scale == A(0) ? A(0) : scale * (part.dsum + A(kLn2) * (shift - other_shift) * part.sum);
-  return {new_max, part.sum * scale, dsum, new_other_max, part.other_sum * power_of_2(other_shift), part.infinite};
-}
-
-// Two parts of a pair of rows as one; from the left, as for RowSum.
-template <class A, class K>
-RL4LLM_HD KlSum<A> merge(KlSum<A> a, KlSum<A> b, K k) {
-  const A max = b.max > a.max ? b.max : a.max;
-  const A other_max = b.other_max > a.other_max ? b.other_max : a.other_max;
-  a = rebase(a, max, other_max, k);
-  b = rebase(b, max, other_max, k);
-  return {max, a.sum + b.sum, a.dsum + b.dsum, other_max, a.other_sum + b.other_sum, a.infinite || b.infinite};
-}
-
-// KL(a‖b) of whole rows. One logarithm of the ratio: the difference of two would lose what both have in common.
-template <class A>
-RL4LLM_HD A kl_divergence(KlSum<A> row) {
-  const A nothing = -infinity(A());
-  const A normaliser = natural_log(row.other_sum / row.sum);
-  if (normaliser != normaliser || row.max == nothing || row.other_max == nothing) return not_a_number(A());
-  return row.infinite ? infinity(A()) : row.dsum / row.sum + normaliser;
-}
-
-// The same with fp64 sums, from log_sum() of either side: with just these the gradient makes its probabilities, and
-// what a log_sum lost to rounding cancels there only if the KL has lost it too.
-template <class A>
-RL4LLM_HD A kl_divergence(KlSum<A> row, A log_sum, A other_log_sum) {
-  const A normaliser = other_log_sum - log_sum;
-  if (normaliser != normaliser) return not_a_number(A());
-  return row.infinite ? infinity(A()) : power_of_e(-log_sum) * (row.dsum + normaliser * row.sum);
-}
-
 // What the gradient of a row's logits needs: dL/dz'_v = p_v·(log2(p_v)·slope + intercept) + 1[v=y]·g/τ.
 // From docs/math.md section 1: −G·p_v − h·p_v·(log p_v + H), over τ, with log p_v = ln2·log2(p_v).
 template <class A>

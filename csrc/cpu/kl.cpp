@@ -94,81 +94,113 @@ JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, 
           A(1 - args.beta)};
 }
 
-// The forward pass in stages: each either by parts on all threads, or row after row while the row lies in the cache.
-// Parts combine from the left in both.
+// The forward pass in stages (maxima, sums, and for the JSD its terms), each by parts: on all threads, or for one row
+// after the other while it lies in the cache. Parts combine from the left in both.
 template <class A>
 class KlForward {
  public:
   A *kl_ptr, *inner_ptr, *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr;  // (N,)
 
   void run(const KlArguments& args) const {
-    const bool jsd = args.direction == KlDirection::jsd;
-    const int64_t parts = args.cut.parts;
     if (args.cut.whole_rows) {
-      parallel_jobs(args.policy.N, std::max<int64_t>(1, args.cut.batch / parts), [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          if (!args.live(n)) {
-            clear(n);
-            continue;
-          }
-          finish(args, n, [&](int64_t i) { return sum(args, n, i); });
-          if (jsd) finish_jsd(args, n, [&](int64_t i) { return jsd_sum(args, n, i); });
-        }
-      });
-      return;
-    }
-    std::vector<KlSum<double>> sums(size_t(args.cut.jobs));
-    for_live_parts(args, [&](int64_t job, int64_t n, int64_t i) { sums[size_t(job)] = sum(args, n, i); });
-    for (int64_t n = 0; n < args.policy.N; ++n) {
-      if (args.live(n)) {
-        finish(args, n, [&](int64_t i) { return sums[size_t(n * parts + i)]; });
-      } else {
-        clear(n);
-      }
-    }
-    if (!jsd) return;
-    std::vector<JsdSum> jsd_sums(size_t(args.cut.jobs));
-    for_live_parts(args, [&](int64_t job, int64_t n, int64_t i) { jsd_sums[size_t(job)] = jsd_sum(args, n, i); });
-    for (int64_t n = 0; n < args.policy.N; ++n) {
-      if (args.live(n)) finish_jsd(args, n, [&](int64_t i) { return jsd_sums[size_t(n * parts + i)]; });
+      parallel_jobs(args.policy.N, std::max<int64_t>(1, args.cut.batch / args.cut.parts),
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t n = begin; n < end; ++n) run_rows(args, n, n + 1);
+                    });
+    } else {
+      run_rows(args, 0, args.policy.N);
     }
   }
 
  private:
-  template <class Work>
-  static void for_live_parts(const KlArguments& args, const Work& work) {
-    parallel_jobs(args.cut.jobs, args.cut.batch, [&](int64_t begin, int64_t end) {
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t n = job / args.cut.parts;
-        if (args.live(n)) work(job, n, job % args.cut.parts);
+  void run_rows(const KlArguments& args, int64_t begin, int64_t end) const {
+    by_parts<KlMaxima<A>>(args, begin, end, &KlForward::maxima, &KlForward::finish_maxima);
+    by_parts<KlSum>(args, begin, end, &KlForward::sum, &KlForward::finish);
+    if (args.direction == KlDirection::jsd) {
+      by_parts<JsdSum>(args, begin, end, &KlForward::jsd_sum, &KlForward::finish_jsd);
+    }
+    for (int64_t n = begin; n < end; ++n) {
+      if (!args.live(n)) clear(n);
+    }
+  }
+
+  // One stage of the live rows [begin, end): at(args, n, i) of every part, then finish(args, n, the row's parts).
+  template <class Part>
+  void by_parts(const KlArguments& args, int64_t begin, int64_t end,
+                Part (KlForward::*at)(const KlArguments&, int64_t, int64_t) const,
+                void (KlForward::*finish)(const KlArguments&, int64_t, const Part*) const) const {
+    const int64_t parts = args.cut.parts;
+    std::vector<Part> found(size_t((end - begin) * parts));
+    const auto work = [&](int64_t first, int64_t last) {
+      for (int64_t job = first; job < last; ++job) {
+        const int64_t n = begin + job / parts;
+        if (args.live(n)) found[size_t(job)] = (this->*at)(args, n, job % parts);
       }
-    });
+    };
+    const int64_t jobs = (end - begin) * parts;
+    args.cut.whole_rows ? work(0, jobs) : parallel_jobs(jobs, args.cut.batch, work);
+    for (int64_t n = begin; n < end; ++n) {
+      if (args.live(n)) (this->*finish)(args, n, &found[size_t((n - begin) * parts)]);
+    }
   }
 
   void clear(int64_t n) const {
-    kl_ptr[n] = inner_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = A(0);
+    kl_ptr[n] = inner_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = 0;
   }
 
-  static KlSum<double> sum(const KlArguments& args, int64_t n, int64_t i) {
-    KlSum<double> result;
-    const bool ref_first = args.direction == KlDirection::forward;
-    functions<A>().kl(args.part<A>(n, i, ref_first), args.temperature[n], &result);
+  static bool ref_first(const KlArguments& args) { return args.direction == KlDirection::forward; }
+
+  // Where the maximum and the log-sum of the first and of the other side of row n go.
+  struct Norms {
+    A &max, &log_sum, &other_max, &other_log_sum;
+  };
+  Norms norms(const KlArguments& args, int64_t n) const {
+    if (ref_first(args)) return {ref_row_max_ptr[n], ref_log_sum_ptr[n], row_max_ptr[n], log_sum_ptr[n]};
+    return {row_max_ptr[n], log_sum_ptr[n], ref_row_max_ptr[n], ref_log_sum_ptr[n]};
+  }
+
+  KlMaxima<A> maxima(const KlArguments& args, int64_t n, int64_t i) const {
+    KlMaxima<A> result;
+    functions<A>().maxima(args.part<A>(n, i, ref_first(args)), &result);
     return result;
   }
 
-  template <class At>
-  void finish(const KlArguments& args, int64_t n, const At& sum_at) const {
-    KlSum<double> row = sum_at(0);
-    const DivideFirst by{args.temperature[n]};
-    for (int64_t i = 1; i < args.cut.parts; ++i) row = merge(row, sum_at(i), by);
-    const double first = log_sum(RowSum<double>{row.max, row.sum, 0});
-    const double second = log_sum(RowSum<double>{row.other_max, row.other_sum, 0});
-    const bool ref_first = args.direction == KlDirection::forward;
-    (ref_first ? ref_row_max_ptr : row_max_ptr)[n] = A(row.max);
-    (ref_first ? ref_log_sum_ptr : log_sum_ptr)[n] = A(first);
-    (ref_first ? row_max_ptr : ref_row_max_ptr)[n] = A(row.other_max);
-    (ref_first ? log_sum_ptr : ref_log_sum_ptr)[n] = A(second);
-    kl_ptr[n] = inner_ptr[n] = A(kl_divergence(row, first, second));
+  void finish_maxima(const KlArguments& args, int64_t n, const KlMaxima<A>* parts) const {
+    const Norms row = norms(args, n);
+    row.max = row.other_max = -infinity(A());
+    for (int64_t i = 0; i < args.cut.parts; ++i) {
+      row.max = std::max(row.max, parts[i].max);
+      row.other_max = std::max(row.other_max, parts[i].other_max);
+    }
+  }
+
+  KlSum sum(const KlArguments& args, int64_t n, int64_t i) const {
+    KlSum result;
+    const Norms row = norms(args, n);
+    functions<A>().kl(args.part<A>(n, i, ref_first(args)), args.temperature[n], {row.max, row.other_max}, &result);
+    return result;
+  }
+
+  void finish(const KlArguments& args, int64_t n, const KlSum* parts) const {
+    KlSum sums = parts[0];
+    for (int64_t i = 1; i < args.cut.parts; ++i) {
+      sums.sum += parts[i].sum;
+      sums.other_sum += parts[i].other_sum;
+      sums.dsum += parts[i].dsum;
+      sums.infinite |= parts[i].infinite;
+    }
+    const Norms row = norms(args, n);
+    const double first = log_sum(RowSum<double>{row.max, sums.sum, 0});
+    const double second = log_sum(RowSum<double>{row.other_max, sums.other_sum, 0});
+    row.log_sum = A(first);
+    row.other_log_sum = A(second);
+    const double mean = sums.dsum / sums.sum;
+    const double unit = sizeof(A) == sizeof(double) ? 1 : args.temperature[n];
+    // One logarithm of the ratio: the difference of two would lose what both have in common.
+    const double kl = mean / unit + natural_log(sums.other_sum / sums.sum) + 0 * (first + second);
+    const bool infinite = sums.infinite && kl == kl;
+    kl_ptr[n] = infinite ? infinity(A()) : A(kl);
+    inner_ptr[n] = infinite ? infinity(A()) : A(mean);
   }
 
   JsdSum jsd_sum(const KlArguments& args, int64_t n, int64_t i) const {
@@ -178,13 +210,11 @@ class KlForward {
     return result;
   }
 
-  template <class At>
-  void finish_jsd(const KlArguments& args, int64_t n, const At& sum_at) const {
-    JsdSum row = sum_at(0);
+  void finish_jsd(const KlArguments& args, int64_t n, const JsdSum* parts) const {
+    JsdSum row = parts[0];
     for (int64_t i = 1; i < args.cut.parts; ++i) {
-      const JsdSum part = sum_at(i);
-      row.p_sum += part.p_sum;
-      row.q_sum += part.q_sum;
+      row.p_sum += parts[i].p_sum;
+      row.q_sum += parts[i].q_sum;
     }
     kl_ptr[n] = A(ln_base(A()) * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
     inner_ptr[n] = A(ln_base(A()) * row.p_sum);
@@ -219,10 +249,11 @@ KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
   KlGrad<A> grad;
   grad.direction = args.direction;
   grad.row = jsd_row(args, saved.row_max_ptr[n], log_sum, saved.ref_row_max_ptr[n], ref_log_sum);
+  grad.intercept = grad.mean = 0;
   grad.bad = log_sum != log_sum || ref_log_sum != ref_log_sum;
   if (args.direction == KlDirection::reverse) {
     grad.slope = A(sizeof(A) == sizeof(double) ? g : g / tau);  // d_v is in nats in fp64, else times τ
-    grad.intercept = A(g * (double(ref_log_sum) - double(log_sum) - inner));
+    grad.mean = A(inner);
   } else if (args.direction == KlDirection::forward) {
     grad.slope = 0;
     grad.intercept = A(g);
@@ -230,7 +261,7 @@ KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
     grad.slope = A((1 - args.beta) * g * ln_base(A()));
     grad.intercept = A(-(1 - args.beta) * g * inner);
   }
-  if (grad.bad) grad.slope = grad.intercept = not_a_number(A());
+  if (grad.bad) grad.slope = grad.intercept = grad.mean = not_a_number(A());
   return grad;
 }
 

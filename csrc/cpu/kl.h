@@ -29,6 +29,20 @@ struct LogitsNorm {
   A max, log_sum;
 };
 
+// The softcapped maxima of both sides; −inf where there is nothing but −inf (or NaN).
+template <class A>
+struct KlMaxima {
+  A max, other_max;
+};
+
+// Sums for KL(a‖b) = Σ a·(log a − log b), z of a and w of b, relative to the maxima of whole rows: x_v = z'_v − max,
+// y_v = w'_v − other_max, in the logits' units in fp32, over τ in fp64 (see hd.h's DivideFirst).
+struct KlSum {
+  double sum, other_sum;  // Σ exp(x_v/τ), Σ exp(y_v/τ)
+  double dsum;            // Σ exp(x_v/τ)·(x_v − y_v), where −inf on both sides is a difference of 0
+  bool infinite;          // somewhere w is −inf and z is not
+};
+
 // A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log(p/m) and Σ q·log(q/m), over ln_base.
 template <class A>
 struct JsdRow {
@@ -42,21 +56,22 @@ struct JsdSum {
 enum class KlDirection { reverse, forward, jsd };
 
 // What the gradient of a row's logits needs (docs/math.md section 3), with g the upstream gradient over τ:
-//   reverse  dL/dz'_v = p_v·(d_v·slope + intercept)           d_v = log p_v − log q_v without the normalisers
+//   reverse  dL/dz'_v = p_v·(d_v − mean)·slope                 d_v = x_v − y_v of KlSum, mean = Σ p·d
 //   forward  dL/dz'_v = (p_v − q_v)·intercept
 //   jsd      dL/dz'_v = p_v·(log(p_v/m_v)/ln_base·slope + intercept)
 template <class A>
 struct KlGrad {
   KlDirection direction;
   JsdRow<A> row;
-  A slope, intercept;
+  A slope, intercept, mean;
   bool bad;  // the row holds NaN, +inf or nothing but −inf on either side
 };
 
 template <class A>
 struct KlFunctions {
-  // KL of the first side from the other: KlSum in hd.h.
-  void (*kl)(const KlPart<A>& part, double temperature, KlSum<double>* sum);
+  void (*maxima)(const KlPart<A>& part, KlMaxima<A>* maxima);
+  // KL of the first side from the other, relative to the maxima of the rows.
+  void (*kl)(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* sum);
   void (*jsd)(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* sum);
   // The policy comes first. dlogits_ptr (length,), of its type, may be its logits themselves.
   void (*bwd)(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr);

@@ -1,13 +1,14 @@
 // Exact KL divergence of one part of two rows of logits, and its gradient (docs/math.md section 3).
 //
-// Computes: kl: both maxima, Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log(p/m), Σ q·log(q/m); bwd: dL/dz.
+// Computes: maxima; kl: Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log(p/m), Σ q·log(q/m); bwd: dL/dz.
 // Grid:     one call per part of kPart logits of one row; kl.cpp hands the parts to threads.
-// Traffic:  kl and bwd read both rows once (a block of each is widened into L1 and worked on there), bwd writes one;
-//           the JSD needs both normalisers first and reads both rows twice: kl, then jsd.
-// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to both maxima so far; blocks in fp64 and
-//           from the left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where
-//           they are nearly exact for close distributions. −inf on both sides adds exactly 0; −inf on the other side
-//           alone is looked for in the logits, since finite ones may overflow on the way.
+// Traffic:  maxima reads both rows from memory, kl again from the cache, bwd reads both and writes one (a block of each
+//           is widened into L1 and worked on there); the JSD needs both normalisers first: a third reading.
+// Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to both maxima; blocks in fp64 and from the
+//           left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where they are
+//           nearly exact for close distributions, and by the same arithmetic in kl and bwd: where one token has all of
+//           p, the gradient's d − Σ p·d is exactly 0 however large the KL. −inf on both sides adds exactly 0; −inf on
+//           the other side alone is looked for in the logits, since finite ones may overflow on the way.
 // Gradient: KlGrad in kl.h, the softcap's chain, rounded once; exactly 0 at a policy logit of −inf.
 #include "cpu/kl.h"
 
@@ -202,53 +203,69 @@ bool has_hole(const A* z_ptr, const A* w_ptr, int length) {
   return max_of(found) > A(0);
 }
 
-// The softcapped maximum, or −inf.
-template <bool kSoftcap, class F, class A>
-RL4LLM_INLINE A largest_logit(const F* top, A softcap) {
-  const A raw = max_of(max4(top));
-  return raw == -infinity(A()) ? raw : A(first_of(shifted_logit<kSoftcap>(F::of(raw), softcap, A(0))));
+// The maximum of a part of one side before the softcap, NaN left out.
+template <class T>
+double largest_of(const void* logits_ptr, int64_t length) {
+  typedef typename Element<T>::vec F;
+  constexpr int neighbours = 2 * F::width, step = kVecs * F::width;
+  const T* z_ptr = (const T*)logits_ptr;
+  F top[kVecs];
+  for (int i = 0; i < kVecs; ++i) top[i] = F::of(-__builtin_inf());
+  const auto take = [&](const T* ptr) __attribute__((always_inline)) {
+    for (int i = 0; i < kVecs; i += 2) {
+      F a, b;
+      load2(ptr + i / 2 * neighbours, a, b);
+      top[i] = max(a, top[i]), top[i + 1] = max(b, top[i + 1]);
+    }
+  };
+  const int64_t whole = length - length % step;
+  for (int64_t v = 0; v < whole; v += step) take(z_ptr + v);
+  if (whole < length) {
+    T tail[step];
+    load_tail(z_ptr + whole, int(length - whole), step, tail);
+    take(tail);
+  }
+  return max_of(max4(top));
+}
+
+template <class A>
+A softcapped_maximum(const void* logits_ptr, LogitsType type, int64_t length, A c) {
+  const double raw = type == LogitsType::fp64   ? largest_of<double>(logits_ptr, length)
+                     : type == LogitsType::fp32 ? largest_of<float>(logits_ptr, length)
+                     : type == LogitsType::bf16 ? largest_of<bf16>(logits_ptr, length)
+                                                : largest_of<fp16>(logits_ptr, length);
+  typedef typename VecOf<A>::type F;
+  const bool capped = c != A(0) && raw != -__builtin_inf();
+  return capped ? A(first_of(shifted_logit<true>(F::of(A(raw)), c, A(0)))) : A(raw);
+}
+
+template <class A>
+void maxima(const KlPart<A>& part, KlMaxima<A>* out) {
+  *out = {softcapped_maximum(part.logits_ptr, part.type, part.length, part.softcap),
+          softcapped_maximum(part.other_ptr, part.other_type, part.length, part.softcap)};
 }
 
 template <bool kSoftcap, class A>
-void kl_fwd_kernel(const KlPart<A>& part, double temperature, KlSum<double>* out) {
+void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* out) {
   typedef typename VecOf<A>::type F;
   constexpr int step = kVecs * F::width;
   const Scale<A> scale = scale_of(part, temperature);
-  const double nothing = -infinity(double());
   const F least = F::of(kLeast<F>), floor = F::of(-largest(A()));
-  KlSum<double> row = {nothing, 0, 0, nothing, 0, false};
+  // Where a side holds nothing, all its terms are 0 (or NaN), whatever the origin.
+  const A origin = maxima.max == -infinity(A()) ? A(0) : maxima.max;
+  const A other_origin = maxima.other_max == -infinity(A()) ? A(0) : maxima.other_max;
+  KlSum row = {0, 0, 0, false};
 
   for_each_block(
       part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
-        F top[kVecs], other_top[kVecs], other_low = F::of(0);
-        for (int i = 0; i < kVecs; ++i) top[i] = other_top[i] = F::of(-infinity(A()));
-        for (int v = 0; v < length; v += step) {
-          F z[kVecs], w[kVecs];
-          for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
-          for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
-          for (int i = 0; i < kVecs; ++i) {
-            top[i] = max(z[i], top[i]);
-            other_top[i] = max(w[i], other_top[i]);
-            other_low = select_less(w[i], other_low, w[i], other_low);
-          }
-        }
-        if (max_of(F::of(0) - other_low) == infinity(A())) row.infinite |= has_hole<F>(block.z, block.w, length);
-        const double block_max = largest_logit<kSoftcap>(top, part.softcap);
-        const double other_block_max = largest_logit<kSoftcap>(other_top, part.softcap);
-        if (block_max > row.max || other_block_max > row.other_max) {
-          row = rebase(row, block_max > row.max ? block_max : row.max,
-                       other_block_max > row.other_max ? other_block_max : row.other_max, DivideFirst{temperature});
-        }
-        // Where a side has nothing yet, all its terms are 0 (or NaN), whatever the origin.
-        const A origin = row.max == nothing ? A(0) : A(row.max);
-        const A other_origin = row.other_max == nothing ? A(0) : A(row.other_max);
-        F sum[kVecs], other_sum[kVecs], dsum[kVecs];
+        F sum[kVecs], other_sum[kVecs], dsum[kVecs], other_low = F::of(0);
         for (int i = 0; i < kVecs; ++i) sum[i] = other_sum[i] = dsum[i] = F::of(0);
         for (int v = 0; v < length; v += step) {
           F z[kVecs], w[kVecs];
           for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
           for (int i = 0; i < kVecs; i += 2) load2(block.w + v + i * F::width, w[i], w[i + 1]);
           for (int i = 0; i < kVecs; ++i) {
+            other_low = select_less(w[i], other_low, w[i], other_low);
             // Held at the most negative finite number, so that −inf on both sides is a difference of 0.
             const F x = max(floor, distance<kSoftcap>(z[i], scale, origin));
             const F y = max(floor, distance<kSoftcap>(w[i], scale, other_origin));
@@ -258,9 +275,10 @@ void kl_fwd_kernel(const KlPart<A>& part, double temperature, KlSum<double>* out
             dsum[i] = fma(e, x - y, dsum[i]);
           }
         }
+        if (max_of(F::of(0) - other_low) == infinity(A())) row.infinite |= has_hole<F>(block.z, block.w, length);
         row.sum += sum4(sum);
         row.other_sum += sum4(other_sum);
-        row.dsum += sum4(dsum) / unit_of(A(), temperature);
+        row.dsum += sum4(dsum);
       });
   *out = row;
 }
@@ -302,7 +320,7 @@ RL4LLM_INLINE F dlogit(F z, F w, Scale<A> scale, const KlGrad<A>& grad) {
   if constexpr (kDirection == KlDirection::reverse) {
     // Only a z of weight 0 lies so far below: 0 times whatever comes of it must stay 0.
     const F d = max(F::of(-1e30), x - y);
-    du = power(a) * fma(d, slope, intercept);
+    du = power(a) * ((d - F::of(grad.mean)) * slope);
   } else {
     const F b = log_p(y, scale.k, row.q.log_sum);
     if constexpr (kDirection == KlDirection::forward) {
@@ -344,8 +362,9 @@ void kl_bwd_kernel(const KlPart<A>& part, double temperature, const KlGrad<A>& r
 }
 
 template <class A>
-void kl(const KlPart<A>& part, double temperature, KlSum<double>* sum) {
-  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, sum) : kl_fwd_kernel<false>(part, temperature, sum);
+void kl(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* sum) {
+  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, maxima, sum)
+                       : kl_fwd_kernel<false>(part, temperature, maxima, sum);
 }
 
 template <class A>
@@ -375,7 +394,8 @@ void bwd(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void*
 }  // namespace
 
 extern const KlKernels kl_kernels;
-const KlKernels kl_kernels = {{&kl<float>, &jsd<float>, &bwd<float>}, {&kl<double>, &jsd<double>, &bwd<double>}};
+const KlKernels kl_kernels = {{&maxima<float>, &kl<float>, &jsd<float>, &bwd<float>},
+                              {&maxima<double>, &kl<double>, &jsd<double>, &bwd<double>}};
 
 }  // namespace RL4LLM_ISA
 }  // namespace rl4llm

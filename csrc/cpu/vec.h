@@ -100,18 +100,19 @@ RL4LLM_INLINE Vec tanh_curve(Vec square) {
   return p * square;
 }
 
-// z' − origin and tanh(z/c), with z' = c·tanh(z/c). Near 0, where the exponential would cancel, z' = z + z·curve, and
-// (z − origin) + z·curve never rounds z' itself: p = exp((z' − max)/τ) keeps the bits that z' has no room for.
-// Infinities and NaN stay what they are in z'.
+// z' − origin and tanh(z/c), with z' = c·tanh(z/c) = z + z·curve near 0, where the exponential would cancel. z' is
+// rounded once, before the origin is subtracted: so the row's maximum is 0 exactly, and a distribution of one token has
+// p = 1 exactly at any temperature. Infinities and NaN stay what they are in z'.
 RL4LLM_INLINE void softcap(Vec z, float c, float origin, Vec& shifted, Vec& tanh) {
-  const Vec a = z / Vec::of(c), size = abs(a), curve = tanh_curve(a * a), from = z - Vec::of(origin);
+  const Vec a = z / Vec::of(c), size = abs(a), curve = tanh_curve(a * a);
   // 2^(−2|a|·log2 e), held where tanh is 1 anyway.
   const Vec t = exp2(max(Vec::of(-100.0f), size * Vec::of(-2.8853900817779268f)));
   const Vec far = with_sign_of((Vec::of(1.0f) - t) / (Vec::of(1.0f) + t), a);
-  const Vec near = Vec::of(0.9f), far_shifted = fma(far, Vec::of(c), Vec::of(-origin));
+  const Vec near = Vec::of(0.9f);
   tanh = select_less(size, near, fma(a, curve, a), far);
-  shifted =
-      select_less(size, near, fma(z, curve, from), select_less(size, Vec::of(__builtin_inff()), far_shifted, from));
+  const Vec capped =
+      select_less(size, near, fma(z, curve, z), select_less(size, Vec::of(__builtin_inff()), far * Vec::of(c), z));
+  shifted = capped - Vec::of(origin);
 }
 
 struct Vec64 {
