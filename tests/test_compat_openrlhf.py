@@ -205,3 +205,17 @@ class TestPatch:
             got = maker().get_advantages_and_returns(values, rewards, mask, 0.9, 0.8)
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         assert (utils.compute_approx_kl, maker.__dict__["get_advantages_and_returns"]) == before
+
+    def test_an_inherited_method_is_inherited_again(self, utils: types.ModuleType) -> None:
+        maker = sys.modules[MAKER]
+
+        class Child(Maker):
+            pass
+
+        maker.RemoteExperienceMaker = Child  # type: ignore[attr-defined]
+        try:
+            with ours.patch():
+                assert "get_advantages_and_returns" in vars(Child)
+            assert "get_advantages_and_returns" not in vars(Child)
+        finally:
+            maker.RemoteExperienceMaker = Maker  # type: ignore[attr-defined]

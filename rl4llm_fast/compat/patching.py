@@ -52,7 +52,10 @@ class Patch:
             for _, namespace, key in _bindings(dropin, self.package):
                 namespace[key] = original
         for owner, name, original in self._methods:
-            setattr(owner, name, original)
+            if original is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
         self._pairs.clear()
         self._methods.clear()
         if _active.get(self.package) is self:
@@ -72,6 +75,7 @@ class Patch:
 
 
 _active: dict[str, Patch] = {}
+_INHERITED = object()  # stands for a method that the class itself did not have
 
 
 def patch(package: str, versions: Sequence[str], targets: Sequence[Target], *, force: bool) -> Patch:
@@ -87,14 +91,9 @@ def patch(package: str, versions: Sequence[str], targets: Sequence[Target], *, f
         ImportError: the package is not installed, or, without ``force``, of an unknown version.
         RuntimeError: it is patched already.
     """
-    supported = f"known are {package} {', '.join(v + '.*' for v in versions)}"
     if package in _active:
         raise RuntimeError(f"{package} is patched already; unpatch() first")
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{package} is not installed; {supported}")
-    version = _version(package)
-    if not force and not any(version == v or version.startswith(v + ".") for v in versions):
-        raise ImportError(f"{package} {version}: unknown version; {supported}; patch(force=True) tries anyway")
+    version = installed(package, versions, force=force)
     done = Patch(package, version)
     _active[package] = done
     try:
@@ -106,6 +105,17 @@ def patch(package: str, versions: Sequence[str], targets: Sequence[Target], *, f
         done.unpatch()
         raise
     return done
+
+
+def installed(package: str, versions: Sequence[str], *, force: bool) -> str:
+    """The version of a package; ImportError where it is missing or, without ``force``, of an unknown version."""
+    supported = f"known are {package} {', '.join(v + '.*' for v in versions)}"
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{package} is not installed; {supported}")
+    version = _version(package)
+    if not force and not any(version == v or version.startswith(v + ".") for v in versions):
+        raise ImportError(f"{package} {version}: unknown version; {supported}; force=True tries anyway")
+    return version
 
 
 def unpatch(package: str) -> None:
@@ -146,7 +156,7 @@ def _swap(target: Target, done: Patch) -> str | None:
     dropin = _copy(target.replacement, theirs)
     if owner_name:
         assert isinstance(owner, type)
-        done._methods.append((owner, name, owner.__dict__[name]))
+        done._methods.append((owner, name, owner.__dict__.get(name, _INHERITED)))
         setattr(owner, name, dropin)
         done.swapped.append(str(target))
         return None

@@ -266,18 +266,20 @@ def unpatch() -> None:
     patching.unpatch("verl")
 
 
-def register(prefix: str = "rl4llm_fast_") -> list[str]:
+def register(prefix: str = "rl4llm_fast_", force: bool = False) -> list[str]:
     """Register the policy losses with verl: ``policy_loss.loss_mode=rl4llm_fast_vanilla`` in its configuration.
 
     Args:
         prefix: goes before verl's own names: vanilla, gspo, sapo, cispo, gpg.
+        force: try a version of verl that this library does not know.
 
     Returns:
         The names registered. Doing it again replaces them.
 
     Raises:
-        ImportError: verl is not installed.
+        ImportError: verl is not installed, or of an unknown version.
     """
+    patching.installed("verl", VERSIONS, force=force)
     register_policy_loss = importlib.import_module(_CORE).register_policy_loss
     for name, loss in POLICY_LOSSES.items():
         register_policy_loss(prefix + name)(loss)

@@ -157,3 +157,5 @@ class TestPatch:
             pytest.skip("verl is installed")
         with pytest.raises(ImportError, match=r"verl is not installed; known are verl 0\.9"):
             ours.patch()
+        with pytest.raises(ImportError, match=r"verl is not installed; known are verl 0\.9"):
+            ours.register()
