@@ -96,17 +96,19 @@ def block_of_tokens(
     if policy_weights_ptr is not None:
         omega = token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION)
     loss *= omega
+    slope = 0.0
     if one_slope is not None:
-        dlogp *= one_slope
+        slope = dlogp * one_slope
+        dlogp = tl.zeros_like(logp)
     else:
-        dlogp *= omega * weight
+        dlogp *= omega
     kl_sum = 0.0
     if ref_ptr is not None:
         kl, dkl = KL_FORMULA(logp, ref, old)
         kl_coef = param(params_ptr, params, KL_COEF)
         # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
         loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
-        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl * weight, 0.0)
+        dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl, 0.0)
         kl_sum = sum_live(live, kl)
     entropy_sum = 0.0
     if entropy_ptr is not None:
@@ -119,6 +121,9 @@ def block_of_tokens(
     loss = tl.where(live, loss * weight, 0.0)
     if loss_ptr is not None:
         tl.store(loss_ptr + n, loss * param(params_ptr, params, DP_SIZE), mask=inside)
+    dlogp *= weight
+    if one_slope is not None:
+        dlogp += slope
     tl.store(dlogp_ptr + n, tl.where(live, dlogp, 0.0), mask=inside)
     ratio_sum = sum_live(live, ratio)
     # The extremes of a reduction drop NaN, its sum does not; a ratio is at most e^20, so 0·sum is 0 or NaN.
