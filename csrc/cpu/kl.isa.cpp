@@ -7,11 +7,10 @@
 // Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to both maxima; blocks in fp64 and from the
 //           left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where they are
 //           nearly exact for close distributions, and by the same arithmetic in kl and bwd: where one token has all of
-//           p, the gradient's d − Σ p·d is exactly 0 however large the KL. −inf on both sides adds exactly 0; −inf on
-//           the other side alone is looked for in the logits, since finite ones may overflow on the way.
+//           p, the gradient's d − Σ p·d is exactly 0 however large the KL. −inf on both sides adds exactly 0; on the
+//           other side alone it is looked for in the logits: finite ones may overflow on the way.
 // Gradient: KlGrad in kl.h, the softcap's chain, rounded once; exactly 0 at a policy logit of −inf.
 #include "cpu/kl.h"
-
 #include "cpu/logits_vec.h"
 
 namespace rl4llm {
