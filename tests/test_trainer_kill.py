@@ -92,7 +92,7 @@ def run_grpo(folder: pathlib.Path, name: str) -> None:
 
 
 def wait_for_steps(folder: pathlib.Path, steps: int, process: multiprocessing.Process) -> None:
-    """Until the run has written so many lines, and a random moment more: less than its last steps take on any machine."""
+    """Until the run has written so many lines, and a random moment more, shorter than its last steps."""
     metrics = folder / "metrics.jsonl"
     while steps and process.is_alive() and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= steps):
         time.sleep(0.001)
