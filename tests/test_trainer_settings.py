@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 import pytest
+import torch
 from tiny_llama import PROMPTS, config, count_sevens, run, tiny_model
 
 from rl4llm_fast import cli
@@ -41,7 +42,8 @@ def test_the_example_is_a_valid_config():
         ("steps=-1", "steps: wanted 0 or more"),
         ("temperature=0", "temperature: wanted more than 0"),
         ("top_p=1.5", "top_p"),
-        ("precision=int4", "precision: wanted one of bf16, autocast, fp32"),
+        ("precision=int4", "precision: wanted one of auto, bf16, autocast, fp32"),
+        ("device=abacus", "device: 'abacus' is no device"),
         ("adam_betas=[0.9]", "adam_betas: wanted 2 values"),
         ("minibatches=99", "minibatches: wanted at most prompts_per_step"),
     ],
@@ -49,6 +51,13 @@ def test_the_example_is_a_valid_config():
 def test_config_errors(override, message):
     with pytest.raises(ValueError, match="(?s).*" + message.replace("[", r"\[")):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(("has", "chosen"), [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")])
+def test_precision_that_the_machine_multiplies_in(monkeypatch, has, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert load_config(None, ["device=cpu"]).precision == chosen
+    assert load_config(None, ["device=cpu", "precision=autocast"]).precision == "autocast"
 
 
 def test_loss_settings_are_checked_before_any_work(tmp_path):

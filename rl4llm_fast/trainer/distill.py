@@ -21,9 +21,10 @@ import rl4llm_fast as rf
 
 from .attempts import Attempts
 from .data import Row, digest, hold_out, load_rows, numbered_rows, usable
+from .devices import choose_device
 from .distributed import only_one
 from .metrics import History
-from .model import choose_device, end_token_ids, load_model
+from .model import end_token_ids, load_model
 from .policy import Policy
 from .rewards import (
     SCRIPTS,

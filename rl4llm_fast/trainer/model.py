@@ -98,10 +98,3 @@ def end_token_ids(model: nn.Module, tokenizer: Any, more: Sequence[Any] = ()) ->
         ids = getattr(holder, "eos_token_id", None)
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     return frozenset(int(i) for i in found)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: the GPU where there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

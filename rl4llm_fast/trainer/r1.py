@@ -25,10 +25,11 @@ from torch import nn
 from . import checkpoint
 from .config import GRPOConfig
 from .data import Row, digest
+from .devices import choose_device
 from .distill import DistillConfig, question_of, text_rows, train_distill
 from .distributed import only_one
 from .grpo import GRPOTrainer
-from .model import choose_device, end_token_ids, load_model
+from .model import end_token_ids, load_model
 from .policy import Policy
 from .reward_model import RewardModel, load_reward_model
 from .rewards import (

@@ -19,11 +19,12 @@ import rl4llm_fast as rf
 
 from . import checkpoint
 from .data import Limits
+from .devices import choose_device
 from .distributed import Ranks, join
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
-from .model import choose_device, load_model, recompute_layers
+from .model import load_model, recompute_layers
 from .optimizer import MasterAdamW, learning_rate
 from .settings import RunConfig
 from .sharding import shard, whole_state

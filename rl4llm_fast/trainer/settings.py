@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from .devices import choose_device, multiplies_bf16
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the extra `trainer` brings it
@@ -23,7 +25,9 @@ class RunConfig:
     """The model, the optimiser and the run. A trainer's config adds its own settings, and its own limits to them."""
 
     model: str = "smollm2-135m-instruct"  # that name, or anything AutoModelForCausalLM.from_pretrained takes
-    precision: str = "bf16"  # bf16: bf16 weights over an fp32 master | autocast: fp32 weights | fp32
+    # bf16: bf16 weights over an fp32 master | autocast: fp32 weights | fp32 | auto: bf16 where the device has
+    # instructions for it, else fp32 (products in bf16 take a CPU without them several times as long)
+    precision: str = "auto"
 
     # Optimisation
     steps: int = 40
@@ -54,7 +58,7 @@ class RunConfig:
     max_ratio: float = 1000.0  # of the policy to the one that sampled, at any token; 0: no limit
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "precision": ("bf16", "autocast", "fp32"),
+        "precision": ("auto", "bf16", "autocast", "fp32"),
         "backend": ("auto", "eager", "cpu", "triton", "cuda"),
         "lr_schedule": ("constant", "linear", "cosine"),
         "on_divergence": ("stop", "skip"),
@@ -89,6 +93,8 @@ class RunConfig:
             for name in limits.get("POSITIVE", ()):
                 self.wanted(getattr(self, name) > 0, name, "more than 0")
         self.wanted(all(0 <= beta < 1 for beta in self.adam_betas), "adam_betas", "two values in [0, 1)")
+        if self.precision == "auto":
+            self.precision = "bf16" if multiplies_bf16(choose_device(self.device)) else "fp32"
 
     def wanted(self, holds: bool, name: str, what: str) -> None:
         """Raise ValueError naming the setting unless ``holds``."""
