@@ -20,12 +20,12 @@ WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
 CLOCKS = ("time", "runtime", "per_second")
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _unpatched() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     ours.unpatch()
 
 

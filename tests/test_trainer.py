@@ -19,15 +19,7 @@ from rl4llm_fast.trainer.optimizer import MasterAdamW, learning_rate
 from rl4llm_fast.trainer.policy import Policy
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A model this small only waits for a second thread, and for long where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # It learns

@@ -17,14 +17,7 @@ from rl4llm_fast.trainer.dpo import DPOTrainer
 from rl4llm_fast.trainer.two_dimensional import Segmenter, Segments, cut_sentences, segment_tensors
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(tmp_path, **changes) -> DPOConfig:

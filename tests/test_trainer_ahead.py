@@ -15,14 +15,7 @@ from rl4llm_fast.trainer.grpo import GRPOTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
 AHEAD = {"overlap": True, "old_logprobs": "sampler"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(tmp_path, *, sampler=None, **changes):

@@ -12,14 +12,7 @@ from rl4llm_fast.trainer.curry import CurryTrainer, Ranking, in_rounds
 from rl4llm_fast.trainer.reference_cache import answer_logprobs
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(tmp_path, **changes) -> CurryConfig:

@@ -11,14 +11,7 @@ from rl4llm_fast.trainer import DPOConfig, train_dpo
 from rl4llm_fast.trainer.dpo import DPOTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer_of(tmp_path, rows=None, **changes) -> DPOTrainer:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_llama import END, tiny_model
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -16,14 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "dpo_family.py"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -18,14 +18,7 @@ from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.steps import Steps, advantages, cut
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(tmp_path, reward=count_sevens, **changes) -> GRPOTrainer:

@@ -12,14 +12,7 @@ import rl4llm_fast as rf
 from rl4llm_fast.trainer import Task, train_ppo
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # It learns

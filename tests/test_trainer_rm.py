@@ -14,14 +14,7 @@ from rl4llm_fast.trainer.reward_model import RewardModel
 from rl4llm_fast.trainer.rm import RMTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rankings(count: int = 60) -> list[dict]:

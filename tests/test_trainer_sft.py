@@ -17,14 +17,7 @@ from rl4llm_fast.trainer.policy import Policy
 from rl4llm_fast.trainer.sft import SFTTrainer
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(tmp_path, model=None, rows=None, **changes):

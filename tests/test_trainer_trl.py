@@ -18,14 +18,7 @@ tokenizers = pytest.importorskip("tokenizers")
 COUNT, STEPS = 6, 3
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
 SHARED = {"beta": 0.2, "learning_rate": 1e-2, "seed": 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
