@@ -15,10 +15,16 @@ def short(example: str, completion: str) -> float:
     return 0.0 if words == 0 else min(1.0, 3 / words)
 
 
+def main(**changes):
+    """``changes`` are further settings, as in ``main(steps=100)``."""
+    settings = {
+        "steps": 15, "prompts_per_step": 4, "group_size": 8, "max_new_tokens": 24, "learning_rate": 2e-5,
+        "output_dir": "runs/grpo_custom",
+    }  # fmt: skip
+    return train_grpo(GRPOConfig(**settings | changes), prompts=PROMPTS, reward=short)
+
+
 if __name__ == "__main__":
-    config = GRPOConfig(
-        steps=15, prompts_per_step=4, group_size=8, max_new_tokens=24, learning_rate=2e-5, output_dir="runs/custom"
-    )
-    result = train_grpo(config, prompts=PROMPTS, reward=short)
+    result = main()
     first, last = result.history[0], result.history[-1]
     print(f"mean reward {first['reward_mean']:.2f} -> {last['reward_mean']:.2f}; files in {result.output_dir}")

@@ -92,17 +92,18 @@ class Projection:
     """logits = x Wᵀ + b of one chunk after the other, written into a workspace, in its dtype.
 
     Logits wider than the factors are the product's own fp32 sums. cuBLAS writes them out; oneDNN does not through
-    PyTorch, so on a CPU the factors are widened, which gives the same numbers at the price of an fp32 product.
+    PyTorch, so on a CPU the factors are widened, which gives the same numbers at the price of an fp32 product: a slice
+    of the head at a time, since the head is the largest thing there is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype) -> None:
         self.out_dtype = logits_dtype if logits_dtype != weight.dtype and weight.is_cuda else None
-        self.weight = weight if self.out_dtype else weight.to(logits_dtype)
+        self.weight, self.dtype = weight, weight.dtype if self.out_dtype else logits_dtype
         self.bias = None if bias is None else bias.to(logits_dtype)
 
     def __call__(self, hidden: Tensor, out: Tensor, columns: slice = _EVERYTHING) -> Tensor:
         """The logits, or a slice of them; −inf where ``out`` is wider than that."""
-        weight, bias = self.weight[columns], None if self.bias is None else self.bias[columns]
+        weight, bias = self.weight[columns].to(self.dtype), None if self.bias is None else self.bias[columns]
         rows = weight.shape[0]
         logits = out[:, :rows]
         out[:, rows:] = -math.inf
@@ -130,8 +131,16 @@ def ids_in(tile: Tile, slices: list[Tile], token_ids: Tensor, ignore_index: int)
     return tiles.ids_of_slice(token_ids, tile.start, tile.size, vocabulary, ignore_index, _IGNORED), _IGNORED
 
 
-def cast(compute_dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.to(compute_dtype) for t in tensors)
+def cast(
+    compute_dtype: torch.dtype, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The factors in the products' dtype; a head that is narrower stays as it is, and its slices are widened."""
+    wide = weight.dtype.itemsize >= compute_dtype.itemsize
+    return (
+        hidden.to(compute_dtype),
+        weight.to(compute_dtype) if wide else weight,
+        None if bias is None else bias.to(compute_dtype),
+    )
 
 
 def scatter(values: Tensor, index: Tensor | None, rows: int) -> Tensor:
@@ -165,8 +174,6 @@ def _forward(
     check_ids(token_ids, live, ignore_index, slices[0].width if group else weight.shape[0])
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
-    assert x is not None
-    assert w is not None
     rows = rows._replace(hidden=x)
     count = x.shape[0]
     acc = schemas.accumulation_dtype(compute_dtype)
@@ -237,8 +244,6 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live_rows(token_ids, mask, ignore_index))
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
-    assert x is not None
-    assert w is not None
     rows = rows._replace(hidden=x)
     saved = [
         t if t is None or index is None else t[index] for t in (row_max, log_sum, entropy, grad_logp, grad_entropy)
@@ -294,7 +299,8 @@ class Gradients:
         self.x, self.w, self.bias, self.weight_dtype = hidden, weight, bias, weight_dtype
         acc = schemas.accumulation_dtype(hidden.dtype)
         self.hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
-        self.weight = WeightGradient(weight, weight_dtype, chunks, grad_weight_dtype) if need_weight else None
+        wide = grad_weight_dtype or acc
+        self.weight = WeightGradient(weight, weight_dtype, chunks, wide) if need_weight else None
         self.db = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=acc)
         self.need_hidden, self.need_bias = need_hidden, need_bias
         self.part = slice(0, 0)
@@ -302,11 +308,13 @@ class Gradients:
     def add(self, part: slice, grad_logits: Tensor, columns: slice = _EVERYTHING) -> None:
         if self.need_bias:
             self.db[columns] += grad_logits.sum(0, dtype=self.db.dtype)
-        grad_logits = grad_logits.to(self.w.dtype)  # logits may be wider than the factors
-        if self.need_hidden and part != self.part:
-            torch.mm(grad_logits, self.w[columns], out=self.hidden[part])
-        elif self.need_hidden:
-            self.hidden[part].addmm_(grad_logits, self.w[columns])
+        grad_logits = grad_logits.to(self.x.dtype)  # logits may be wider than the factors
+        if self.need_hidden:
+            weight = self.w[columns].to(self.x.dtype)
+            if part != self.part:
+                torch.mm(grad_logits, weight, out=self.hidden[part])
+            else:
+                self.hidden[part].addmm_(grad_logits, weight)
         self.part = part
         if self.weight is not None:
             self.weight.add(grad_logits, self.x[part], columns)
@@ -324,11 +332,10 @@ _WIDENED_ROWS = 4_096
 
 
 class WeightGradient:
-    """dW = Σ over chunks of dzᵀ·x, added up in ``wide``: None for fp32 (fp64 for fp64) whatever the products' dtype."""
+    """dW = Σ over chunks of dzᵀ·x in ``dtype``, added up in ``wide``."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, wide: torch.dtype | None = None) -> None:
-        self.dtype, self.shape = dtype, weight.shape
-        self.wide = wide or schemas.accumulation_dtype(weight.dtype)
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int, wide: torch.dtype) -> None:
+        self.dtype, self.shape, self.wide = dtype, weight.shape, wide
         self.one_chunk = chunks == 1
         self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
         self.begun: set[int | None] = set()  # the slices that hold something, by their first column

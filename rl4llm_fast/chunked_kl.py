@@ -58,7 +58,7 @@ class _Problem:
         rows, vocabulary = min(chunk_tokens, self.count), policy.weight.shape[0]
         self.projections, self.workspaces = [], []
         for head in (self.policy, self.ref):
-            dtype = logits_dtype or head.weight.dtype
+            dtype = logits_dtype or head.hidden.dtype
             self.projections.append(Projection(head.weight, head.bias, dtype))
             self.workspaces.append(large_empty(head.hidden, (rows, vocabulary), dtype))
         self.chunks = [slice(start, start + chunk_tokens) for start in range(0, self.count, chunk_tokens)]

@@ -66,8 +66,6 @@ def _policy_loss(
     check_ids(token_ids, live, IGNORED, vocabulary)
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
-    assert x is not None
-    assert w is not None
     rows = rows._replace(hidden=x)
     tokens = [t if t is None or index is None else t[index] for t in (old, advantages, ref, omega, token_weights)]
     count = x.shape[0]
@@ -174,8 +172,6 @@ def loss_of_units(
         mask = None if dropped or rows.mask is None else rows.mask[order]
         taken = Rows(taken.hidden[order], rows.token_ids[order], mask, tau)
     x, w, b = cast(compute_dtype, taken.hidden, weight, bias)
-    assert x is not None
-    assert w is not None
     gradients = Gradients(x, w, bias, weight.dtype, grad_weight_dtype, len(units.parts), *needs)
     project = Projection(w, b, logits_dtype or compute_dtype)
     longest = max((part.stop - part.start for part in units.parts), default=0)

@@ -11,7 +11,7 @@ from . import checks, dispatch, reference
 from .autograd import KlDivergence, KlDivergenceOptions, LinearKlDivergence, LinearKlDivergenceOptions
 from .checks import Number
 from .chunked import chunk_rule
-from .heads import check_chunk, check_dtypes, check_linear
+from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .kl import Estimator, Gradient, kl_estimate
 from .logprobs import check_temperature, flat_rows, linear_token_logprobs
 
@@ -135,6 +135,9 @@ def linear_kl_divergence(
         logits = reference.project(hidden, weight, bias, mask, compute_dtype, logits_dtype)
         ref_logits = reference.project(ref_hidden, ref_weight, ref_bias, mask, ref_compute_dtype, logits_dtype)
         return reference.kl_divergence(logits, ref_logits, mask, tau, cap, direction, beta_tensor)
+    asked = (logits_dtype, grad_weight_dtype)
+    compute_dtype = product_dtype(compute_dtype, hidden, *asked)
+    ref_compute_dtype = product_dtype(ref_compute_dtype, ref_hidden, *asked)
     wider = max(compute_dtype, ref_compute_dtype, key=lambda dtype: dtype.itemsize)
     options = LinearKlDivergenceOptions(
         backend=chosen,

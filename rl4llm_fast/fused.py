@@ -12,7 +12,7 @@ from . import checks, chunked, dispatch, formulas, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
-from .heads import check_chunk, check_dtypes, check_linear
+from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
 from .schemas import accumulation_dtype
@@ -122,6 +122,7 @@ def linear_policy_loss_and_logprobs(
     """:func:`linear_policy_loss`, and the log-probabilities that it made, without gradient."""
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
+    compute_dtype = product_dtype(compute_dtype, hidden, logits_dtype, grad_weight_dtype)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden: wanted (B, T, D), or packed (N, D); got {checks.shape(hidden)}")
     lead = hidden.shape[:-1]

@@ -12,7 +12,7 @@ from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Units, loss_of_units, whole_units
 from .fused import check_reference, slopes_of
-from .heads import check_chunk, check_dtypes, check_linear
+from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .kl import check_like
 from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .preference import preference_loss
@@ -75,6 +75,7 @@ def linear_preference_loss(
     """
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
+    compute_dtype = product_dtype(compute_dtype, hidden, logits_dtype, grad_weight_dtype)
     check_chunk(chunk_tokens)
     lead = hidden.shape[:-1]
     if hidden.dim() != (2 if cu_seqlens is not None else 3):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .machine import cpu_multiplies
 from .schemas import accumulation_dtype
 
 
@@ -66,6 +67,20 @@ def check_dtypes(
         if dtype not in (None, compute_dtype, wide):
             wanted = f"{compute_dtype}" if compute_dtype == wide else f"{compute_dtype} or {wide}"
             raise ValueError(f"{name}: wanted {wanted} or None for products in {compute_dtype}, got {dtype}")
+
+
+# Constants, so that Dynamo folds them into a compiled graph.
+_SLOW_ON_CPU = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not cpu_multiplies(dtype))
+
+
+def product_dtype(compute_dtype: torch.dtype, hidden: Tensor, *asked: torch.dtype | None) -> torch.dtype:
+    """The dtype in which the products are made: fp32 on a CPU that has no instructions for those in 16 bits.
+
+    The factors are widened a slice at a time, and nothing is rounded on the way; unless the caller ``asked`` for logits
+    or an accumulation in 16 bits, or for factors rounded to 16 bits, as autocast does.
+    """
+    slow = hidden.device.type == "cpu" and hidden.dtype == compute_dtype and compute_dtype in _SLOW_ON_CPU
+    return torch.float32 if slow and compute_dtype not in asked else compute_dtype
 
 
 def check_chunk(chunk_tokens: int | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, dispatch, reference, tiles
 from .autograd import LinearTokenLogprobs, LinearTokenLogprobsOptions, TokenLogprobs, TokenLogprobsOptions
 from .checks import Number
-from .heads import check_chunk, check_dtypes, check_group, check_linear
+from .heads import check_chunk, check_dtypes, check_group, check_linear, product_dtype
 from .vocab_parallel import GatheredRows
 
 
@@ -278,7 +278,7 @@ def linear_token_logprobs(
         backend=chosen,
         ignore_index=ignore_index,
         return_entropy=return_entropy,
-        compute_dtype=compute_dtype,
+        compute_dtype=product_dtype(compute_dtype, hidden, logits_dtype, grad_weight_dtype),
         logits_dtype=logits_dtype,
         grad_weight_dtype=grad_weight_dtype,
         chunk_tokens=chunk_tokens or tiles.BY_RULE,

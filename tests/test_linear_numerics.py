@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
-from rl4llm_fast import chunked
+from rl4llm_fast import chunked, heads, tiles
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 BACKENDS = [b for b in rf.backends()["linear_policy_loss"] if b in ("eager", "cpu")]
@@ -16,6 +16,12 @@ compiled_backend = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ ext
 
 B, T, D, V = 2, 9, 24, 61
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def products_in_16_bits(monkeypatch):
+    """Whatever this machine's CPU can: the tests below are of what such products round."""
+    monkeypatch.setattr(heads, "_SLOW_ON_CPU", frozenset())
 
 
 def inputs(dtype=BF16, length=T):
@@ -94,6 +100,40 @@ def test_what_rounded_logits_cost(dtype):
     assert error[None] == error[dtype]
     assert error[None] > 100 * error[FP32]
     assert error[FP32] < 1e-4
+
+
+@compiled_backend
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_products_on_a_cpu_without_16_bit_instructions(op, chunk_tokens, monkeypatch):
+    """They run in fp32: the loss is that of fp32 factors, and gradients are rounded once, to the factors' dtype."""
+    monkeypatch.setattr(heads, "_SLOW_ON_CPU", frozenset((BF16, FP16)))
+    monkeypatch.setattr(tiles, "MIB", 64)  # so that vocabulary and tokens are cut even here
+    monkeypatch.setattr(tiles, "_SLICED_WORKSPACE", 32 * 16 * 4)
+    monkeypatch.setattr(tiles, "_SLICED_TOKENS", 8)
+    factors, ids = inputs()
+    widened = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out=None, mm=torch.mm: (widened.append(b), mm(a, b, out=out))[1])
+    got = run(op, factors, ids, chunk_tokens=chunk_tokens)
+    assert widened
+    assert all(factor.dtype == FP32 for factor in widened)
+    exact = run(op, [f.double() for f in factors], ids, backend="eager")
+    in_fp32 = run(op, [f.float() for f in factors], ids, backend="eager")
+    assert_as_good_as_eager(got["loss"], exact["loss"], in_fp32["loss"], dtype=FP32, name="loss")
+    eager = run(op, factors, ids, logits_dtype=FP32, backend="eager")
+    for name in ("dx", "dw", "db"):
+        assert got[name].dtype == BF16
+        assert_as_good_as_eager(got[name], exact[name], eager[name], dtype=BF16, name=name)
+
+
+@compiled_backend
+def test_logits_asked_for_in_16_bits_are_rounded_on_every_cpu(monkeypatch):
+    factors, ids = inputs()
+    wanted = run(logprobs, factors, ids, logits_dtype=BF16)
+    monkeypatch.setattr(heads, "_SLOW_ON_CPU", frozenset((BF16, FP16)))
+    got = run(logprobs, factors, ids, logits_dtype=BF16)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert not torch.equal(run(logprobs, factors, ids)["loss"], wanted["loss"])
 
 
 @compiled_backend

@@ -177,7 +177,7 @@ class _LogprobsAndMore(torch.autograd.Function):
         wide = torch.float64 if compute == torch.float64 else torch.float32
         parts = _parts(targets.shape[0], size)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = chunked.WeightGradient(weight, compute, chunks=len(parts)) if need_weight else None
+        grad_weight = chunked.WeightGradient(weight, compute, len(parts), wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
         for part in parts:
             with torch.enable_grad():
