@@ -1,8 +1,8 @@
 """A whole training step on SmolLM2-135M, fused against plain PyTorch against TRL's trainers, on the same answers.
 
     python -m bench.end_to_end [--trainers sft,rm,ppo,dpo,kto,grpo] [--device cpu|cuda]
-                               [--precision autocast|fp32] [--rounds N] [--variants fused,eager,trl] [--model FOLDER]
-                               [--out DIR]
+                               [--precision auto|autocast|fp32] [--rounds N] [--variants fused,eager,trl]
+                               [--model FOLDER] [--out DIR]
 
 A step is forward, loss, backward, clipping and optimizer on answers that are given: sampling is left out. Everyone has
 a process of its own; they take turns. Speed-ups are printed where the gradients' norms of the first step agree. The
@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from rl4llm_fast.trainer.devices import multiplies_bf16
 
 from . import report, run, timing, trainer_steps
 from .base import ROOT
@@ -155,7 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description="Whole training steps, measured.")
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="comma-separated; default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--precision", choices=("autocast", "fp32"), default="autocast", help="of everyone's forward")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "autocast", "fp32"),
+        default="auto",
+        help="of everyone's forward; auto: bf16 autocast where the device has instructions for it, else fp32",
+    )
     parser.add_argument("--rounds", type=int, default=6, help="steps of each, the first not counted")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; default: %(default)s")
     parser.add_argument("--model", help="a folder that from_pretrained takes; default: SmolLM2-135M-Instruct")
@@ -171,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda needs a GPU, and torch sees none here (torch.cuda.is_available() is False)")
         return 2
+    if arguments.precision == "auto":
+        arguments.precision = "autocast" if multiplies_bf16(torch.device(arguments.device)) else "fp32"
     model = arguments.model or _smollm2()
     sizes = SIZES[arguments.device]
     meta = {

@@ -86,17 +86,22 @@ def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
 
 
 def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
-    from rl4llm_fast.trainer.compare import plain_token_logprobs
     from rl4llm_fast.trainer.dpo import DPOConfig, DPOTrainer
 
     rows = batch["rows"]
     config = DPOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
     made = DPOTrainer(config, rows=rows, heldout_rows=rows[:1])
     if plain:
-        for policy in (made.policy, made.reference):
-            assert policy is not None
-            policy.logprobs_op = plain_token_logprobs
+        _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
+
+
+def _take_plain_logprobs(made: Any) -> None:
+    """The obvious formula on logits, in the policy and its live reference."""
+    from rl4llm_fast.trainer.compare import plain_token_logprobs
+
+    for policy in (made.policy, made.reference):
+        policy.logprobs_op = plain_token_logprobs
 
 
 def _ppo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
@@ -149,16 +154,13 @@ def _rm(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
 
 
 def _kto(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
-    from rl4llm_fast.trainer.compare import plain_token_logprobs
     from rl4llm_fast.trainer.kto import KTOConfig, KTOTrainer
 
     rows = _one_by_one(batch)
     config = KTOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
     made = KTOTrainer(config, rows=rows, heldout_rows=rows[:2])
     if plain:
-        for policy in (made.policy, made.reference):
-            assert policy is not None
-            policy.logprobs_op = plain_token_logprobs
+        _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
 
 
