@@ -3,7 +3,7 @@
     python examples/film_reviews.py vaderSentiment-3.3.2.tar.gz data/film_reviews   (it says where to get that)
     python examples/dpo_family.py data/film_reviews runs/dpo_family
 
-SmolLM2-135M, 24 steps a loss: about half an hour on two idle cores. A run that is there is not run again, and one that
+SmolLM2-135M, 16 steps a loss: about half an hour on two idle cores. A run that is there is not run again, and one that
 was cut off goes on from its checkpoint, so the same command finishes what it began. Written are
 
     table.md, table.json   held-out loss, pair accuracy and margin before and after, exact KL to the first model,
@@ -166,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="the folder that film_reviews.py wrote")
     parser.add_argument("out")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--model", default="smollm2-135m-instruct")
