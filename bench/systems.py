@@ -6,7 +6,8 @@
 RUNS holds what the commands of the table wrote (``runs`` where they were started). What is found there goes into
 bench/results/systems.json, in place of what it had of the same system; the table's last two columns are then written
 from that file. Nothing is typed by hand: a system that was not run says so. FILE.json is what ``bench.end_to_end``
-wrote of the trainers' steps; its table goes between the page's marks.
+wrote of the trainers' steps; its table goes between the page's marks, and so do those of the two examples that write
+tables of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import datetime
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from .base import ROOT
 
 RECORD = ROOT / "bench" / "results" / "systems.json"
 FAMILY, KINDS = "dpo_family", "grpo_kinds"  # folders of examples/dpo_family.py and examples/grpo_kinds.py
+PLOT = "ipo_settles.png"  # of the former
 # The first cell of a row: where its figures lie, and which they are (heldout_NAME).
 SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "SFT": ("sft_film_reviews", ("loss",)),
@@ -152,6 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.steps is not None:
         result = json.loads(arguments.steps.read_text(encoding="utf-8"))
         report.rewrite(arguments.page, "steps", [end_to_end.markdown(result)])
+    for folder in (FAMILY, KINDS):
+        table = arguments.runs / folder / "table.md"
+        if table.is_file():
+            report.rewrite(arguments.page, folder, [table.read_text(encoding="utf-8").strip()])
+    plot = arguments.runs / FAMILY / PLOT
+    if plot.is_file():
+        shutil.copyfile(plot, arguments.page.parent / PLOT)
     for name in write(arguments.page, record):
         print(f"{name}: no run in {arguments.runs}, and none recorded")
     return 0

@@ -44,6 +44,13 @@ def test_figures_come_from_runs(tmp_path: pathlib.Path) -> None:
     (tmp_path / "steps.json").write_text(json.dumps({"meta": meta, "rows": [row]}))
     assert systems.main([*arguments, "--steps", str(tmp_path / "steps.json")]) == 0
     assert "| sft | fused | failed: r |" in page.read_text(encoding="utf-8").split(end)[0]
+    (runs / "dpo_family" / "table.md").write_text("| of all losses |\n")
+    (runs / "dpo_family" / systems.PLOT).write_bytes(b"png")
+    page.write_text("\n".join(report.marks("dpo_family")) + first, encoding="utf-8")
+    assert systems.main(arguments) == 0
+    begin, end = report.marks("dpo_family")
+    assert page.read_text(encoding="utf-8") == f"{begin}\n| of all losses |\n{end}{first}"
+    assert (page.parent / systems.PLOT).read_bytes() == b"png"
 
 
 def test_every_row_of_the_page_has_a_source() -> None:
