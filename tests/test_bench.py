@@ -60,6 +60,12 @@ def test_interleave_stops_at_the_largest_number_of_rounds() -> None:
     assert len(result["a"].ms) == 5
 
 
+def test_interleave_leaves_out_who_used_the_budget_alone() -> None:
+    samplers = {"fast": lambda: 1.0, "slow": lambda: 2_500.0}
+    result = timing.interleave(samplers, budget_s=6.0, min_rounds=5, max_rounds=5)
+    assert {name: len(samples.ms) for name, samples in result.items()} == {"fast": 5, "slow": 3}
+
+
 def test_a_cpu_sample_is_one_call_from_a_settled_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setattr(timing, "settle", lambda: done.append("settled"))
