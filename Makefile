@@ -12,6 +12,8 @@ SHORT  := 2>&1 | { grep --line-buffered -E '^ *(Collecting|Downloading|Building 
 STAMPS := $(VENV)/.stamps
 NATIVE := setup.py pyproject.toml $(shell find csrc kernels -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \) 2>/dev/null)
 SUITE  ?= cpu
+# Test processes. A waiting thread must not spin while another process has work.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench lint format clean
@@ -67,7 +69,7 @@ format: $(STAMPS)/dev
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMPS)/dev
 	$(BIN)/python -m bench.run --suite $(SUITE)

@@ -98,9 +98,13 @@ def found(runs: pathlib.Path, source: str, names: Sequence[str]) -> dict[str, An
 def _figure(before: dict[str, Any] | None, after: dict[str, Any], names: Sequence[str], steps: int) -> dict[str, str]:
     parts = []
     for name in names:
-        start = "" if before is None else f"{before[f'heldout_{name}']:.3g} → "
-        parts.append(f"{name.replace('_', ' ')} {start}{after[f'heldout_{name}']:.3g}")
+        start = "" if before is None else f"{_short(before[f'heldout_{name}'])} → "
+        parts.append(f"{name.replace('_', ' ')} {start}{_short(after[f'heldout_{name}'])}")
     return {"figure": f"{', '.join(parts)} in {steps} steps"}
+
+
+def _short(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.3g}"  # a rounding error is 0, and has no sign
 
 
 def _stages(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,12 @@ def pytest_report_header() -> list[str]:
     return ["GPU kernels, last verified:", *ledger_lines()]
 
 
+# Files of few tests that take minutes: begun first, so that no process waits for another at the end.
+_LONG = ("test_triton_interpret.py", "test_trainer_distributed.py", "test_composition.py", "test_trainer_kill.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if torch.cuda.is_available():
         return
     for item in items:
