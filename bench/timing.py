@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rl4llm_fast.machine import cpu_multiplies
+
 GRAPH_BELOW_MS = 0.1  # below this a launch costs as much as the kernel: replay a CUDA graph instead
 _LIBC = ctypes.CDLL(None)
 _M_MMAP_THRESHOLD = -3
@@ -218,12 +220,18 @@ def ceilings(device: str, budget_s: float = 1.5) -> dict[str, float]:
     return {name: moved[name] / (measured[name].median * 1e-3) for name in moved}
 
 
+def _product_size(device: str, dtype: torch.dtype) -> int:
+    if device != "cpu":
+        return 8_192
+    return 2_048 if cpu_multiplies(dtype) else 256  # emulated, a product of 2,048 takes more than a minute
+
+
 def product_ceilings(device: str, budget_s: float = 0.7) -> dict[str, float]:
     """What this machine's matrix products give, in FLOP/s by dtype: one square product that fills the device."""
-    size = 2_048 if device == "cpu" else 8_192
     sample = cpu_sample if device == "cpu" else cuda_sample
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        size = _product_size(device, dtype)
         left, right = (torch.full((size, size), 1 / 64, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(left)
         step = Step(lambda: None, lambda _, a=left, b=right, o=out: torch.mm(a, b, out=o))  # type: ignore[misc]

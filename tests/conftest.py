@@ -18,7 +18,10 @@ def pytest_report_header() -> list[str]:
 
 
 # Files of few tests that take minutes: begun first, so that no process waits for another at the end.
-_LONG = ("test_triton_interpret.py", "test_trainer_distributed.py", "test_composition.py", "test_trainer_kill.py")
+_LONG = (
+    "test_triton_interpret.py", "test_token_loss_gpu.py", "test_trainer_distributed.py", "test_preference_triton.py",
+    "test_trainer_kill.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

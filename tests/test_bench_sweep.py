@@ -214,10 +214,13 @@ def test_a_page_shows_the_newest_of_each_suite() -> None:
     assert [path.stem for path in report.newest_of_suites(given)] == ["cpu-b", "gpu-c", "sweep-a"]
 
 
-def test_ceilings_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("multiplies", "size"), [(True, 2_048), (False, 256)])
+def test_ceilings_of_products(monkeypatch: pytest.MonkeyPatch, multiplies: bool, size: int) -> None:
+    monkeypatch.setattr(timing, "cpu_multiplies", lambda dtype: multiplies or dtype == torch.float32)
+    monkeypatch.setattr(torch, "mm", lambda left, right, *, out: out)
     monkeypatch.setattr(timing, "cpu_sample", lambda step: (step.run(step.prepare()), 4.0)[1])
     found = timing.product_ceilings("cpu", budget_s=0.0)
-    assert found == {name: pytest.approx(2 * 2_048**3 / 4e-3) for name in ("fp32", "bf16")}
+    assert found == {name: pytest.approx(2 * n**3 / 4e-3) for name, n in (("fp32", 2_048), ("bf16", size))}
 
 
 def test_the_prober_knows_the_sweeps() -> None:
