@@ -24,7 +24,11 @@ def main(**changes):
     return train_grpo(GRPOConfig(**settings | changes), prompts=PROMPTS, reward=short)
 
 
-if __name__ == "__main__":
-    result = main()
+def report(result) -> None:
+    """Print the mean reward of the first and of the last step."""
     first, last = result.history[0], result.history[-1]
     print(f"mean reward {first['reward_mean']:.2f} -> {last['reward_mean']:.2f}; files in {result.output_dir}")
+
+
+if __name__ == "__main__":
+    report(main())

@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct learns to answer in few words: three at most earn a reward of 1, more earn less.
 """
 
-from grpo_custom import PROMPTS, short
+from grpo_custom import PROMPTS, report, short
 
 from rl4llm_fast.trainer import PPOConfig, train_ppo
 
@@ -20,6 +20,4 @@ def main(**changes):
 
 
 if __name__ == "__main__":
-    result = main()
-    first, last = result.history[0], result.history[-1]
-    print(f"mean reward {first['reward_mean']:.2f} -> {last['reward_mean']:.2f}; files in {result.output_dir}")
+    report(main())

@@ -72,12 +72,8 @@ def run(op, factors, ids, **options):
     return {"loss": loss.detach(), **{f"d{n}": leaf.grad for n, leaf in zip("xwb", leaves, strict=True)}}
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_wide_logits_are_not_rounded(op, backend):
-    """With fp32 logits only the factors are bf16: the value is that of fp32 factors, the gradients are rounded once."""
-    factors, ids = inputs()
-    got = run(op, factors, ids, logits_dtype=FP32, backend=backend, chunk_tokens=4)
+def assert_only_factors_are_rounded(got, op, factors, ids):
+    """The loss is that of fp32 factors, and the gradients are rounded once, to the factors' dtype."""
     exact = run(op, [f.double() for f in factors], ids, backend="eager")
     in_fp32 = run(op, [f.float() for f in factors], ids, backend="eager")
     assert_as_good_as_eager(got["loss"], exact["loss"], in_fp32["loss"], dtype=FP32, name="loss")
@@ -85,6 +81,15 @@ def test_wide_logits_are_not_rounded(op, backend):
     for name in ("dx", "dw", "db"):
         assert got[name].dtype == BF16
         assert_as_good_as_eager(got[name], exact[name], eager[name], dtype=BF16, name=name)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_logits_are_not_rounded(op, backend):
+    """With fp32 logits only the factors are bf16: the value is that of fp32 factors, the gradients are rounded once."""
+    factors, ids = inputs()
+    got = run(op, factors, ids, logits_dtype=FP32, backend=backend, chunk_tokens=4)
+    assert_only_factors_are_rounded(got, op, factors, ids)
 
 
 @compiled_backend
@@ -117,13 +122,7 @@ def test_products_on_a_cpu_without_16_bit_instructions(op, chunk_tokens, monkeyp
     got = run(op, factors, ids, chunk_tokens=chunk_tokens)
     assert widened
     assert all(factor.dtype == FP32 for factor in widened)
-    exact = run(op, [f.double() for f in factors], ids, backend="eager")
-    in_fp32 = run(op, [f.float() for f in factors], ids, backend="eager")
-    assert_as_good_as_eager(got["loss"], exact["loss"], in_fp32["loss"], dtype=FP32, name="loss")
-    eager = run(op, factors, ids, logits_dtype=FP32, backend="eager")
-    for name in ("dx", "dw", "db"):
-        assert got[name].dtype == BF16
-        assert_as_good_as_eager(got[name], exact[name], eager[name], dtype=BF16, name=name)
+    assert_only_factors_are_rounded(got, op, factors, ids)
 
 
 @compiled_backend
