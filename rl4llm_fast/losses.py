@@ -199,7 +199,9 @@ def policy_loss(
             bounds = (rollout_cap, rollout_floor)
             omega = rollout_weights(correction, *bounds, current(), old, omega, live, layout)
             correction = ""
-        if sequence_level:
+        if sequence_level and chosen == "cpu" and not layout.packed:
+            log_s = now.new_empty(0)  # the op makes it
+        elif sequence_level:
             log_s = _sequence_mean(current() - (current() if old is None else old), live, layout)
         if layout.packed and aggregation.startswith("seq_"):
             made = aggregation_weights(aggregation, layout, live, current(), num_tokens, num_sequences, max_length)

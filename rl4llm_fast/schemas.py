@@ -187,7 +187,8 @@ OPS: dict[str, Op] = {
     # bool; all contiguous, in the accumulation dtype, or for Triton in any dtype. policy_weights are ω, or with a
     # correction (one of formulas.CORRECTIONS, else "") the sampler's log-probabilities, from which ω is made. params
     # (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or on the op's device. formula: a name of formulas.FORMULAS,
-    # or the op_name of a registered one; kl: one of formulas.kl_variants(), "" without ref.
+    # or the op_name of a registered one; kl: one of formulas.kl_variants(), "" without ref. log_s (0,), on the CPU
+    # only: the op makes each row's.
     # -> loss 0-d ((B, T) for "none"); dlogp (B, T) and dentropy (B, T) or (0,), to be multiplied by scale (B,), the
     #    weight of their sequence (the CPU counts tokens first: there they have it, and scale is 1);
     #    metrics (len(formulas.METRICS),)

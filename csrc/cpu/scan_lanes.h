@@ -232,6 +232,18 @@ RL4LLM_INLINE typename L::F only(const LiveLanes<L>& live, typename L::F x) {
 #endif
 }
 
+// Bytes as whole numbers as wide as the lanes. gcc converts such short vectors one byte at a time.
+template <class L>
+RL4LLM_INLINE typename L::I widened(typename L::Bytes bytes) {
+#if defined(RL4LLM_ISA_AVX2)
+  __m128i all = _mm_setzero_si128();
+  __builtin_memcpy(&all, &bytes, sizeof bytes);
+  if constexpr (L::width == 8) return (typename L::I)_mm256_cvtepi8_epi32(all);
+  if constexpr (L::width == 4) return (typename L::I)_mm256_cvtepi8_epi64(all);
+#endif
+  return __builtin_convertvector(bytes, typename L::I);
+}
+
 enum class Live { all, none, some };
 
 template <class L>
@@ -247,7 +259,7 @@ RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, LiveLanes<L>& 
   } else {
     for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr ? mask_ptr[j] : 1;
   }
-  live.lanes = __builtin_convertvector(bytes, typename L::I) != typename L::I{};
+  live.lanes = widened<L>(bytes) != typename L::I{};
 #if defined(RL4LLM_ISA_AVX512)
   __m128i both = _mm_setzero_si128();
   __builtin_memcpy(&both, &bytes, sizeof bytes);

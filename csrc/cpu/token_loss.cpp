@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/moments.h"
 #include "cpu/tensor_args.h"
 #include "cpu/token_loss.h"
 
@@ -131,12 +132,21 @@ struct PolicyLossResult {
   Tensor loss, dlogp, dentropy, scale, metrics;
 };
 
-// What each row weighs in the loss and its derivatives.
-std::vector<double> row_scales(const PolicyLossArgs& a, int64_t B, int64_t T, const double* params) {
-  std::vector<double> count(static_cast<size_t>(B), double(T)), scale(static_cast<size_t>(B));
+template <class S>
+const MomentFunctions<S>& moments() {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    return moment_kernels().fp64;
+  } else {
+    return moment_kernels().fp32;
+  }
+}
+
+// The live tokens of each row.
+std::vector<double> live_counts(const PolicyLossArgs& a, int64_t B, int64_t T) {
+  std::vector<double> count(static_cast<size_t>(B), double(T));
   if (a.mask) {
     const uint8_t* mask_ptr = reinterpret_cast<const uint8_t*>(data_of<bool>(*a.mask, "mask", B * T));
-    const auto live_count = token_loss_kernels().fp32.live_count;
+    const auto live_count = moment_kernels().live_count;
     torch::stable::parallel_for(0, B, std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, T)),
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t row = begin; row < end; ++row) {
@@ -144,6 +154,12 @@ std::vector<double> row_scales(const PolicyLossArgs& a, int64_t B, int64_t T, co
                                   }
                                 });
   }
+  return count;
+}
+
+// What each row weighs in the loss and its derivatives.
+std::vector<double> row_scales(const PolicyLossArgs& a, const std::vector<double>& count, const double* params) {
+  std::vector<double> scale(count.size());
   double num_tokens = params[formulas::param_num_tokens];
   if (num_tokens < 0) {
     num_tokens = 0;
@@ -153,6 +169,22 @@ std::vector<double> row_scales(const PolicyLossArgs& a, int64_t B, int64_t T, co
     scale[row] = params[formulas::param_dp_size] * sequence_weight(a.aggregation, count[row], num_tokens, params);
   }
   return scale;
+}
+
+// log s of each row: the mean of logp − old over its live tokens.
+template <class S>
+std::vector<S> mean_log_ratios(int64_t B, int64_t T, const S* logp_ptr, const S* old_ptr, const uint8_t* mask_ptr,
+                               const std::vector<double>& count) {
+  std::vector<S> mean(static_cast<size_t>(B));
+  const auto difference = moments<S>().difference;
+  parallel_jobs(B, std::max<int64_t>(1, 8 * kSegment / std::max<int64_t>(1, T)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row * T;
+      mean[size_t(row)] =
+          S(difference(T, logp_ptr + n, old_ptr + n, shift(mask_ptr, n)) / std::max(count[size_t(row)], 1.0));
+    }
+  });
+  return mean;
 }
 
 // From the sums of the segments: the loss and the metrics.
@@ -219,13 +251,19 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
   const S* policy_weights_ptr = data_of<S>(a.policy_weights, "policy_weights", N);
   const S* token_weights_ptr = data_of<S>(a.token_weights, "token_weights", N);
   const uint8_t* mask_ptr = reinterpret_cast<const uint8_t*>(data_of<bool>(a.mask, "mask", N));
-  const PerToken<S> adv(a.advantages, "advantages", B, T), log_s(a.log_s, "log_s", B, T);
+  const bool makes_log_s = a.log_s && a.log_s->dim() == 1;
+  const PerToken<S> adv(a.advantages, "advantages", B, T),
+      log_s(makes_log_s ? std::optional<Tensor>() : a.log_s, "log_s", B, T);
   S* loss_ptr = a.aggregation == "none" ? static_cast<S*>(out.loss.data_ptr()) : nullptr;
   S* dlogp_ptr = static_cast<S*>(out.dlogp.data_ptr());
   S* dentropy_ptr = out.dentropy.numel() == N && N > 0 ? static_cast<S*>(out.dentropy.data_ptr()) : nullptr;
   const S dp_size = S(params[formulas::param_dp_size]);
 
-  const std::vector<double> scale = row_scales(a, B, T, params);
+  const std::vector<double> count = live_counts(a, B, T), scale = row_scales(a, count, params);
+  std::vector<S> own_log_s;
+  if (makes_log_s) {
+    own_log_s = mean_log_ratios(B, T, logp_ptr, old_ptr ? old_ptr : logp_ptr, mask_ptr, count);
+  }
   std::vector<double> sums(size_t(cut.jobs) * num_sums);
   cut.each([&](int64_t job, int64_t row, int64_t t, int64_t length) {
     alignas(64) S kl_values[kSegment], dkl_values[kSegment];
@@ -241,6 +279,7 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
     segment.ref_ptr = shift(ref_ptr, n);
     segment.adv_ptr = adv.at(row, t), segment.one_adv = adv.one;
     segment.log_s_ptr = log_s.at(row, t), segment.one_log_s = log_s.one;
+    if (!own_log_s.empty()) segment.log_s_ptr = &own_log_s[size_t(row)], segment.one_log_s = true;
     segment.policy_weights_ptr = shift(policy_weights_ptr, n);
     segment.token_weights_ptr = shift(token_weights_ptr, n);
     if (kl) segment.kl_ptr = kl_values, segment.dkl_ptr = dkl_values;

@@ -76,7 +76,6 @@ struct TokenLossFunctions {
   void (*kl[kKlFormulas])(const KlSegment<S>& segment);
   // out = g·d, with g one number times, where given, one per token; exactly 0 where d is 0.
   void (*scale)(int64_t length, S g, const S* grad_ptr, const S* d_ptr, S* out_ptr);
-  int64_t (*live_count)(int64_t length, const uint8_t* mask_ptr);
 };
 
 struct TokenLossKernels {

@@ -9,7 +9,7 @@ namespace RL4LLM_ISA {
 
 template <class S>
 static constexpr TokenLossFunctions<S> functions = {
-    {RL4LLM_POLICY_FORMULAS(RL4LLM_POLICY)}, {RL4LLM_KL_FORMULAS(RL4LLM_KL)}, scale<Maths<S>>, live_count};
+    {RL4LLM_POLICY_FORMULAS(RL4LLM_POLICY)}, {RL4LLM_KL_FORMULAS(RL4LLM_KL)}, scale<Maths<S>>};
 
 extern const TokenLossKernels token_loss_kernels = {functions<float>, functions<double>};
 

@@ -194,25 +194,6 @@ RL4LLM_INLINE typename M::I live_lanes(const uint8_t* mask_ptr, int64_t i, int l
   return result;
 }
 
-// How many tokens are live.
-RL4LLM_INLINE int64_t live_count(int64_t length, const uint8_t* mask_ptr) {
-  typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
-  constexpr int64_t kMost = 255;  // as far as a byte counts
-  const int64_t whole = length / kBytes;
-  int64_t total = 0;
-  for (int64_t first = 0; first < whole; first += kMost) {
-    Bytes counts = {};
-    for (int64_t k = first; k < (whole < first + kMost ? whole : first + kMost); ++k) {
-      Bytes bytes;
-      __builtin_memcpy(&bytes, mask_ptr + k * kBytes, sizeof bytes);
-      counts -= (Bytes)(bytes != Bytes{});
-    }
-    for (int j = 0; j < kBytes; ++j) total += counts[j];
-  }
-  for (int64_t i = whole * kBytes; i < length; ++i) total += mask_ptr[i] != 0;
-  return total;
-}
-
 // Whether a whole vector has no live token, as behind the end of a padded answer: its inputs are not even read.
 template <class M>
 RL4LLM_INLINE bool all_dead(const uint8_t* mask_ptr, int64_t i, int lanes) {
