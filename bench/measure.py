@@ -161,7 +161,6 @@ def sampler(
     repeatable = case.mode in (FORWARD, BOTH) and not restore
     if device == "cpu":
         (one,) = steps
-        timing.cpu_sample(one)
         return lambda: timing.cpu_sample(one), "one call a sample, from a settled cache"
     turns = itertools.cycle(steps)
     if (

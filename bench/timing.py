@@ -63,6 +63,7 @@ class Step:
 
 
 _FEW = 3  # samples that the slowest still give
+_LONG_MS = 1e3  # of such a call, cold code and fresh pages are noise
 
 
 def interleave(
@@ -71,8 +72,8 @@ def interleave(
     """Rounds over everyone until the budget is used, so that a slow moment of the machine falls on all alike.
 
     A sampler returns the milliseconds of one call. The order rotates from round to round: nobody always runs after
-    the same neighbour. The first round is thrown away. Who has used the budget alone sits out further rounds: a peer of
-    seconds a call has no small differences to show, and everyone would wait for it.
+    the same neighbour. The first round is thrown away, but for calls of a second. Who has used the budget alone sits
+    out further rounds: a peer of seconds a call has no small differences to show, and everyone would wait for it.
     """
     names = list(samplers)
     result = {name: Samples() for name in names}
@@ -85,7 +86,7 @@ def interleave(
             if len(result[name].ms) >= _FEW and sum(result[name].ms) > 1e3 * budget_s:
                 continue
             ms = samplers[name]()
-            if count:
+            if count or ms >= _LONG_MS:
                 result[name].ms.append(ms)
     return result
 

@@ -60,6 +60,7 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace):
     shared = {
         "model": arguments.model, "steps": arguments.steps, "batch_size": 4, "heldout": 32, "learning_rate": 2e-5,
         "max_length": 256, "seed": seed, "backend": arguments.backend, "eval_every": arguments.steps,
+        "precision": "fp32",  # with bf16 weights small updates show in leaps, when they have added up to a bit
         "checkpoint_every": max(arguments.steps // 2, 1), "save_model": False,
         "output_dir": str(folder), "reference_cache": str(Path(arguments.out) / "reference"),
     }  # fmt: skip
@@ -69,8 +70,7 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace):
         lines = (Path(arguments.data) / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:REPEATED]
         path.write_text("\n".join(lines), encoding="utf-8")
         shared |= {"batch_size": REPEATED, "heldout": 0, "eval_every": 0, "learning_rate": 1e-5}
-        # fp32: with bf16 weights small updates show in leaps, when they have added up to a bit.
-        shared |= {"steps": 3 * arguments.steps // 2, "precision": "fp32"}
+        shared |= {"steps": 3 * arguments.steps // 2}
     elif kind is trainer.KTOConfig:
         shared |= {"batch_size": 8, "heldout": 64}
     elif kind is trainer.CurryConfig:

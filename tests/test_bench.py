@@ -60,6 +60,12 @@ def test_interleave_stops_at_the_largest_number_of_rounds() -> None:
     assert len(result["a"].ms) == 5
 
 
+def test_interleave_keeps_the_first_sample_of_a_call_that_takes_a_second() -> None:
+    samplers = {"slow": lambda: 1500.0, "quick": lambda: 1.0}
+    result = timing.interleave(samplers, budget_s=60.0, min_rounds=2, max_rounds=2)
+    assert {name: len(samples.ms) for name, samples in result.items()} == {"slow": 3, "quick": 2}
+
+
 def test_interleave_leaves_out_who_used_the_budget_alone() -> None:
     samplers = {"fast": lambda: 1.0, "slow": lambda: 2_500.0}
     result = timing.interleave(samplers, budget_s=6.0, min_rounds=5, max_rounds=5)

@@ -1,12 +1,14 @@
-"""The vocabulary ops inside what users wrap around them: checkpointing, autocast, torch.func, shared logits."""
+"""Ops inside what users wrap around them: checkpointing, autocast, torch.func, shared logits, fake tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import rl4llm_fast as rf
+from rl4llm_fast import checks
 
 N, D, V = 6, 16, 301
 BACKENDS = [b for b in ("eager", "cpu") if b in rf.backends()["token_logprobs"]]
@@ -85,3 +87,19 @@ def test_logits_overwritten_in_place_cannot_reach_another_consumer():
     other.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
+
+
+def test_hyperparameters_are_made_once_and_survive_every_mode():
+    with FakeTensorMode():
+        loss, _ = rf.policy_loss(torch.zeros(2, 3, requires_grad=True), None, torch.ones(2), eps_low=0.123)
+        assert isinstance(loss, FakeTensor)
+    with torch.inference_mode():
+        rf.policy_loss(torch.zeros(2, 3), None, torch.ones(2), eps_low=0.123)
+    for _ in range(2):
+        logp = torch.zeros(2, 3, requires_grad=True)
+        rf.policy_loss(logp, None, torch.ones(2), eps_low=0.123)[0].backward()
+        torch.testing.assert_close(logp.grad, torch.full((2, 3), -1 / 6))
+    one, two = (checks.numbers({"a": 0.5, "b": 2}, 4, logp) for _ in range(2))
+    assert one is two
+    assert one.tolist() == [0.5, 2.0, 0.0, 0.0]
+    assert checks.numbers({"a": 0.5, "b": 3}, 4, logp).tolist() == [0.5, 3.0, 0.0, 0.0]
