@@ -76,11 +76,28 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: wanted one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def _tensor(plain: float | tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):  # or autograd could not save it
+        return torch.tensor(plain, dtype=torch.float64)
+
+
+# A run calls with the same numbers over and over, and a tensor from Python numbers takes 80 µs from a cold cache.
+_kept_tensor = functools.lru_cache(maxsize=256)(_tensor)
+
+
+def _of_plain(plain: float | tuple[float, ...]) -> Tensor:
+    """Plain numbers as fp64 on the CPU, not to be written to. Inside a dispatch mode a tensor is the mode's own."""
+    return _tensor(plain) if _dispatch_modes() else _kept_tensor(plain)
+
+
 def number(name: str, value: Number, reference: Tensor, *, positive: bool = False) -> Tensor:
     """A hyperparameter as the 0-d tensor that ops take (see ``schemas``).
 
-    A float becomes fp64 on the CPU, by an arithmetic that Dynamo keeps symbolic: no recompilation per value. A 0-d
-    tensor goes in as it is; one on the CPU that requires a gradient, or has more elements, is an error.
+    A float becomes fp64 on the CPU; under Dynamo by an arithmetic that it keeps symbolic: no recompilation per value. A
+    0-d tensor goes in as it is; one on the CPU that requires a gradient, or has more elements, is an error.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0:
@@ -97,6 +114,8 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
         raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
     if positive and not value > 0:
         raise ValueError(f"{name}: wanted a number > 0, got {value}")
+    if type(value) in (float, int) and not torch.compiler.is_compiling():
+        return _of_plain(value)
     return torch.ones((), dtype=torch.float64) * value
 
 
@@ -105,25 +124,12 @@ def integer(name: str, value: object) -> None:
         raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
 
 
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-
-
-def _vector(plain: tuple[float, ...]) -> Tensor:
-    with torch.inference_mode(False):  # or autograd could not save it
-        return torch.tensor(plain, dtype=torch.float64)
-
-
-# A run calls with the same numbers over and over, and a tensor from Python numbers takes 80 µs from a cold cache.
-_kept_vector = functools.lru_cache(maxsize=256)(_vector)
-
-
 def numbers(values: dict[str, Number], room: int, reference: Tensor) -> Tensor:
     """Hyperparameters as one fp64 vector (room,), zeros last: on the CPU, or on the device of a tensor among them."""
     spare = room - len(values)
     if {type(v) for v in values.values()} <= {float, int} and not torch.compiler.is_compiling():
         plain: tuple[Any, ...] = (*values.values(), *(0.0,) * spare)
-        # Inside a dispatch mode (fake tensors, say) a new tensor is the mode's own.
-        return _vector(plain) if _dispatch_modes() else _kept_vector(plain)
+        return _of_plain(plain)
     packed = [number(name, value, reference).double() for name, value in values.items()]
     device = next((p.device for p in packed if p.device.type != "cpu"), None)
     if device is not None:

@@ -286,7 +286,8 @@ def _tokens(
         checks.has_shape("bootstrap_value", bootstrap, (count,), "the sequences")
         checks.same_device("bootstrap_value", bootstrap, tokens, first)
     dtype = _widest([*tensors.values()])
-    cast = [t.detach().to(dtype) if detach else t.to(dtype) for t in tensors.values()]
+    cast = [t.detach() if detach else t for t in tensors.values()]
+    cast = [t if t.dtype == dtype else t.to(dtype) for t in cast]  # an op that does nothing costs its dispatch
     if bootstrap is not None:
         bootstrap = (bootstrap.detach() if detach else bootstrap).to(accumulation_dtype(dtype)).contiguous()
     return _Tokens(cast, live, offsets, bootstrap)
@@ -295,7 +296,8 @@ def _tokens(
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
     dtype = tensors[0].dtype
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
@@ -343,6 +345,10 @@ def _gae(
     mask, offsets, last = given.mask, given.cu_seqlens, given.bootstrap
     if chosen == "eager":
         return reference_returns.gae(rewards, values, mask, offsets, last, kl, gamma, lam, beta, mask_mode)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rewards, values, last))):
+        numbers = (gamma, lam, beta, mask_mode, op == "gae")
+        advantages, returns = dispatch.ops(chosen).gae_fwd(rewards, values, mask, offsets, last, kl, *numbers)
+        return advantages, returns
     options = GaeOptions(chosen, mask_mode, op == "gae")
     advantages, returns = Gae.apply(  # type: ignore[no-untyped-call]
         rewards, values, last, mask, offsets, kl, gamma, lam, beta, options
