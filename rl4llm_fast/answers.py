@@ -20,7 +20,7 @@ class Answers:
         suffix = f"_{side}" if side else ""
         checks.is_float(name, logp)
         shape = checks.shape(logp)
-        self.offsets = None if cu_seqlens is None else packed_offsets(logp, cu_seqlens, name).contiguous()
+        self.offsets = None if cu_seqlens is None else packed_offsets(logp, cu_seqlens, name)
         self.whole = cu_seqlens is None and len(shape) == 1
         if cu_seqlens is None and len(shape) not in (1, 2):
             packed = f", packed (N,) with cu_seqlens{suffix}" if side else ""
