@@ -110,7 +110,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
         softcap: Tensor | None,
         options: LinearTokenLogprobsOptions,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, row_max, log_sum, kept = dispatch.ops(options.backend).linear_token_logprobs_fwd(
+        logp, entropy, row_max, log_sum, kept, room = dispatch.ops(options.backend).linear_token_logprobs_fwd(
             hidden,
             weight,
             bias,
@@ -124,11 +124,12 @@ class LinearTokenLogprobs(torch.autograd.Function):
             options.logits_dtype,
             options.chunk_tokens,
             options.keep_logits,
+            ctx.needs_input_grad[1],
             options.group,
         )
         ctx.save_for_backward(hidden, weight, bias, token_ids, mask, temperature, softcap, row_max, log_sum, entropy)
         ctx.options = options
-        ctx.kept_logits = kept if options.keep_logits else None
+        ctx.kept = (kept, room if room.numel() else None) if options.keep_logits else (None, None)
         ctx.set_materialize_grads(False)
         if not options.return_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -142,8 +143,9 @@ class LinearTokenLogprobs(torch.autograd.Function):
             grad_entropy = None  # Dynamo hands zeros to an output that is not differentiable
         if grad_logp is None and grad_entropy is None:
             return (None,) * 8
-        # The first backward overwrites the kept logits; one after it (retain_graph) makes them again.
-        kept, ctx.kept_logits = ctx.kept_logits, None
+        # The first backward overwrites the kept logits and hands on the memory of dW; one after it (retain_graph) makes
+        # them again.
+        (kept, room), ctx.kept = ctx.kept, (None, None)
         need = ctx.needs_input_grad
         grads = dispatch.ops(options.backend).linear_token_logprobs_bwd(
             hidden,
@@ -160,6 +162,7 @@ class LinearTokenLogprobs(torch.autograd.Function):
             None if grad_logp is None else grad_logp.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(),
             kept,
+            room,
             options.compute_dtype,
             options.logits_dtype,
             options.grad_weight_dtype,
@@ -169,7 +172,8 @@ class LinearTokenLogprobs(torch.autograd.Function):
             need[2],
             options.group,
         )
-        grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(grads, need, strict=False))
+        made = (grads[0], grads[1] if room is None else room, grads[2])
+        grad_hidden, grad_weight, grad_bias = (g if needed else None for g, needed in zip(made, need, strict=False))
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import schemas
-from .chunked import Gradients, Projection, cast, large_empty, scatter
+from .products import Gradients, Projection, cast, large_empty, scatter
 
 
 class _Head(NamedTuple):

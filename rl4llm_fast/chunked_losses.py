@@ -18,18 +18,8 @@ import torch
 from torch import Tensor
 
 from . import schemas
-from .chunked import (
-    Gradients,
-    Projection,
-    Rows,
-    cast,
-    check_ids,
-    chunks_of,
-    large_empty,
-    live_rows,
-    scatter,
-    select_live,
-)
+from .chunked import Rows, check_ids, chunks_of, live_rows, select_live
+from .products import Gradients, Projection, cast, large_empty, scatter
 
 IGNORED = -100  # as an id: the token is not live
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from . import checks, dispatch, reference
 from .autograd import KlDivergence, KlDivergenceOptions, LinearKlDivergence, LinearKlDivergenceOptions
 from .checks import Number
-from .chunked import chunk_rule
 from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .kl import Estimator, Gradient, kl_estimate
 from .logprobs import check_temperature, flat_rows, linear_token_logprobs
+from .tiles import chunk_rule
 
 Direction = Literal["reverse", "forward", "jsd"]
 

@@ -62,25 +62,31 @@ def linear_token_logprobs_fwd(
     logits_dtype: torch.dtype | None,
     chunk_tokens: int,
     keep_logits: bool,
+    need_weight: bool,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, acc = hidden.shape[0], accumulation_dtype(compute_dtype)
     device = hidden.device.type
     cut = tiles.tiling(rows, weight.shape[0], compute_dtype, logits_dtype, device, chunk_tokens, bool(group))
     kept = tiles.workspace_elements(rows, *cut) if keep_logits else 0
+    room = tiles.has_room(weight.dtype, compute_dtype, cut[1], keep_logits, need_weight)
     return (
         hidden.new_empty(token_ids.shape, dtype=acc),
         hidden.new_empty((rows if return_entropy else 0,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
         hidden.new_empty((rows,), dtype=acc),
         hidden.new_empty((kept,), dtype=logits_dtype or compute_dtype),
+        hidden.new_empty(
+            weight.shape if room else (0,), dtype=compute_dtype if room else logits_dtype or compute_dtype
+        ),
     )
 
 
 def linear_token_logprobs_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _factor_gradients(hidden, weight, bias, args[-8], *args[-4:-1])
+    room, need_hidden, need_weight, need_bias = args[-9], *args[-4:-1]
+    return _factor_gradients(hidden, weight, bias, args[-8], need_hidden, need_weight and room is None, need_bias)
 
 
 def _factor_gradients(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch, formulas, user_losses
+from . import checks, chunked, dispatch, formulas, tiles, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
@@ -173,7 +173,7 @@ def linear_policy_loss_and_logprobs(
     chosen = dispatch.choose("linear_policy_loss", hidden, backend)
     gradient = torch.is_grad_enabled()
     need = [t is not None and t.requires_grad and gradient for t in (hidden, weight, bias)]
-    size = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
+    size = chunk_tokens or tiles.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
     one_pass = units = None
     if chosen != "eager" and tp_group is None and options.get("aggregation") != "none":
         one_pass = _one_pass(old_logp, options, chosen)

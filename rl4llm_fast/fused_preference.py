@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch
+from . import checks, chunked, dispatch, tiles
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Units, loss_of_units, whole_units
@@ -125,7 +125,7 @@ def linear_preference_loss(
     needs = tuple(t is not None and t.requires_grad and gradient for t in (hidden, weight, bias))
     units = None
     if chosen != "eager" and tp_group is None and any(needs) and not torch.compiler.is_compiling():
-        size = chunk_tokens or chunked.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
+        size = chunk_tokens or tiles.chunk_rule(weight.shape[0], compute_dtype, hidden.device.type, logits_dtype)
         units = _whole_pairs(mask, cu_seqlens, size)
     if units is None:
         return loss_of(linear_token_logprobs(hidden, weight, token_ids, bias, **head), ref_logp)

@@ -65,22 +65,25 @@ OPS: dict[str, Op] = {
     # hidden (N, D), weight (V, D), bias (V,); the rest as above. Products run in compute_dtype, chunk_tokens rows at a
     # time; their logits are kept in logits_dtype (None: the same), dW is added up in grad_weight_dtype (None: the
     # accumulation dtype); chunk_tokens 0: by the rule of tiles.py. -> logp, entropy, row_max, log_sum as above; with
-    # keep_logits also the workspace, in which the last tile's logits lie
+    # keep_logits also the workspace, in which the last tile's logits lie, and, where tiles.has_room, memory for dW
+    # (V, D), in which more of them do
     "linear_token_logprobs_fwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, bool return_entropy, ScalarType compute_dtype, ScalarType? logits_dtype, "
-        "int chunk_tokens, bool keep_logits, str group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "int chunk_tokens, bool keep_logits, bool need_weight, str group) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_fwd,
     ),
     # With a process group by its name the weight is this rank's slice, token_ids are those of vocab_parallel_ids, and
     # the results are those of the whole vocabulary; "" for none, and then only keep_logits.
-    # kept_logits are overwritten. -> dhidden, dweight, dbias; (0,) for what is not needed
+    # kept_logits are overwritten, and weight_room with dW, which is then not among the results. -> dhidden, dweight,
+    # dbias; (0,) for what is not needed
     "linear_token_logprobs_bwd": Op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor temperature, "
         "Tensor? softcap, int ignore_index, Tensor row_max, Tensor log_sum, Tensor? entropy, Tensor? grad_logp, "
-        "Tensor? grad_entropy, Tensor(a!)? kept_logits, ScalarType compute_dtype, ScalarType? logits_dtype, "
-        "ScalarType? grad_weight_dtype, int chunk_tokens, bool need_hidden, bool need_weight, bool need_bias, "
-        "str group) -> (Tensor, Tensor, Tensor)",
+        "Tensor? grad_entropy, Tensor(a!)? kept_logits, Tensor(b!)? weight_room, ScalarType compute_dtype, "
+        "ScalarType? logits_dtype, ScalarType? grad_weight_dtype, int chunk_tokens, bool need_hidden, "
+        "bool need_weight, bool need_bias, str group) -> (Tensor, Tensor, Tensor)",
         fakes.linear_token_logprobs_bwd,
         True,
     ),

@@ -83,6 +83,60 @@ def workspace_elements(tokens: int, chunk: int, slices: list[Tile]) -> int:
     return min(chunk, tokens) * max(tile.width for tile in slices)
 
 
+def has_room(
+    weight_dtype: torch.dtype, compute_dtype: torch.dtype, slices: list[Tile], keep_logits: bool, need_weight: bool
+) -> bool:
+    """Whether the forward takes the memory of dW already, to keep logits in it that the backward need not make again.
+
+    The backward needs that much in any case, and completes dW a slice at a time, so the peak is no higher.
+    """
+    return keep_logits and need_weight and len(slices) > 1 and weight_dtype == compute_dtype
+
+
+def tiles_in_room(tokens: int, factor_width: int, slices: list[Tile]) -> int:
+    """How many of the slices before the last find room for their logits, ``tokens`` rows each, at the start of dW.
+
+    The backward uses up the last slice, in the workspace, and then those here, from the last to the first, and writes
+    the rows of dW (V, D) in the same order: none may be written over before its turn is past.
+    """
+    size = tokens * max(tile.width for tile in slices)
+    ends = [tile.start * factor_width for tile in reversed(slices[:-1])]  # what is still unwritten in each turn
+    count = min(len(ends), ends[0] // size) if ends and size else 0
+    while any((count - turn) * size > ends[turn] for turn in range(count)):
+        count -= 1
+    return count
+
+
+def tile_of(workspace: Tensor, tile: Tile, rows: int) -> Tensor:
+    """The logits of a tile (rows, width) in the flat workspace."""
+    return workspace[: rows * tile.width].view(rows, tile.width)
+
+
+class Places:
+    """Where the logits of a chunk's slices lie: in the workspace, one after the other, but for those before the last
+    that the backward will find at the start of the memory of dW."""
+
+    def __init__(
+        self, workspace: Tensor, room: Tensor | None, slices: list[Tile], tokens: int, factor_width: int
+    ) -> None:
+        self.workspace, self.slices, self.tokens = workspace, slices, tokens
+        self.room = None if room is None or room.numel() == 0 else room.view(-1)
+        self.kept = 0 if self.room is None else tiles_in_room(tokens, factor_width, slices)
+        self.size = tokens * max(tile.width for tile in slices)
+
+    def outlasts(self, index: int) -> bool:
+        """Whether the logits of a slice are there when all are made."""
+        return index >= len(self.slices) - 1 - self.kept
+
+    def of(self, index: int) -> Tensor:
+        """The logits of a slice (tokens, width)."""
+        tile, last = self.slices[index], len(self.slices) - 1
+        if self.room is None or index == last or not self.outlasts(index):
+            return tile_of(self.workspace, tile, self.tokens)
+        start = (index - last + self.kept) * self.size
+        return tile_of(self.room[start:], tile, self.tokens)
+
+
 def width(rows: int) -> int:
     """How many logits a row of a slice has in the workspace: the slice, and at least one phantom."""
     return rows // _ALIGN * _ALIGN + _ALIGN

@@ -244,7 +244,7 @@ class TestChunkedLogProbs:
         hidden, weight, targets = torch.randn(10, 8), torch.randn(33, 8), torch.randint(33, (10,))
         results = []
         for size in (64, 3):
-            monkeypatch.setattr("rl4llm_fast.chunked.chunk_rule", lambda *_, size=size: size)
+            monkeypatch.setattr("rl4llm_fast.tiles.chunk_rule", lambda *_, size=size: size)
             leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
             values = ours.ChunkedLogProbFunction.apply(*leaves, None, targets, 1.0, 64, None, 1.0, everything)
             (values[0].sum() + values[1].square().sum()).backward()

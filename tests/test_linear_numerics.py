@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
-from rl4llm_fast import chunked, heads, tiles
+from rl4llm_fast import heads, products, tiles
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 BACKENDS = [b for b in rf.backends()["linear_policy_loss"] if b in ("eager", "cpu")]
@@ -152,7 +152,7 @@ def test_narrow_accumulation_rounds_at_every_chunk(op):
 def test_narrow_accumulation_is_the_products_own():
     x, w = torch.randn(6, D).bfloat16(), torch.empty(V, D, dtype=BF16)
     pieces = torch.randn(6, V).bfloat16().split(2)
-    total = chunked.WeightGradient(w, BF16, 3, BF16)
+    total = products.WeightGradient(w, BF16, 3, BF16)
     wanted = torch.zeros(V, D, dtype=BF16)
     for dz, part in zip(pieces, x.split(2), strict=True):
         total.add(dz, part)
@@ -198,9 +198,9 @@ def test_kept_logits_are_those(monkeypatch):
 
 def test_the_workspace_keeps_its_bound():
     for vocabulary in (127, 49_152, 151_936):
-        tokens = chunked.chunk_rule(vocabulary, BF16, "cuda", FP32)
+        tokens = tiles.chunk_rule(vocabulary, BF16, "cuda", FP32)
         assert 1 <= tokens * vocabulary * (4 + 2) <= 512 * 2**20
-        assert chunked.chunk_rule(vocabulary, BF16, "cuda", BF16) == chunked.chunk_rule(vocabulary, BF16, "cuda")
+        assert tiles.chunk_rule(vocabulary, BF16, "cuda", BF16) == tiles.chunk_rule(vocabulary, BF16, "cuda")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
-from rl4llm_fast import chunked
+from rl4llm_fast import tiles
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 BACKENDS = [b for b in rf.backends()["linear_token_logprobs"] if b in ("eager", "cpu")]
@@ -196,13 +196,13 @@ def test_opcheck(mask):
     one = torch.ones((), dtype=torch.float64)
     common = (hidden, weight, bias, ids, mask, one, None, -100)
     ops = torch.ops.rl4llm_fast
-    forward = (*common, True, torch.float32, None, 3, False, "")
+    forward = (*common, True, torch.float32, None, 3, False, True, "")
     torch.library.opcheck(ops.linear_token_logprobs_fwd.default, forward)
     torch.library.opcheck(
-        ops.linear_token_logprobs_fwd.default, (*common, False, torch.float32, None, 9, mask is None, "")
+        ops.linear_token_logprobs_fwd.default, (*common, False, torch.float32, None, 9, mask is None, True, "")
     )
-    logp, entropy, row_max, log_sum, _ = ops.linear_token_logprobs_fwd(*forward)
-    saved = (row_max, log_sum, entropy, torch.ones_like(logp), torch.ones_like(entropy), None)
+    logp, entropy, row_max, log_sum, _, _ = ops.linear_token_logprobs_fwd(*forward)
+    saved = (row_max, log_sum, entropy, torch.ones_like(logp), torch.ones_like(entropy), None, None)
     for needs in [(True, True, True), (True, False, False), (False, True, False)]:
         torch.library.opcheck(
             ops.linear_token_logprobs_bwd.default, (*common, *saved, torch.float32, None, None, 3, *needs, "")
@@ -227,7 +227,7 @@ def test_chunk_rule_keeps_its_bound():
     for vocabulary in (1, 127, 49_152, 151_936, 262_144):
         for dtype in (torch.float32, torch.bfloat16):
             for device, bound in (("cpu", 64 if dtype == torch.float32 else 256), ("cuda", 512)):
-                tokens = chunked.chunk_rule(vocabulary, dtype, device)
+                tokens = tiles.chunk_rule(vocabulary, dtype, device)
                 assert tokens >= 1
                 assert tokens * vocabulary * dtype.itemsize <= bound * 2**20
 

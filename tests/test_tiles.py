@@ -102,6 +102,45 @@ def test_the_cut():
     assert tiles.tiling(5000, 49_152, torch.float32, None, "cpu", 64, sharded=False) == (64, [(0, 49_152, 49_152)])
 
 
+def test_tiles_in_the_room_of_dw_are_used_up_before_they_are_written_over():
+    """Played through: each turn reads its own tile, and writes its rows of dW where no tile still waits."""
+    found = set()
+    for tokens in (1, 31, 341, 2048):
+        for width in (1, 16, 576, 4096):
+            for vocabulary in (127, 49_152, 50_257, 151_936):
+                _, slices = tiles.tiling(2048, vocabulary, torch.float32, None, "cpu", tiles.BY_RULE, sharded=False)
+                kept = tiles.tiles_in_room(tokens, width, slices)
+                size = tokens * max(tile.width for tile in slices)
+                assert 0 <= kept < len(slices)
+                assert kept * size <= vocabulary * width
+                for k in range(kept + 1):  # the slices from the last; it lies in the workspace
+                    waiting = min(kept, kept - k + 1) * size  # tiles from the start of the room, this turn's own too
+                    assert waiting <= slices[-1 - k].start * width or kept == 0
+                found.add(kept)
+    assert len(found) > 3
+    assert tiles.tiles_in_room(2048, 576, slices_of(2048)) == 2
+
+
+def slices_of(tokens, vocabulary=49_152):
+    return tiles.tiling(tokens, vocabulary, torch.float32, None, "cpu", tiles.BY_RULE, sharded=False)[1]
+
+
+def test_what_lies_in_the_room_of_dw_is_not_made_again(small_tiles, monkeypatch):
+    made = []
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: made.append(a[0].shape) or original(*a, **k))
+    hidden, weight, ids = torch.randn(9, D, requires_grad=True), torch.randn(V, D), torch.randint(V, (9,))
+    counts, grads = {}, {}
+    for learns in (False, True):
+        made.clear()
+        logp = rf.linear_token_logprobs(hidden, weight.clone().requires_grad_(learns), ids)
+        assert len(made) == 7
+        (grads[learns],) = torch.autograd.grad(logp.sum(), hidden)
+        counts[learns] = sum(rows == (9, D) for rows in made) - 7
+    assert counts == {False: 6, True: 1}  # slices whose logits are made again: all but the last; all but six
+    assert torch.equal(grads[False], grads[True])
+
+
 @pytest.mark.parametrize(("dtype", "workspace"), [("float32", 64), ("bfloat16", 256)])
 def test_peak_memory_keeps_the_documented_bound(dtype, workspace):
     """N 4,096, V 49,152, where all logits are 768 or 384 MiB: gradients (dW also in fp32) and the workspace."""
@@ -124,3 +163,19 @@ print(cpu_extra_bytes(step))
     assert done.returncode == 0, done.stderr
     gradients = (4096 + 49_152) * 32 * 4 * 2
     assert int(done.stdout) <= (workspace + 8) * 2**20 + gradients
+
+
+def test_opcheck_with_a_room(small_tiles):
+    hidden, weight, ids = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+    one = torch.ones((), dtype=torch.float64)
+    common = (hidden, weight, None, ids, None, one, None, -100)
+    ops = torch.ops.rl4llm_fast
+    forward = (*common, True, torch.float32, None, tiles.BY_RULE, True, True, "")
+    torch.library.opcheck(ops.linear_token_logprobs_fwd.default, forward, test_utils="test_faketensor")
+    logp, entropy, row_max, log_sum, kept, room = ops.linear_token_logprobs_fwd(*forward)
+    assert room.shape == weight.shape
+    saved = (row_max, log_sum, entropy, torch.ones_like(logp), torch.ones_like(entropy), kept, room)
+    arguments = (*common, *saved, torch.float32, None, None, tiles.BY_RULE, True, True, True, "")
+    torch.library.opcheck(
+        ops.linear_token_logprobs_bwd.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

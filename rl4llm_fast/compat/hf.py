@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import chunked
+from .. import tiles
 from ..logprobs import linear_token_logprobs, token_logprobs
 
 
@@ -140,7 +140,7 @@ def _by_chunks(
         logits = head(x)
         return token_logprobs(logits, y.to(logits.device), **options)
 
-    size = chunk_tokens or chunked.chunk_rule(_vocabulary(head, rows), hidden.dtype, hidden.device.type)
+    size = chunk_tokens or tiles.chunk_rule(_vocabulary(head, rows), hidden.dtype, hidden.device.type)
     starts = range(0, max(rows.shape[0], 1), size)
     pieces = [
         checkpoint(chunk, rows[i : i + size], flat[i : i + size], use_reentrant=False)

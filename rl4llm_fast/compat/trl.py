@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import chunked
+from .. import products, tiles
 from ..logprobs import linear_token_logprobs, token_logprobs
 from . import patching, rounding
 from .patching import Patch, Target
@@ -152,7 +152,7 @@ class _LogprobsAndMore(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        size = chunked.chunk_rule(weight.shape[0], compute, device)
+        size = tiles.chunk_rule(weight.shape[0], compute, device)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options = tau, cap, compute, size, "entropy" in outputs
         ctx.set_materialize_grads(False)
@@ -177,7 +177,7 @@ class _LogprobsAndMore(torch.autograd.Function):
         wide = torch.float64 if compute == torch.float64 else torch.float32
         parts = _parts(targets.shape[0], size)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = chunked.WeightGradient(weight, compute, len(parts), wide) if need_weight else None
+        grad_weight = products.WeightGradient(weight, compute, len(parts), wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
         for part in parts:
             with torch.enable_grad():
