@@ -218,8 +218,9 @@ def linear_token_logprobs(
     r"""Log-probabilities of chosen tokens straight from hidden states: :func:`token_logprobs` of :math:`x W^\top + b`.
 
     The logits exist for one tile at a time, in a workspace that is used again; the backward makes them anew (but for
-    the last ones, which still lie there or where :math:`dW` will), overwrites them with :math:`dz`, and adds up :math:`dW = dz^\top x` and
-    :math:`db = \sum_n dz` in fp32. Gradients that nobody needs are not computed. Survey (2), (4).
+    the last ones, which still lie there or where :math:`dW` will), overwrites them with :math:`dz`, and adds up
+    :math:`dW = dz^\top x` and :math:`db = \sum_n dz` in fp32. Gradients that nobody needs are not computed. Survey (2),
+    (4).
 
     Args:
         hidden: (..., D). Under autocast the products run in the autocast dtype.

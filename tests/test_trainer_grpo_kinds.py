@@ -299,7 +299,9 @@ def test_the_examples_are_valid_configs(name):
 
 def test_the_table_of_kinds(tmp_path, monkeypatch, capsys):
     text_model().save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "m")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     kinds = importlib.import_module("grpo_kinds")
     given = ["--steps", "1", "--heldout", "2", "--model", str(tmp_path / "m"), "--only", "process,GSPO", "--quiet"]
@@ -316,7 +318,15 @@ def test_step_rewards_of_the_example(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("step_rewards")
     task = example.sums_in_lines(seed=0, heldout=8, size=64)
-    assert not {e["prompt"] for e in task.heldout} & {e["prompt"] for e in task.train}
-    assert example.true_lines(None, ["2 + 4 = 6", "6 + 1 = 8", "so it is 7"]) == [1, -1, 0]
-    question = {"prompt": "2 + 4 + 1:", "answer": "7"}
-    assert [example.right(question, text) for text in ("2 + 4 = 6\n6 + 1 = 7", "2 + 4 = 6")] == [1, 0]
+    asked = [{e["prompt"][-1]["content"] for e in rows} for rows in (task.heldout, task.train)]
+    assert not asked[0] & asked[1]
+    question = {"answer": "12", "lines": example.lines_of(3, 4, 5)}
+    assert question["lines"] == ["3 + 4 = 7", "7 + 5 = 12"]
+    for steps, wanted in (
+        (["3 + 4 = 7", "7 + 5 = 12", "so it is 12"], [1, 1, 0]),
+        (["Let me see.", "3 + 4 = 8", "8 + 5 = 13"], [0, -1, -1]),
+        (["2 + 4 = 6", "3 + 4 = 7"], [-1, 1]),  # true, but nobody asked
+        (["3 + 4 = 7", "3 + 4 = 7"], [1, -1]),  # once is enough
+    ):
+        assert example.true_lines(question, steps) == wanted
+    assert [example.right(question, text) for text in ("3 + 4 = 7\n7 + 5 = 12", "3 + 4 = 7")] == [1, 0]
