@@ -1,8 +1,8 @@
 """A task and a step reward of one's own, for examples/grpo_process.toml: sums worked out line by line.
 
 The question "a + b + c" wants two lines, "a + b = s" and "s + c = t", as two answered questions before it show. A line
-that is the next of the two earns 1, any other sum -1 (one that is false, or true and not what was asked), a line without
-a sum 0. Lines are read with a regular expression, never executed.
+that is the next of the two earns 1, any other sum -1 (one that is false, or true and not what was asked), a line
+without a sum 0. Lines are read with a regular expression, never executed.
 """
 
 import random
