@@ -153,6 +153,26 @@ class TestWhiten:
         assert rf.whiten(x, torch.tensor([0, 0, 0]), backend=backend).tolist() == [0.0, 0.0, 0.0]
         assert rf.whiten(torch.zeros(0), backend=backend).shape == (0,)
 
+    @pytest.mark.skipif("cpu" not in rf.backends()["whiten"], reason="the C++ extension is not built here")
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_instruction_set_agrees(self, dtype):
+        from rl4llm_fast import _C as extension
+
+        x, mask = (torch.randn(3, 8_219) * 3 + 50).to(dtype), torch.rand(3, 8_219) < 0.6
+        want = rf.whiten(x.double(), mask, backend="eager")
+        try:
+            for isa in extension.build_info()["cpu_instruction_sets"]:
+                try:
+                    extension.force_cpu_isa(isa)
+                except ValueError:
+                    continue  # not on this CPU
+                for count in (0, 1, 7, 8, 9, 31, 33, x.shape[1]):
+                    part, live = x[:, :count], mask[:, :count]
+                    wanted = want if count == x.shape[1] else rf.whiten(part.double(), live, backend="eager")
+                    assert_as_good_as_eager(rf.whiten(part, live), wanted, rf.whiten(part, live, backend="eager"))
+        finally:
+            extension.force_cpu_isa(None)
+
     @whiten_backend
     def test_a_large_offset_does_not_cancel(self, backend):
         x = torch.randn(100_000, dtype=torch.float64)
