@@ -223,7 +223,7 @@ def gae_fwd(
     if kl is not None and rewards.shape != kl.shape:
         rewards, scores = None, rewards
     if values is None:
-        lam = torch.ones((), dtype=torch.float64)  # without values G = A + V is the Monte-Carlo return
+        lam = torch.ones((), dtype=torch.float64, device="cpu")  # without values G = A + V is the Monte-Carlo return
     inputs, strides = zip(*map(side_by_side, (rewards, values, kl, mask)), strict=True)
     numbers = (*number_or_pointer(gamma), *number_or_pointer(lam), *number_or_pointer(beta))
     cut.launch(

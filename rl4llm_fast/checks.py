@@ -81,7 +81,7 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 def _tensor(plain: float | tuple[float, ...]) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not save it
-        return torch.tensor(plain, dtype=torch.float64)
+        return torch.tensor(plain, dtype=torch.float64, device="cpu")
 
 
 # A run calls with the same numbers over and over, and a tensor from Python numbers takes 80 µs from a cold cache.
@@ -116,7 +116,7 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
         raise ValueError(f"{name}: wanted a number > 0, got {value}")
     if type(value) in (float, int) and not torch.compiler.is_compiling():
         return _of_plain(value)
-    return torch.ones((), dtype=torch.float64) * value
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def integer(name: str, value: object) -> None:

@@ -114,7 +114,8 @@ def whole_units(unit: Tensor | None, counts: Sequence[int], live: Tensor, chunk_
     order = None if unit is None else torch.argsort(unit, stable=True)
     if live.device.type == "cpu" and not bool(live.all()):
         if unit is None:
-            unit = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+            lengths = torch.tensor(counts, dtype=torch.long, device="cpu")
+            unit = torch.arange(len(counts), device="cpu").repeat_interleave(lengths)
         counts = torch.bincount(unit[live], minlength=len(counts)).tolist()
         order = live.nonzero().squeeze(-1) if order is None else order[live[order]]
     parts, start, end = [], 0, 0

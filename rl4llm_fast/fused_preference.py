@@ -20,6 +20,14 @@ from .schemas import accumulation_dtype
 from .sequences import packed_offsets
 
 
+# Arguments of preference_loss that take another form here.
+_OF_ONE_SIDE = {
+    f"{name}_{side}": here
+    for name, here in (("ref", "ref_logp"), ("mask", "mask"), ("cu_seqlens", "cu_seqlens"))
+    for side in ("chosen", "rejected")
+}
+
+
 def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -77,6 +85,11 @@ def linear_preference_loss(
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     compute_dtype = product_dtype(compute_dtype, hidden, logits_dtype, grad_weight_dtype)
     check_chunk(chunk_tokens)
+    for name in knobs:
+        if name in _OF_ONE_SIDE:
+            raise ValueError(
+                f"{name}: both answers come in one tensor here; wanted {_OF_ONE_SIDE[name]} of all of them"
+            )
     lead = hidden.shape[:-1]
     if hidden.dim() != (2 if cu_seqlens is not None else 3):
         raise ValueError(f"hidden: wanted (2B, T, D), or packed (N, D) with cu_seqlens; got {checks.shape(hidden)}")
@@ -158,7 +171,7 @@ def _whole_pairs(mask: Tensor, cu_seqlens: Tensor | None, size: int) -> Units | 
         return None
     lengths = cu_seqlens.diff()
     pairs = lengths.shape[0] // 2
-    unit = torch.arange(pairs).repeat(2).repeat_interleave(lengths)
+    unit = torch.arange(pairs, device="cpu").repeat(2).repeat_interleave(lengths)
     return whole_units(unit, (lengths[:pairs] + lengths[pairs:]).tolist(), mask, size)
 
 

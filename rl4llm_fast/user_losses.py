@@ -129,7 +129,7 @@ def _check_formula(name: str, function: Callable[..., Any], knobs: tuple[str, ..
     for knob in knobs:
         if knob not in used:
             raise FormulaError(f"token_loss {name!r}: the knob {knob!r} is not used")
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     try:
         result = function(EagerMaths, *(one if p in POLICY_INPUTS else one[0] for p in parameters))
     except (AttributeError, RuntimeError, TypeError) as error:

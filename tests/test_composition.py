@@ -103,3 +103,76 @@ def test_hyperparameters_are_made_once_and_survive_every_mode():
     assert one is two
     assert one.tolist() == [0.5, 2.0, 0.0, 0.0]
     assert checks.numbers({"a": 0.5, "b": 3}, 4, logp).tolist() == [0.5, 3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_device_is_of_no_account(backend):
+    """Tensors made inside an op are made where its inputs are."""
+    torch.manual_seed(0)
+    hidden, weight, ids, ref_hidden, ref_weight = inputs()
+    logits, rows, mask = (
+        torch.randn(2, 5, 37),
+        -torch.rand(2, 5),
+        torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]]).bool(),
+    )
+    tokens, packed, cu = torch.randint(37, (2, 5)), -torch.rand(10), torch.tensor([0, 4, 4, 10])
+    one, three, cu_of_two = torch.randn(2), torch.randn(3), torch.tensor([0, 2, 6])
+    ends, steps = torch.tensor([[1, 4], [2, -1]]), torch.randn(2, 2)
+    with_backend = {"backend": backend}
+
+    def results():
+        yield rf.token_logprobs(logits, tokens, temperature=0.7, softcap=5.0, mask=mask, **with_backend)
+        yield rf.token_entropy(logits, **with_backend)
+        yield rf.kl_divergence(logits, logits.flip(0), direction="jsd", **with_backend)
+        yield rf.linear_token_logprobs(hidden, weight, ids, softcap=5.0, **with_backend)
+        yield rf.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, **with_backend)
+        yield rf.kl_estimate(rows, rows.flip(0), **with_backend)
+        for kind in ("ppo_clip", "gspo", "cispo"):
+            for aggregation in ("token_mean", "seq_mean_token_mean"):
+                how = {"kind": kind, "aggregation": aggregation, "ref_logp": rows, "kl_coef": 0.1, **with_backend}
+                yield rf.policy_loss(rows, rows.flip(0), one, mask=mask, **how)
+                how["ref_logp"] = packed
+                yield rf.policy_loss(packed, packed.flip(0), three, cu_seqlens=cu, **how)
+        yield rf.policy_loss(
+            rows, rows, one, rollout_logp=rows.flip(0), rollout_correction="truncate", rollout_level="sequence",
+            **with_backend,
+        )  # fmt: skip
+        leaf = hidden.detach().requires_grad_()
+        for kind in ("ppo_clip", "gspo"):
+            how = {"kind": kind, "cu_seqlens": cu_of_two, **with_backend}
+            yield rf.linear_policy_loss(leaf, weight, ids, None, one, **how)
+        yield rf.linear_sft_loss(leaf, weight, ids, **with_backend)
+        pair = (leaf.view(2, 3, D), weight, ids.view(2, 3))
+        yield rf.linear_preference_loss(*pair, ref_logp=rows[:, :3], **with_backend)
+        yield rf.linear_preference_loss(leaf, weight, ids, cu_seqlens=cu_of_two, kind="simpo", **with_backend)
+        for kind in ("dpo", "simpo", "orpo"):
+            ref = () if kind != "dpo" else (rows, rows)
+            yield rf.preference_loss(rows, rows.flip(0), *ref, kind=kind, mask_chosen=mask, **with_backend)
+        yield rf.kto_loss(rows, rows.flip(0), torch.tensor([True, False], device="cpu"), mask=mask, **with_backend)
+        yield rf.reward_model_loss(one, one.flip(0), **with_backend)
+        yield rf.ranked_reward_loss(three, cu[:3], torch.zeros(3, dtype=torch.long, device="cpu"))
+        yield rf.value_loss(rows, rows.flip(0), old_values=rows, clip=0.2, mask=mask, **with_backend)
+        yield rf.sft_loss(packed, cu_seqlens=cu, aggregation="seq_mean_token_mean", **with_backend)
+        for mode in ("skip", "zero"):
+            yield rf.gae(rows, rows.flip(0), gamma=0.9, mask=mask, mask_mode=mode, **with_backend)
+        yield rf.gae(one, rows, kl=rows, beta=0.1, **with_backend)
+        yield rf.lambda_returns(packed, packed, gamma=0.9, lam=0.5, cu_seqlens=cu, **with_backend)
+        yield rf.n_step_returns(rows, rows, n=2, gamma=0.9, **with_backend)
+        yield rf.vtrace(rows, rows.flip(0), rows, rows, gamma=0.9, lam=0.9, **with_backend)
+        yield rf.shape_rewards(one, rows, beta=0.1, mask=mask)
+        yield rf.group_advantages(one, group_size=2, **with_backend)
+        yield rf.process_advantages(steps, ends, group_size=2, length=5, **with_backend)
+        yield rf.whiten(rows, mask, **with_backend)
+
+    def flat(result):
+        if isinstance(result, dict):
+            return [t for value in result.values() for t in flat(value)]
+        return [t for value in result for t in flat(value)] if isinstance(result, tuple) else [result]
+
+    wanted = [flat(result) for result in results()]
+    checks._kept_tensor.cache_clear()
+    with torch.device("meta"):
+        got = [flat(result) for result in results()]
+    for here, there in zip(wanted, got, strict=True):
+        for a, b in zip(here, there, strict=True):
+            assert torch.equal(a, b)

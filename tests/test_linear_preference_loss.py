@@ -182,6 +182,8 @@ def test_liger(kind):
                                                        "token_ids": torch.zeros(6).long(),
                                                        "cu_seqlens": torch.tensor([0, 3, 6])}),
         ("kind", {"kind": "grpo"}),
+        ("ref_chosen: both answers come in one tensor here; wanted ref_logp", {"ref_chosen": torch.zeros(1, 3)}),
+        ("mask_rejected: both answers come in one tensor here; wanted mask", {"mask_rejected": torch.ones(1, 3)}),
         ("kind 'dpo' wants the reference", {"kind": "dpo"}),
         ("ref_weight: wanted beside", {"ref_hidden": torch.zeros(2, 3, 8)}),
         ("ref_logp: wanted the shape", {"kind": "dpo", "ref_logp": torch.zeros(2, 4)}),
