@@ -19,7 +19,6 @@ from .preference import preference_loss
 from .schemas import accumulation_dtype
 from .sequences import packed_offsets
 
-
 # Arguments of preference_loss that take another form here.
 _OF_ONE_SIDE = {
     f"{name}_{side}": here
