@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .dropin_page import Table
 from .dropin_trainers import kib, start_of_peak
 
 B, T, ROWS, V = 64, 512, 256, 49152
@@ -77,7 +78,7 @@ OPENRLHF: Cases = {
 }
 
 
-def model(rounds: int) -> None:
+def model(rounds: int) -> Table:
     """Forward and backward of the whole model, its log-probabilities from logits and from the head."""
     import transformers
 
@@ -102,23 +103,25 @@ def model(rounds: int) -> None:
             backward(way())
             best[name] = min(best[name], time.perf_counter() - start)
             peak[name] = max(peak[name], (kib("VmHWM") - before) // 1024)
-    print("| SmolLM2-135M, 4 x 256 tokens | from its logits | `logprob_head` | ratio |\n|---|---|---|---|")
-    print(f"| time | {best['logits']:.2f} s | {best['head']:.2f} s | {best['logits'] / best['head']:.2f}x |")
-    print(f"| memory | {peak['logits']} MiB | {peak['head']} MiB | {peak['logits'] / peak['head']:.1f}x |")
+    table = Table("dropin-hf", ["SmolLM2-135M, 4 x 256 tokens", "from its logits", "`logprob_head`", "ratio"])
+    table.add(["time", *(f"{best[name]:.2f} s" for name in ways), f"{best['logits'] / best['head']:.2f}x"])
+    table.add(["memory", *(f"{peak[name]} MiB" for name in ways), f"{peak['logits'] / peak['head']:.1f}x"])
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", choices=["verl", "openrlhf", "hf"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/drop-in.md")
     arguments = parser.parse_args()
     library = arguments.library
-    print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    command = f"bench.dropin_functions {library} --rounds {arguments.rounds}"
     if library == "hf":
-        model(arguments.rounds)
+        model(arguments.rounds).close(command, arguments.write)
         return
     drop_ins, tensors = importlib.import_module(f"rl4llm_fast.compat.{library}"), data()
-    print(f"| function | {library} | drop-in | ratio |\n|---|---|---|---|")
+    table = Table(f"dropin-{library}", ["function", library, "drop-in", "ratio"])
     replacements = {target.name: target.replacement for target in drop_ins.TARGETS}
     for name, (module, call) in (VERL if library == "verl" else OPENRLHF).items():
         functions = {"theirs": getattr(importlib.import_module(module), name), "ours": replacements[name]}
@@ -131,7 +134,8 @@ def main() -> None:
                     best[which] = min(best[which], time.perf_counter() - start)
                 tensors["now"].grad = tensors["logits"].grad = None
         theirs, ours = best["theirs"] * 1e3, best["ours"] * 1e3
-        print(f"| `{name}` | {theirs:.2f} ms | {ours:.2f} ms | {theirs / ours:.1f}x |", flush=True)
+        table.add([f"`{name}`", f"{theirs:.2f} ms", f"{ours:.2f} ms", f"{theirs / ours:.1f}x"])
+    table.close(command, arguments.write)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TRAINERS = ("grpo", "dpo", "kto")
 
 
@@ -110,6 +108,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns")
     parser.add_argument("--rows", type=Path, default=Path("data/film_reviews"), help="made by examples/film_reviews.py")
     parser.add_argument("--model", help="a folder; by default SmolLM2-135M-Instruct")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/drop-in.md")
     parser.add_argument("--verbose", action="store_true", help="show what the trainers write")
     parser.add_argument("--work", nargs=2, metavar=("TRAINER", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -121,9 +120,8 @@ def main() -> None:
         name, variant = arguments.work
         print(json.dumps(work(name, variant == "patched", arguments.model, arguments.rows, arguments.steps)))
         return
-    print(f"fp32, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.steps} steps\n")
-    print("| trainer | losses differ by | a step: TRL | patched | ratio | a step's memory: TRL | patched |")
-    print("|---|---|---|---|---|---|---|")
+    head = ["trainer", "losses differ by", "a step: TRL", "patched", "ratio", "a step's memory: TRL", "patched"]
+    table = Table("dropin-trainers", head)
     for name in arguments.trainers.split(","):
         command = [sys.executable, "-m", "bench.dropin_trainers", "--steps", str(arguments.steps)]
         command += ["--rows", str(arguments.rows), "--model", arguments.model, "--work", name]
@@ -139,11 +137,11 @@ def main() -> None:
         differ = max(abs(a - b) for one in losses for a, b in zip(one, losses[0], strict=True))
         seconds = [min(run["seconds"] for run in done) for done in runs.values()]
         mib = [max(run["mib"] for run in done) for done in runs.values()]
-        print(
-            f"| {name.upper()} | {differ:.1e} | {seconds[0]:.2f} s | {seconds[1]:.2f} s "
-            f"| {seconds[0] / seconds[1]:.2f}x | {mib[0]} MiB | {mib[1]} MiB |",
-            flush=True,
-        )
+        times = [f"{one:.2f} s" for one in seconds]
+        ratio = f"{seconds[0] / seconds[1]:.2f}x"
+        table.add([name.upper(), f"{differ:.1e}", *times, ratio, *(f"{one} MiB" for one in mib)])
+    asked = f"--trainers {arguments.trainers} --steps {arguments.steps} --rounds {arguments.rounds}"
+    table.close(f"bench.dropin_trainers {asked}", arguments.write)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .dropin_page import Table
+
 ROWS, D, V = 512, 576, 49152
 OUTPUTS = {"GRPO": ("log_probs", "entropy"), "DPO": ("log_probs", "entropy", "mean_logits", "is_top1")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,13 +60,14 @@ def peak_mib(dtype: str, outputs: str, head: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/drop-in.md")
     parser.add_argument("--peak", nargs=3, metavar=("DTYPE", "OUTPUTS", "HEAD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         print(peak_mib(*arguments.peak))
         return
-    print(f"{ROWS} tokens, D {D:,}, V {V:,}; {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| outputs of | dtype | TRL | drop-in | ratio | peak memory: TRL | drop-in |\n|---|---|---|---|---|---|---|")
+    head = ["outputs of", "dtype", "TRL", "drop-in", "ratio", "peak memory: TRL", "drop-in"]
+    table = Table("dropin-head", head)
     for outputs in OUTPUTS:
         for dtype in DTYPES:
             step, best = Step(dtype, outputs), dict.fromkeys(heads(), float("inf"))
@@ -76,9 +79,10 @@ def main() -> None:
             command = [sys.executable, "-m", "bench.dropins", "--peak", dtype, outputs]
             peaks = {name: int(subprocess.check_output([*command, name], text=True)) for name in best}
             ratio = best["TRL"] / best["drop-in"]
-            times = " | ".join(f"{best[name] * 1e3:.0f} ms" for name in ("TRL", "drop-in"))
-            memory = " | ".join(f"{peaks[name]} MiB" for name in ("TRL", "drop-in"))
-            print(f"| {outputs} | {dtype} | {times} | {ratio:.1f}x | {memory} |", flush=True)
+            times = [f"{best[name] * 1e3:.0f} ms" for name in ("TRL", "drop-in")]
+            memory = [f"{peaks[name]} MiB" for name in ("TRL", "drop-in")]
+            table.add([outputs, dtype, *times, f"{ratio:.1f}x", *memory])
+    table.close(f"bench.dropins --rounds {arguments.rounds}", arguments.write)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""The tables of docs/drop-in.md: printed as they are made, and with ``--write`` put between the page's markers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .base import ROOT
+from .report import rewrite
+
+PAGE = ROOT / "docs" / "drop-in.md"
+
+
+class Table:
+    """Rows under a head; ``name`` is that of the markers."""
+
+    def __init__(self, name: str, head: Sequence[str]) -> None:
+        self.name, self.lines = name, []
+        self.add(head)
+        self.add(["---"] * len(head))
+
+    def add(self, cells: Sequence[Any]) -> None:
+        self.lines.append(f"| {' | '.join(map(str, cells))} |" if cells[0] != "---" else "|---" * len(cells) + "|")
+        print(self.lines[-1], flush=True)
+
+    def close(self, command: str, write: bool) -> None:
+        """Say what was run where; with ``write`` the page has it too."""
+        from . import run
+
+        meta = run.environment("cpu")
+        modified = ", with local changes" if meta["dirty"] else ""
+        where = f"{meta['device']}, {meta['date']}, torch {meta['torch']}, commit {meta['git']}{modified}"
+        caption = f"`python -m {command}` on {where}. No GPU was measured."
+        print(f"\n{caption}")
+        if write:
+            rewrite(PAGE, self.name, ["\n".join(self.lines), caption])
+            print(f"rewrote the table {self.name} in {PAGE}")
