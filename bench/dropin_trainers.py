@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .dropin_page import Table
+
 TRAINERS = ("grpo", "dpo", "kto")
 
 

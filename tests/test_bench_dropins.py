@@ -26,9 +26,7 @@ def test_a_table_is_printed_and_written(tmp_path, monkeypatch, capsys) -> None:
         assert "| time | 2.00 s | 1.00 s |" in capsys.readouterr().out
         assert ("old" in page.read_text(encoding="utf-8")) is not write
     text = page.read_text(encoding="utf-8")
-    assert (
-        "| what | theirs | ours |\n|---|---|---|\n| time | 2.00 s | 1.00 s |\n\n`python -m bench.dropin_functions hf` on "
-        in text
-    )
+    rows = "| what | theirs | ours |\n|---|---|---|\n| time | 2.00 s | 1.00 s |\n"
+    assert f"{rows}\n`python -m bench.dropin_functions hf` on " in text
     assert text.startswith("Before.\n")
     assert text.endswith("Behind.\n")
