@@ -66,8 +66,9 @@ def compute_approx_kl(
     kl = kl_estimate(now, base, estimator, gradient="straight_through" if unbiased_gradient else "value", clamp=True)
     if kl_estimator == "k3":
         # OpenRLHF's roundings, at which its own tests look: the kernel's k3 keeps the digits that e^−d − 1 + d loses.
-        d = (now.detach() - base).clamp(min=-10.0)
-        kl = rounding.with_gradient(((-d).exp() - 1 + d).clamp(-10.0, 10.0), kl if kl.requires_grad else None)
+        d = (now.detach() - base).clamp_(min=-10.0)
+        value = d.neg().exp_().sub_(1).add_(d).clamp_(-10.0, 10.0)
+        kl = rounding.with_gradient(value, kl if kl.requires_grad else None)
     if not unbiased_gradient or log_probs_old is None:
         return kl
     weight = (now - log_probs_old.float()).exp().clamp(max=KL_IS_WEIGHT_CLIP).detach()
