@@ -190,7 +190,9 @@ def agg_loss(
     Returns:
         0-d. NaN where a count of this batch is wanted and is 0.
     """
-    losses = torch.where(loss_mask != 0, loss_mat, 0.0) * loss_mask
+    losses = torch.where(loss_mask != 0, loss_mat, 0.0)
+    if loss_mask.is_floating_point():
+        losses = losses * loss_mask
     if loss_agg_mode == "token-sum":
         return losses.sum() * dp_size
     if loss_agg_mode == "token-mean":
