@@ -2,7 +2,9 @@
 
 The question "a + b + c" wants two lines, "a + b = s" and "s + c = t", as two answered questions before it show. A line
 that is the next of the two earns 1, any other sum -1 (one that is false, or true and not what was asked), a line
-without a sum 0. Lines are read with a regular expression, never executed.
+without a sum 0. The last line of an answer that is not complete earns -1, whatever it says: without that a model learns
+to stop behind its first line, where nothing can go wrong any more. Lines are read with a regular expression, never
+executed.
 """
 
 import random
@@ -56,4 +58,6 @@ def true_lines(example, steps):
             wanted.pop(0)
         else:
             rewards.append(-1.0)
+    if wanted and rewards:
+        rewards[-1] = -1.0
     return rewards

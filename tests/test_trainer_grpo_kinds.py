@@ -325,8 +325,9 @@ def test_step_rewards_of_the_example(monkeypatch):
     for steps, wanted in (
         (["3 + 4 = 7", "7 + 5 = 12", "so it is 12"], [1, 1, 0]),
         (["Let me see.", "3 + 4 = 8", "8 + 5 = 13"], [0, -1, -1]),
-        (["2 + 4 = 6", "3 + 4 = 7"], [-1, 1]),  # true, but nobody asked
+        (["2 + 4 = 6", "3 + 4 = 7", "7 + 5 = 12"], [-1, 1, 1]),  # true, but nobody asked
         (["3 + 4 = 7", "3 + 4 = 7"], [1, -1]),  # once is enough
+        (["3 + 4 = 7"], [-1]),  # not the end
     ):
         assert example.true_lines(question, steps) == wanted
     assert [example.right(question, text) for text in ("3 + 4 = 7\n7 + 5 = 12", "3 + 4 = 7")] == [1, 0]
