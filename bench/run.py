@@ -32,6 +32,9 @@ from .base import ROOT, Base
 from .memory import Prober
 
 
+_RECORDS = (":!bench/results", ":!docs", ":!README.md")  # what measuring writes changes nothing that is measured
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -68,7 +71,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "device_kind": device,
         "git": _git("rev-parse", "--short", "HEAD") or "unknown",
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *_RECORDS)),
         "rl4llm_fast": rf.__version__,
         "torch": torch.__version__,
         "triton": triton_version,

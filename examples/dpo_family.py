@@ -3,8 +3,9 @@
     python examples/film_reviews.py vaderSentiment-3.3.2.tar.gz data/film_reviews   (it says where to get that)
     python examples/dpo_family.py data/film_reviews runs/dpo_family
 
-SmolLM2-135M, 16 steps a loss: 33 minutes on two cores that have no bf16 instructions. A run that is there is not run
-again, and one that was cut off goes on from its checkpoint, so the same command finishes what it began. Written are
+SmolLM2-135M, 16 steps a loss, in fp32: 19 minutes on two cores with AVX-512, 33 on two with AVX2 only, and the same
+figures. A run that is there is not run again, and one that was cut off goes on from its checkpoint, so the same command
+finishes what it began. Written are
 
     table.md, table.json   held-out loss, pair accuracy and margin before and after, exact KL to the first model,
                            seconds a step and peak memory, a line for each loss and seed; the JSON has every margin
