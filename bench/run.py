@@ -31,7 +31,6 @@ from . import cases, measure, peers, report, timing
 from .base import ROOT, Base
 from .memory import Prober
 
-
 _RECORDS = (":!bench/results", ":!docs", ":!README.md")  # what measuring writes changes nothing that is measured
 
 
