@@ -17,11 +17,14 @@ class Table:
     def __init__(self, name: str, head: Sequence[str]) -> None:
         self.name, self.lines = name, []
         self.add(head)
-        self.add(["---"] * len(head))
+        self._line("|---" * len(head) + "|")
 
     def add(self, cells: Sequence[Any]) -> None:
-        self.lines.append(f"| {' | '.join(map(str, cells))} |" if cells[0] != "---" else "|---" * len(cells) + "|")
-        print(self.lines[-1], flush=True)
+        self._line(f"| {' | '.join(map(str, cells))} |")
+
+    def _line(self, text: str) -> None:
+        self.lines.append(text)
+        print(text, flush=True)
 
     def close(self, command: str, write: bool) -> None:
         """Say what was run where; with ``write`` the page has it too."""

@@ -141,9 +141,10 @@ class WeightGradient:
     ) -> None:
         self.dtype, self.shape, self.wide = dtype, weight.shape, wide
         self.one_chunk = chunks == 1
-        self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide) if room is None else room
-        if room is not None and chunks == 0:
-            room.zero_()
+        if room is None:
+            self.total = weight.new_zeros(self.shape if chunks == 0 else (0,), dtype=self.wide)
+        else:
+            self.total = room.zero_() if chunks == 0 else room
         self.begun: set[int | None] = set()  # the slices that hold something, by their first column
 
     def add(self, grad_logits: Tensor, hidden: Tensor, columns: slice = _EVERYTHING) -> None:

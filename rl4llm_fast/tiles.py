@@ -120,7 +120,7 @@ class Places:
         self, workspace: Tensor, room: Tensor | None, slices: list[Tile], tokens: int, factor_width: int
     ) -> None:
         self.workspace, self.slices, self.tokens = workspace, slices, tokens
-        self.room = None if room is None or room.numel() == 0 else room.view(-1)
+        self.room = None if room is None else room.view(-1)
         self.kept = 0 if self.room is None else tiles_in_room(tokens, factor_width, slices)
         self.size = tokens * max(tile.width for tile in slices)
 

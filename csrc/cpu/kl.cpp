@@ -28,11 +28,7 @@ LogitsType logits_type(const Rows& rows, const char* name) {
 
 template <class A>
 const KlFunctions<A>& functions() {
-  if constexpr (sizeof(A) == sizeof(double)) {
-    return kl_kernels().fp64;
-  } else {
-    return kl_kernels().fp32;
-  }
+  return kernels_for<A>(kl_kernels());
 }
 
 // The arguments that both passes share, checked.

@@ -36,11 +36,7 @@ const PairFormula& find_formula(const std::string& name) {
 
 template <class S>
 const PreferenceFunctions<S>& functions() {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    return preference_kernels().fp64;
-  } else {
-    return preference_kernels().fp32;
-  }
+  return kernels_for<S>(preference_kernels());
 }
 
 // One side of all pairs: rows (B, T), or packed tokens with the offsets of every answer.

@@ -17,11 +17,7 @@ namespace {
 
 template <class S>
 const ScanFunctions<S>& functions() {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    return scan_kernels().fp64;
-  } else {
-    return scan_kernels().fp32;
-  }
+  return kernels_for<S>(scan_kernels());
 }
 
 constexpr int64_t kColumns = 16;  // sequences: 64 bytes of fp32

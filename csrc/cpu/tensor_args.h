@@ -5,6 +5,7 @@
 //   read_scalar      a 0-d hyperparameter tensor as a double;  PerRow: a 0-d or (N,) one
 //   data_of<T>       a contiguous argument's pointer, after checking dtype and shape
 //   empty_like_of    a new tensor on the device of another
+//   kernels_for<S>   the fp32 or the fp64 kernels of an instruction set
 //   parallel_jobs    jobs handed to torch's threads one batch after the other
 //   fail             throws std::invalid_argument (ValueError in Python) from pieces of text
 #pragma once
@@ -59,6 +60,16 @@ constexpr ScalarType scalar_type_of<int64_t>() {
 template <>
 constexpr ScalarType scalar_type_of<bool>() {
   return ScalarType::Bool;
+}
+
+// The kernels for scalars S among those that one instruction set has for fp32 and fp64.
+template <class S, class Kernels>
+const auto& kernels_for(const Kernels& kernels) {
+  if constexpr (sizeof(S) == sizeof(double)) {
+    return kernels.fp64;
+  } else {
+    return kernels.fp32;
+  }
 }
 
 // fp64 sums for fp64, fp32 for everything else (schemas.py: accumulation_dtype).

@@ -50,11 +50,7 @@ double sequence_weight(const std::string& aggregation, double length, double num
 
 template <class S>
 const TokenLossFunctions<S>& functions() {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    return token_loss_kernels().fp64;
-  } else {
-    return token_loss_kernels().fp32;
-  }
+  return kernels_for<S>(token_loss_kernels());
 }
 
 struct UserFormula {
@@ -132,15 +128,6 @@ struct PolicyLossResult {
   Tensor loss, dlogp, dentropy, scale, metrics;
 };
 
-template <class S>
-const MomentFunctions<S>& moments() {
-  if constexpr (sizeof(S) == sizeof(double)) {
-    return moment_kernels().fp64;
-  } else {
-    return moment_kernels().fp32;
-  }
-}
-
 // The live tokens of each row.
 std::vector<double> live_counts(const PolicyLossArgs& a, int64_t B, int64_t T) {
   std::vector<double> count(static_cast<size_t>(B), double(T));
@@ -176,7 +163,7 @@ template <class S>
 std::vector<S> mean_log_ratios(int64_t B, int64_t T, const S* logp_ptr, const S* old_ptr, const uint8_t* mask_ptr,
                                const std::vector<double>& count) {
   std::vector<S> mean(static_cast<size_t>(B));
-  const auto difference = moments<S>().difference;
+  const auto difference = kernels_for<S>(moment_kernels()).difference;
   parallel_jobs(B, std::max<int64_t>(1, 8 * kSegment / std::max<int64_t>(1, T)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row * T;
