@@ -236,10 +236,10 @@ RL4LLM_INLINE typename L::F only(const LiveLanes<L>& live, typename L::F x) {
 template <class L>
 RL4LLM_INLINE typename L::I widened(typename L::Bytes bytes) {
 #if defined(RL4LLM_ISA_AVX2)
-  __m128i all = _mm_setzero_si128();
-  __builtin_memcpy(&all, &bytes, sizeof bytes);
-  if constexpr (L::width == 8) return (typename L::I)_mm256_cvtepi8_epi32(all);
-  if constexpr (L::width == 4) return (typename L::I)_mm256_cvtepi8_epi64(all);
+  uint64_t word = 0;
+  __builtin_memcpy(&word, &bytes, sizeof bytes);
+  if constexpr (L::width == 8) return (typename L::I)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(word)));
+  if constexpr (L::width == 4) return (typename L::I)_mm256_cvtepu8_epi64(_mm_cvtsi64_si128(int64_t(word)));
 #endif
   return __builtin_convertvector(bytes, typename L::I);
 }
@@ -259,7 +259,7 @@ RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, LiveLanes<L>& 
   } else {
     for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr ? mask_ptr[j] : 1;
   }
-  live.lanes = widened<L>(bytes) != typename L::I{};
+  live.lanes = widened<L>(bytes) > typename L::I{};
 #if defined(RL4LLM_ISA_AVX512)
   __m128i both = _mm_setzero_si128();
   __builtin_memcpy(&both, &bytes, sizeof bytes);

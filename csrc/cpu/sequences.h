@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/offsets.h"
 #include "cpu/tensor_args.h"
 
 namespace rl4llm {
@@ -86,16 +87,7 @@ class Sequences {
     if (cu_seqlens) {
       const int64_t offsets = cu_seqlens->numel();
       offsets_ptr_ = data_of<int64_t>(*cu_seqlens, "cu_seqlens", offsets);
-      if (offsets < 1 || offsets_ptr_[0] != 0 || offsets_ptr_[offsets - 1] != N) {
-        fail("cu_seqlens: wanted offsets from 0 to the ", N, " tokens, got ", shape_of(*cu_seqlens), " that ",
-             offsets < 1 ? "are empty" : "start or end elsewhere");
-      }
-      for (int64_t i = 1; i < offsets; ++i) {
-        if (offsets_ptr_[i] < offsets_ptr_[i - 1]) {
-          fail("cu_seqlens: wanted offsets that never decrease, got ", offsets_ptr_[i - 1], ", ", offsets_ptr_[i],
-               " at position ", i - 1);
-        }
-      }
+      check_offsets(offsets_ptr_, offsets, N);
       B = offsets - 1;
     } else {
       B = like.size(0);
