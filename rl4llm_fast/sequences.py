@@ -85,7 +85,7 @@ def layout_of(tokens: Tensor, offsets: Tensor | None) -> Sequences:
 
 def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
     """``cu_seqlens`` (B+1,) of packed ``tokens`` (N,), checked, as int64 in [0, N]. Raises as :func:`sequences`."""
-    _check_layout(tokens, cu_seqlens, name)
+    check_layout(tokens, cu_seqlens, name)
     if _looked_at(cu_seqlens):
         # A copy always: callers reuse their offsets, and a backward pass still needs these.
         offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
@@ -97,12 +97,13 @@ def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
 
 def check_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
     """Raises as :func:`sequences`."""
-    _check_layout(tokens, cu_seqlens, name)
+    check_layout(tokens, cu_seqlens, name)
     if _looked_at(cu_seqlens):
         _check_contents(cu_seqlens.to(torch.int64).contiguous(), tokens.shape[0])
 
 
-def _check_layout(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
+def check_layout(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
+    """Raises as :func:`sequences`, for everything but what the offsets hold."""
     shape = checks.shape(tokens)
     if len(shape) != 1:
         raise ValueError(f"{name}: wanted packed tokens (N,) beside cu_seqlens, got {shape}")

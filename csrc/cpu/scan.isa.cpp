@@ -40,7 +40,7 @@ struct Gae {
     reward = tokens.input[in_rewards];
     value = tokens.input[in_values];
     if (!Tokens::plain && row.input_ptr[in_kl]) reward -= beta * tokens.input[in_kl];
-    return of_reward * reward + of_value * value;
+    return fused(constant<L>(of_reward), reward, of_value * value);
   }
   RL4LLM_METHOD F first(F, F next) const { return (reward - value) + next; }
   RL4LLM_METHOD F second(F, F next) const { return reward + next; }
@@ -193,15 +193,15 @@ RL4LLM_INLINE void step(Formula& formula, const ScanRow<typename L::S>& row, con
   // What goes to the next vector waits for no shuffle of what came in: the same numbers, and the one serial path.
   constexpr int edge = reverse ? 0 : L::width - 1;
   Carry<L> next_carry = carry;
-  next_carry.local = broadcast<edge>(local) + broadcast<edge>(products) * carry.local;
-  local += products * carry.local;
+  next_carry.local = fused(broadcast<edge>(products), carry.local, broadcast<edge>(local));
+  local = fused(products, carry.local, local);
   if (use != Use::whole) {
     next_carry.product = not_below_least<L>(broadcast<edge>(products) * carry.product);
     products *= carry.product;
   }
   if (use != Use::summary) {
-    F x = use == Use::whole ? local : local + products * x_in;
-    const F incoming = use == Use::whole ? carry.local : carry.local + carry.product * x_in;
+    F x = use == Use::whole ? local : fused(products, x_in, local);
+    const F incoming = use == Use::whole ? carry.local : fused(carry.product, x_in, carry.local);
     F next = from<1, reverse>(x, incoming);
     if (side_by_side) x = expand(x, live.bits), next = expand(next, live.bits);
     if (plain || stage.out_ptr[0]) {
