@@ -19,7 +19,7 @@ import torch
 from . import ops, peers, timing
 from .cases import CASES, Case
 
-_FEW_ROWS = 64
+_FEW_ROWS = 512  # as many as a chunk has: the vendor's library keeps packing buffers of that size
 _COMPILED = ("compile", "liger", "cce")  # for the shape, at the first call
 
 

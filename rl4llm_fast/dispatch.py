@@ -245,6 +245,9 @@ def run_backward(backend: str, name: str, *args: Any) -> Any:
         return op(*args)
 
 
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
 def is_last_backward() -> bool:
     """Whether what the backward pass that runs has saved may be overwritten, or handed on as its result.
 
@@ -253,8 +256,7 @@ def is_last_backward() -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
+    return _keeps_graph is not None and not _keeps_graph()
 
 
 def is_one(grad: Tensor) -> bool:

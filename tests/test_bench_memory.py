@@ -45,7 +45,7 @@ def test_a_long_call_is_warmed_up_on_a_few_rows(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ops, "step", lambda case, f, rows, *_: timing.Step(lambda: rows, lambda n: called.append(n)))
     memory._inputs.cache_clear()
     for peer, long, wanted in (
-        ("eager", True, [64, 1_024]),
+        ("eager", True, [512, 1_024]),
         ("eager", False, [1_024, 1_024]),
         ("liger", True, [1_024, 1_024]),
     ):
