@@ -153,7 +153,7 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
 
 
 def newest_of_suites(results: dict[pathlib.Path, dict[str, Any]]) -> dict[pathlib.Path, dict[str, Any]]:
-    """What a page shows: of each suite and kind of device the newest; older machines' results stay in their files."""
+    """What a page shows: of each suite and kind of device the newest; others' results stay in their files."""
     latest: dict[tuple[str, str], pathlib.Path] = {}
     for path in sorted(results, key=lambda path: results[path]["meta"]["date"]):
         meta = results[path]["meta"]
@@ -161,6 +161,23 @@ def newest_of_suites(results: dict[pathlib.Path, dict[str, Any]]) -> dict[pathli
     if ("cpu", "cpu") in latest:  # a full suite has the cases of the smoke run
         latest.pop(("smoke", "cpu"), None)
     return {path: result for path, result in results.items() if path in latest.values()}
+
+
+def of_other_devices(results: dict[pathlib.Path, dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    """The newest results of a whole suite from the devices that ``newest_of_suites`` passes over, newest first."""
+    shown = {r["meta"]["device"] for r in newest_of_suites(results).values() if r["meta"]["suite"] == suite}
+    latest: dict[str, dict[str, Any]] = {}
+    for result in sorted(results.values(), key=lambda result: result["meta"]["date"]):
+        meta = result["meta"]
+        if meta["suite"] == suite and meta.get("op") is None and meta["device"] not in shown:
+            latest[meta["device"]] = result
+    return list(latest.values())[::-1]
+
+
+def folded(result: dict[str, Any]) -> str:
+    """A table that the reader opens."""
+    meta = result["meta"]
+    return f"<details><summary>{meta['device']}, {meta['date'][:10]}</summary>\n\n{markdown(result)}\n\n</details>"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -282,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = newest_of_suites(results)
         suites = ("smoke", "cpu", "gpu")
         blocks = [markdown(result) for result in shown.values() if result["meta"]["suite"] in suites]
+        blocks += [folded(result) for result in of_other_devices(results, "cpu")]
         blocks += [pictures(path.with_suffix(""), arguments.readme) for path in shown]
         blocks.append("\n".join(ledger_lines(bullet="- ")))
         rewrite(arguments.readme, "bench", [block for block in blocks if block])

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import rl4llm_fast as rf
+from rl4llm_fast.machine import cpu_multiplies
 
 from . import cases, measure, peers, report, timing
 from .base import ROOT, Base
@@ -45,6 +46,11 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_instructions() -> str:
+    """What the vectors and the products of this CPU are made of, as torch sees it: AVX2, AVX512 with bf16."""
+    return torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu_multiplies(torch.bfloat16) else "")
 
 
 def _gpu_driver() -> str:
@@ -67,7 +73,7 @@ def environment(device: str) -> dict[str, Any]:
         triton_version = "not installed"
     meta = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": f"{_cpu_name()}, {_cpu_instructions()}, {torch.get_num_threads()} threads",
         "device_kind": device,
         "git": _git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *_RECORDS)),

@@ -201,8 +201,8 @@ def test_peers_of_a_sweep_are_few_unless_asked_for() -> None:
 
 
 def test_a_page_shows_the_newest_of_each_suite() -> None:
-    def result(suite: str, date: str, kind: str = "cpu") -> dict[str, Any]:
-        return {"meta": {"suite": suite, "date": date, "device_kind": kind}}
+    def result(suite: str, date: str, kind: str = "cpu", device: str = "old", op: str | None = None) -> dict[str, Any]:
+        return {"meta": {"suite": suite, "date": date, "device_kind": kind, "device": device, "op": op}}
 
     given = {
         pathlib.Path("cpu-a.json"): result("cpu", "2026-01-01"),
@@ -212,6 +212,10 @@ def test_a_page_shows_the_newest_of_each_suite() -> None:
         pathlib.Path("sweep-a.json"): result("sweep", "2026-01-01"),
     }
     assert [path.stem for path in report.newest_of_suites(given)] == ["cpu-b", "gpu-c", "sweep-a"]
+    assert report.of_other_devices(given, "cpu") == []
+    given[pathlib.Path("cpu-c.json")] = result("cpu", "2026-01-05", device="new")
+    given[pathlib.Path("cpu-d.json")] = result("cpu", "2026-01-04", device="other", op="gae")
+    assert report.of_other_devices(given, "cpu") == [given[pathlib.Path("cpu-b.json")]]
 
 
 @pytest.mark.parametrize(("multiplies", "size"), [(True, 2_048), (False, 256)])
