@@ -25,6 +25,7 @@ from .cases import BACKWARD, BOTH, CASES, FORWARD, Case
 from .ops import HALVED
 
 Candidate = tuple[Any, ...]
+TRITON_ONLY = ("preference_loss", "kto_loss")  # measured ops without CUDA C++
 _ROW_BYTES = 2**33  # of one side's logits: three of them and what a check copies stay below 40 GB
 # Shapes (N, V), what matters most first: a run that is cut off has then seen every knob at the first of its cases.
 _ROWS = ((8_192, 131_072), (64, 131_072), (131_072, 32_768), (64, 262_144), (8_192, 32_768), (1_024, 262_144))
@@ -275,7 +276,7 @@ def _backends() -> Iterator[Knob]:
     known = [*(case for case in CASES if "gpu" in case.suites), *_PACKED, _PROCESS, *more]
     for op in dict.fromkeys(case.op for case in known):
         cases = tuple({c.name: c for c in known if c.op == op}.values())
-        if dispatch.why_not(op, "cuda", "cuda") is None:
+        if op not in TRITON_ONLY:
             yield BackendKnob(f"backend {op}", (), (("triton",), ("cuda",)), cases, True, group="backends")
 
 

@@ -250,12 +250,24 @@ def tune(
                 result["attempts"][key] = tried + 1
                 report.write_json(path, result)  # if this step ends the process, the next run knows
                 print(f"[{number}/{len(wanted)}] {key}", file=sys.stderr, flush=True)
-                result["steps"][key] = take(knob, case)
+                result["steps"][key] = attempt(knob, case, take)
             report.write_json(path, result)
         present = [r for r in result["steps"][key]["results"] if r["candidate"] == result["steps"][key]["now"]]
         if any(r["status"] == "wrong" for r in present):
             status = FAILED
     return status
+
+
+def attempt(knob: Knob, case: Case, take: Callable[[Knob, Case], dict[str, Any]]) -> dict[str, Any]:
+    """The step's record; of one that fails as a whole (the oracle's memory, say) the reason, so that others go on."""
+    try:
+        return take(knob, case)
+    except Exception as error:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the context is gone: the next process goes on
+            torch.cuda.empty_cache()
+        nothing = {"knob": knob.name, "case": case.name, "now": "", "results": []}
+        return {**nothing, "reason": measure.one_line(error)}
 
 
 def plan(result: dict[str, Any], only: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 import rl4llm_fast as rf
 from bench import knobs, measure, peers, tune
-from bench.cases import FORWARD, Case
+from bench.cases import CASES, FORWARD, Case
 from rl4llm_fast import dispatch, tiles
 
 CASE = Case("token_logprobs", "token_logprobs", FORWARD, torch.float32, (400, 700), ())
@@ -171,6 +171,20 @@ def test_a_step_that_ends_the_process_twice_is_left_out(many: list[Scale], tmp_p
     assert "left out: its process ended 2 times" in tune.text(result)
 
 
+def test_a_step_that_fails_says_why_and_the_others_go_on(many: list[Scale], tmp_path: pathlib.Path) -> None:
+    result: dict[str, Any] = {"meta": DEVICE, "steps": {}, "attempts": {}}
+
+    def take(knob: knobs.Knob, case: Case) -> dict[str, Any]:
+        if knob.name == "knob0":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {**record(a=1.0), "knob": knob.name}
+
+    assert tune.tune(result, tmp_path / "tune.json", (), None, take) == tune.HELD
+    assert len(result["steps"]) == 4
+    assert "OutOfMemoryError: CUDA out of memory" in tune.text(result)
+    assert "no verdict: the present value has no time" in tune.text(result)
+
+
 def test_the_plan_adds_up_what_is_left(many: list[Scale]) -> None:
     result: dict[str, Any] = {"meta": DEVICE, "steps": {}}
     whole = sum(tune.seconds_of(knob, case, case is knob.cases[0]) for knob, case in tune.steps())
@@ -235,6 +249,15 @@ def test_candidates_keep_the_rules_of_the_tables() -> None:
             assert all(configs.SCAN_PART % block == 0 for ((block, _),) in knob.candidates)
         for case in knob.cases:  # what lies on the GPU at once stays below 80 GB
             assert case.bytes < 60e9
+
+
+def test_every_op_of_both_backends_is_compared() -> None:
+    if dispatch.why_not("gae", "cuda", "cuda"):
+        pytest.skip("the extension was built without CUDA")
+    compared = {knob.name.removeprefix("backend ") for knob in knobs.knobs() if knob.group == "backends"}
+    measured = {case.op for case in CASES if "gpu" in case.suites} | {"process_advantages"}
+    assert compared == {op for op in measured if dispatch.why_not(op, "cuda", "cuda") is None}
+    assert compared | set(knobs.TRITON_ONLY) == measured
 
 
 def test_the_lines_to_write_are_python() -> None:
