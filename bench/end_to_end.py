@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, default=sized.MEMORY / 1e9, metavar="GB", help="default: %(default)g")
     parser.add_argument("--plan", action="store_true", help="print what would run and for how long, and stop")
     parser.add_argument("--minutes", type=float, metavar="M", help="start no trainer after M minutes")
-    parser.add_argument("--resume", action="store_true", help="keep this commit's rows of an earlier run today")
+    parser.add_argument("--resume", action="store_true", help="keep this commit's rows of an earlier run")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results", help="default: %(default)s")
     arguments = parser.parse_args(argv)
     chosen = [name for name in arguments.trainers.split(",") if name]
@@ -251,8 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     meta = _meta(arguments)
-    path, rows = _earlier(arguments.out / f"{run.stem(meta)}.json", meta, layers)
-    done = _done(rows, variants) if arguments.resume and rows and _same_commit(path, meta) else []
+    path = arguments.out / f"{run.stem(meta)}.json"
+    rows, same_commit = _earlier(path, meta, layers, arguments.resume)
+    done = _done(rows, variants) if arguments.resume and same_commit else []
     if arguments.plan:
         print(plan(chosen, done, variants, arguments.rounds, arguments.device, layers))
         return 0
@@ -319,16 +320,21 @@ def _meta(arguments: argparse.Namespace) -> dict[str, Any]:
     return meta
 
 
-def _earlier(path: pathlib.Path, meta: dict[str, Any], layers: dict[str, int]) -> tuple[pathlib.Path, list[Any]]:
-    """The day's file, and its rows as far as they are comparable."""
-    if not path.is_file():
-        return path, []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    same = all(before["meta"].get(key) == meta[key] for key in ("precision", "sizes", "torch", "device"))
-    kept = [
-        row for row in before["rows"] if same and row.get("layers") == layers.get(row["trainer"], row.get("layers"))
-    ]
-    return path, kept
+def _earlier(
+    path: pathlib.Path, meta: dict[str, Any], layers: dict[str, int], resume: bool
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of the day's file, or to go on with of the newest one, as far as they are comparable; whether its commit
+    is this one."""
+    sources = [path] if path.is_file() else []
+    if resume and not sources:
+        folders = dict.fromkeys((path.parent, report.RESULTS))
+        sources = [old for folder in folders for old in sorted(folder.glob(f"{meta['suite']}-*.json"), reverse=True)]
+    for source in sources:
+        before = json.loads(source.read_text(encoding="utf-8"))
+        if all(before["meta"].get(key) == meta[key] for key in ("suite", "precision", "sizes", "torch", "device")):
+            rows = [r for r in before["rows"] if r.get("layers") == layers.get(r["trainer"], r.get("layers"))]
+            return rows, before["meta"]["git"] == meta["git"]
+    return [], False
 
 
 def _done(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> list[str]:
@@ -337,11 +343,6 @@ def _done(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> list[str]:
     for row in rows:
         found.setdefault(row["trainer"], set()).add(row["variant"])
     return [trainer for trainer, names in found.items() if names >= set(variants_of(trainer, variants))]
-
-
-def _same_commit(path: pathlib.Path, meta: dict[str, Any]) -> bool:
-    before = json.loads(path.read_text(encoding="utf-8"))["meta"]
-    return bool(before["git"] == meta["git"])
 
 
 def _smollm2() -> str:

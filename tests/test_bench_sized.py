@@ -79,6 +79,7 @@ def test_everyone_takes_the_same_step(trainer: str, tiny: None, tmp_path: pathli
         assert trainer_steps.agrees(found["grad_norm"], kept["grad_norm"], "fp32")
 
 
+@pytest.mark.slow
 def test_the_command_by_size(tiny: None, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--model", "1b", "--trainers", "dpo,grpo", "--precision", "fp32", "--rounds", "2"]
     command += ["--variants", "fused,eager", "--layers", "2", "--out", str(tmp_path), "--resume"]
@@ -174,6 +175,7 @@ def result_of(tmp_path: pathlib.Path) -> dict[str, Any]:
     return {"meta": meta, "variants": {}}
 
 
+@pytest.mark.slow
 def test_the_processes_the_table_and_the_plot(
     tiny: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

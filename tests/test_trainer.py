@@ -161,7 +161,7 @@ def test_layout_tree_by_hand():
 
 
 def test_long_answers_take_rows_of_their_own_without_a_mask(monkeypatch):
-    """One row for four answers of 20,000 tokens would need a mask of 6.4e9 entries: it is not made to be thrown away."""
+    """One row for four answers of 20,000 tokens would need a mask of 6.4e9 entries: it is not made for nothing."""
     policy = Policy(tiny_model())
     prompts, short = [[1, 2, 3]] * 4, [[5, 6, 7], [5, 6, 8], [5, 9, 7], [4, 6, 7]]
     assert policy.choose_layout(prompts, short, [0] * 4).visible is not None
