@@ -140,6 +140,20 @@ class LaunchKnob(Knob):
         return f'{self.places[0].file}: ("{kernel}", {size}): Launch({numbers}, "{why}"{cap}),'
 
 
+class WorkspaceKnob(Knob):
+    """The workspace of the ops from hidden states, which is their tokens a chunk."""
+
+    def label(self, candidate: Candidate) -> str:
+        vocabulary, dtype = self.cases[0].shape[-1], self.cases[0].dtype
+        (place,), before = self.places, self.now()
+        try:
+            place.write(candidate[0])
+            tokens = tiles.chunk_rule(vocabulary, dtype, "cuda")
+        finally:
+            place.write(before[0])
+        return f"{candidate[0] // tiles.MIB} MiB ({tokens:,} tokens a chunk at V {vocabulary:,})"
+
+
 class BackendKnob(Knob):
     """Triton or CUDA C++ for one public op; what ``dispatch`` takes by itself is the present value."""
 
@@ -265,7 +279,7 @@ def _constants() -> Iterator[Knob]:
 def _workspace() -> Knob:
     sizes = tuple((mib * tiles.MIB,) for mib in (64, 128, 256, 512, 1_024, 2_048))
     place = (Place(("tiles",), "GPU_WORKSPACE"),)
-    return Knob("tiles.GPU_WORKSPACE", place, sizes, _LINEAR, True, memory=True, group="chunk")
+    return WorkspaceKnob("tiles.GPU_WORKSPACE", place, sizes, _LINEAR, True, memory=True, group="chunk")
 
 
 def _backends() -> Iterator[Knob]:
@@ -287,14 +301,3 @@ def knobs() -> list[Knob]:
     """All of them, in the order of GROUPS."""
     found = [*_backends(), _workspace(), *_launches(), *_constants()]
     return sorted(found, key=lambda knob: GROUPS.index(knob.group))
-
-
-def tokens_a_chunk(workspace: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """What the chunk rule makes of a workspace on a GPU."""
-    knob = _workspace()
-    before = knob.now()
-    try:
-        knob.places[0].write(workspace)
-        return tiles.chunk_rule(vocabulary, dtype, "cuda")
-    finally:
-        knob.places[0].write(before[0])

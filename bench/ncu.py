@@ -3,7 +3,7 @@
 The kernels of every case of the suite gpu are timed by torch's profiler; of the slowest, one launch is replayed under
 ``ncu --set full``. Its report goes into bench/results/ncu-{kernel}-{device}-{date}.txt, the ranking with what stands in
 the reports' first lines into ncu-{device}-{date}.json, written after every step; the same command goes on where it
-stopped. Where ncu is absent, or the driver keeps its counters to administrators, it says so, and the ranking stays.
+stopped. Where ncu is absent or may not read the counters it says so, and the ranking stays.
 Exit status: 0 done; 2 there is no GPU; 3 kernels are left.
 """
 
@@ -34,7 +34,8 @@ _FIGURES = (
     *("Duration", "Memory Throughput", "DRAM Throughput", "L2 Hit Rate", "Registers Per Thread"),
     *("Theoretical Occupancy", "Achieved Occupancy", "Compute (SM) Throughput"),
 )
-_NOT_PERMITTED = "ERR_NVGPUCTRPERM"
+# What it says where it will say nothing of any kernel: counters kept to administrators, a machine without its library.
+_UNUSABLE = ("ERR_NVGPUCTRPERM", "Failed to initialize the profiler")
 
 
 def our_kernels(root: pathlib.Path = ROOT) -> set[str]:
@@ -76,8 +77,8 @@ def _step(case: cases.Case) -> Any:
 
 
 def command(ncu: str, kernel: str, case: str) -> list[str]:
-    """The second launch of the kernel: the first call compiles and allocates."""
-    options = ["--set", "full", "--page", "details", "--kernel-name-base", "function"]
+    """The second launch of the kernel, as the first call compiles and allocates; the GPU's clocks stay as they are."""
+    options = ["--set", "full", "--page", "details", "--clock-control", "none", "--kernel-name-base", "function"]
     options += ["--kernel-name", kernel, "--launch-skip", "1", "--launch-count", "1"]
     return [ncu, *options, sys.executable, "-m", "bench.ncu", "--run", case]
 
@@ -93,7 +94,7 @@ def figures(text: str) -> dict[str, str]:
 
 
 def report_of(kernel: str, case: str, path: pathlib.Path) -> dict[str, Any]:
-    """{"status": "ok"|"absent"|"not permitted"|"failed", ...}; the text of ncu goes to ``path``."""
+    """{"status": "ok"|"absent"|"unusable"|"failed", ...}; the text of ncu goes to ``path``."""
     ncu = sanitizer.program("ncu")
     if ncu is None:
         return {"status": "absent", "detail": "no ncu in PATH, CUDA_HOME or /usr/local/cuda"}
@@ -101,11 +102,13 @@ def report_of(kernel: str, case: str, path: pathlib.Path) -> dict[str, Any]:
         done = subprocess.run(command(ncu, kernel, case), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "detail": f"did not end within {LIMIT_S:.0f} s"}
-    if _NOT_PERMITTED in done.stdout + done.stderr:
-        return {"status": "not permitted", "detail": f"{_NOT_PERMITTED}: the driver keeps counters to administrators"}
+    said = (done.stdout + done.stderr).splitlines()
+    refusal = next((re.sub(r"^=+\w+=+ *", "", line) for line in said if any(word in line for word in _UNUSABLE)), None)
+    if refusal is not None:
+        return {"status": "unusable", "detail": refusal}
     found = figures(done.stdout)
     if done.returncode or not found:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-10:])
+        tail = "\n".join(said[-10:])
         return {"status": "failed", "detail": f"status {done.returncode}: {tail}"}
     path.write_text(done.stdout, encoding="utf-8")
     return {"status": "ok", "report": path.name, "figures": found}
@@ -143,7 +146,7 @@ def profile(
         beside = path.with_name(path.stem.replace("ncu-", f"ncu-{row['kernel']}-", 1) + ".txt")
         result["reports"][row["kernel"]] = look(row["kernel"], row["case"], beside)
         report.write_json(path, result)
-        if result["reports"][row["kernel"]]["status"] in ("absent", "not permitted"):
+        if result["reports"][row["kernel"]]["status"] in ("absent", "unusable"):
             break  # as it would be of the others
     report.write_json(path, result)
     return HELD

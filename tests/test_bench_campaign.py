@@ -125,7 +125,8 @@ def test_steps_going_on_and_a_case_that_fails(monkeypatch: pytest.MonkeyPatch, t
     ("said", "code", "status"),
     [
         (DETAILS, 0, "ok"),
-        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1, "not permitted"),
+        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission", 1, "unusable"),
+        ("==ERROR== Failed to initialize the profiler: LibraryNotLoaded", 1, "unusable"),
         ("==WARNING== No kernels were profiled.", 0, "failed"),
         (DETAILS, 9, "failed"),
     ],
@@ -146,6 +147,8 @@ def test_what_ncu_may_answer(
     assert (tmp_path / "ncu-scan_kernel.txt").exists() == (status == "ok")
     assert ran[0][:3] == ["/bin/ncu", "--set", "full"]
     assert ran[0][-2:] == ["--run", "b"]
+    if status == "unusable":
+        assert said.removeprefix("==ERROR== ") == found["detail"]
 
 
 def test_without_ncu_the_ranking_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

@@ -284,8 +284,8 @@ def test_a_knob_sets_its_constant_everywhere_and_back() -> None:
     (workspace,) = [knob for knob in knobs.knobs() if knob.group == "chunk"]
     assert workspace.now() == (tiles.GPU_WORKSPACE,)
     # A row of 131,072 logits in bf16 takes 256 KiB.
-    assert knobs.tokens_a_chunk(256 * tiles.MIB, 131_072, torch.bfloat16) == 1_024
-    assert knobs.tokens_a_chunk(2_048 * tiles.MIB, 131_072, torch.bfloat16) == 8_192
+    assert workspace.label((256 * tiles.MIB,)) == "256 MiB (1,024 tokens a chunk at V 131,072)"
+    assert workspace.label((2_048 * tiles.MIB,)) == "2048 MiB (8,192 tokens a chunk at V 131,072)"
     assert workspace.now() == (512 * tiles.MIB,)
 
 
