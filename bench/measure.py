@@ -13,6 +13,7 @@ import torch
 
 import rl4llm_fast as rf
 from rl4llm_fast import dispatch
+from rl4llm_fast.machine import cpu_multiplies
 
 from . import ops, peers, timing
 from .base import Base
@@ -32,7 +33,7 @@ class Budget:
 
 BUDGETS = {
     "smoke": Budget(2.0, min_rounds=5),
-    "cpu": Budget(6.0, min_rounds=5),
+    "cpu": Budget(4.0, min_rounds=5),
     "gpu": Budget(3.0),
     "sweep": Budget(1.0, min_rounds=3),
 }
@@ -52,6 +53,11 @@ def run_case(
     base: Base | None = None,
 ) -> dict[str, Any]:
     """The case's record, as ``bench.report`` prints it and the JSON keeps it."""
+    if (reason := passed_over(case, device)) is not None:
+        absent = {"status": "absent", "reason": reason}
+        record = _record(case, [{"implementation": n, "version": peers.version(n), **absent} for n in names])
+        unjudged = {"got": None, "verdict": "not judged", "reason": reason}
+        return {**record, "targets": [{"text": str(target), **unjudged} for target in case.targets]}
     torch._dynamo.reset()  # a compiled function of the last case must not count towards this one's recompile limit
     inputs = ops.make_inputs(case, device)
     found: dict[str, Any] = {}
@@ -100,9 +106,28 @@ def run_case(
     for name, samples in measured.items():
         found[name].update(median_ms=samples.median, p20_ms=samples.p20, p80_ms=samples.p80, rounds=len(samples.ms))
     for name, function in functions.items():
-        found[name]["extra_bytes"] = _extra_bytes(case, name, function, inputs, device, prober)
+        long = measured[name].median >= timing.LONG_MS
+        found[name]["extra_bytes"] = _extra_bytes(case, name, function, inputs, device, prober, long)
 
-    record = {
+    record = _record(case, list(found.values()), products_ms, _backend(case, inputs))
+    if case.op.startswith("linear_") and case.mode != FORWARD and found[peers.OURS].get("extra_bytes") is not None:
+        record["memory"] = memory_parts(case, found[peers.OURS]["extra_bytes"])
+    _add_ratios(record)
+    record["targets"] = [judge(target, record, _device_name(device), copy_ceiling) for target in case.targets]
+    return record
+
+
+def passed_over(case: Case, device: str) -> str | None:
+    """Why a case is measured for nobody here: without instructions for them, 16-bit products take minutes a call."""
+    if device != "cpu" or not case.op.startswith("linear_") or cpu_multiplies(case.dtype):
+        return None
+    return f"this CPU has no instructions for products in {case.dtype_name}, and emulates them"
+
+
+def _record(
+    case: Case, results: list[dict[str, Any]], products_ms: float | None = None, backend: str = "none"
+) -> dict[str, Any]:
+    return {
         "name": case.name,
         "op": case.op,
         "call": case.call,
@@ -114,14 +139,9 @@ def run_case(
         "bytes": case.bytes,
         "flops": case.flops,
         "products_ms": products_ms,
-        "backend": _backend(case, inputs),
-        "results": list(found.values()),
+        "backend": backend,
+        "results": results,
     }
-    if case.op.startswith("linear_") and case.mode != FORWARD and found[peers.OURS].get("extra_bytes") is not None:
-        record["memory"] = memory_parts(case, found[peers.OURS]["extra_bytes"])
-    _add_ratios(record)
-    record["targets"] = [judge(target, record, _device_name(device), copy_ceiling) for target in case.targets]
-    return record
 
 
 def memory_parts(case: Case, extra: int) -> dict[str, int]:
@@ -181,10 +201,16 @@ def clock(steps: Sequence[Step], repeatable: bool, device: str) -> tuple[Callabl
 
 
 def _extra_bytes(
-    case: Case, name: str, function: Callable[..., Any], inputs: ops.Inputs, device: str, prober: Prober | None
+    case: Case,
+    name: str,
+    function: Callable[..., Any],
+    inputs: ops.Inputs,
+    device: str,
+    prober: Prober | None,
+    long: bool,
 ) -> int | None:
     if device == "cpu":
-        return prober.ask(case, name) if prober else None
+        return prober.ask(case, name, long) if prober else None
     made: Step = ops.step(case, function, inputs, ops.overwrites(case, name))
     return timing.cuda_extra_bytes(lambda: made.run(made.prepare()))
 

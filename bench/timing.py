@@ -63,7 +63,7 @@ class Step:
 
 
 _FEW = 3  # samples that the slowest still give
-_LONG_MS = 1e3  # of such a call, cold code and fresh pages are noise
+LONG_MS = 1e3  # of such a call, cold code and fresh pages are noise
 
 
 def interleave(
@@ -86,7 +86,7 @@ def interleave(
             if len(result[name].ms) >= _FEW and sum(result[name].ms) > 1e3 * budget_s:
                 continue
             ms = samplers[name]()
-            if count or ms >= _LONG_MS:
+            if count or ms >= LONG_MS:
                 result[name].ms.append(ms)
     return result
 
@@ -174,14 +174,15 @@ def give_memory_back() -> None:
         _trim()
 
 
-def cpu_extra_bytes(run: Callable[[], object]) -> int:
+def cpu_extra_bytes(run: Callable[[], object], warm: Callable[[], object] | None = None) -> int:
     """Peak resident memory of one call over what was resident before it. Linux only.
 
-    Writing 5 to clear_refs resets the high-water mark; ru_maxrss would hide the call behind the set-up's peak. To be
-    run in a process of its own: other threads' memory would be counted too.
+    ``warm`` is called before, ``run`` itself where it is None. Writing 5 to clear_refs resets the high-water mark;
+    ru_maxrss would hide the call behind the set-up's peak. To be run in a process of its own: other threads' memory
+    would be counted too.
     """
     give_memory_back()
-    run()  # code pages, thread stacks and the allocator's own tables are not the op's
+    (warm or run)()  # code pages, thread stacks and the allocator's own tables are not the op's
     gc.collect()
     give_memory_back()
     with open("/proc/self/clear_refs", "w", encoding="ascii") as clear:

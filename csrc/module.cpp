@@ -1,5 +1,5 @@
 // The Python module rl4llm_fast._C. Importing it registers the compiled ops with torch (csrc/cpu, csrc/cuda); what it
-// offers to Python itself is build_info() and the door for formulas that are compiled at run time.
+// offers to Python itself is build_info(), a check of offsets and the door for formulas that are compiled at run time.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 
 #include "build_config.h"  // written by setup.py
 #include "cpu/isa.h"
+#include "cpu/offsets.h"
 #include "cpu/token_loss.h"
 
 namespace py = pybind11;
@@ -61,6 +62,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_cpu_isa", [](std::optional<std::string> name) { rl4llm::force_isa(name ? name->c_str() : nullptr); },
       py::arg("name"), "For tests: run the CPU ops on 'avx512', 'avx2' or 'baseline'; None returns to the choice made");
+  m.def(
+      "check_offsets",
+      [](std::uintptr_t offsets, std::int64_t count, std::int64_t tokens) {
+        rl4llm::check_offsets(reinterpret_cast<const std::int64_t*>(offsets), count, tokens);
+      },
+      py::arg("offsets"), py::arg("count"), py::arg("tokens"),
+      "ValueError unless the int64 cu_seqlens at an address fit the packed tokens (rl4llm_fast/sequences.py)");
   m.def(
       "register_policy_formula",
       [](const std::string& name, const std::string& isa, std::uintptr_t fp32, std::uintptr_t fp64) {

@@ -23,7 +23,7 @@ from . import checks, dispatch, reference_returns
 from .autograd_returns import Gae, GaeOptions
 from .checks import Number
 from .schemas import accumulation_dtype
-from .sequences import packed_offsets
+from .sequences import check_layout, packed_offsets
 
 MaskMode = Literal["skip", "zero"]
 
@@ -31,6 +31,7 @@ MaskMode = Literal["skip", "zero"]
 class _Tokens(NamedTuple):
     """Validated arguments that every function here shares."""
 
+    backend: str
     tensors: list[Tensor]  # of one float dtype
     mask: Tensor | None
     cu_seqlens: Tensor | None
@@ -87,13 +88,15 @@ def gae(
     if kl is None:
         if isinstance(beta, Tensor) or beta != 0:
             raise ValueError("beta: needs kl, which is None")
-        given = _tokens({"values": values, "rewards": rewards}, mask, cu_seqlens, bootstrap_value, mask_mode)
+        tensors = {"values": values, "rewards": rewards}
+        given = _tokens("gae", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend)
         value, reward, penalty = given.tensors[0], given.tensors[1], None
     else:
+        tensors = {"values": values, "kl": kl}
         reward, (value, penalty), given = _shaped(
-            rewards, {"values": values, "kl": kl}, mask, cu_seqlens, bootstrap_value, mask_mode
+            "gae", rewards, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend
         )
-    return _gae("gae", reward, value, penalty, given, (gamma, lam, beta), mask_mode, backend)
+    return _gae("gae", reward, value, penalty, given, (gamma, lam, beta), mask_mode)
 
 
 def discounted_returns(
@@ -114,9 +117,9 @@ def discounted_returns(
     Returns:
         G, like ``rewards``, fp32 (fp64 for fp64 input); differentiable in ``rewards`` and ``bootstrap_value``.
     """
-    given = _tokens({"rewards": rewards}, mask, cu_seqlens, bootstrap_value, mask_mode)
-    reward = given.tensors[0]
-    return _gae("discounted_returns", reward, None, None, given, (gamma, 1.0, 0.0), mask_mode, backend)[1]
+    op = "discounted_returns"
+    given = _tokens(op, {"rewards": rewards}, mask, cu_seqlens, bootstrap_value, mask_mode, backend)
+    return _gae(op, given.tensors[0], None, None, given, (gamma, 1.0, 0.0), mask_mode)[1]
 
 
 def lambda_returns(
@@ -138,9 +141,10 @@ def lambda_returns(
     Returns:
         G, like ``rewards``, fp32 (fp64 for fp64 input); differentiable in rewards, values and bootstrap_value.
     """
-    given = _tokens({"rewards": rewards, "values": values}, mask, cu_seqlens, bootstrap_value, mask_mode)
+    op, tensors = "lambda_returns", {"rewards": rewards, "values": values}
+    given = _tokens(op, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend)
     reward, value = given.tensors
-    return _gae("lambda_returns", reward, value, None, given, (gamma, lam, 0.0), mask_mode, backend)[1]
+    return _gae(op, reward, value, None, given, (gamma, lam, 0.0), mask_mode)[1]
 
 
 def n_step_returns(
@@ -173,11 +177,13 @@ def n_step_returns(
         raise TypeError(f"n: wanted an integer, got {type(n).__name__}")
     if n < 1:
         raise ValueError(f"n: wanted at least 1, got {n}")
-    given = _tokens({"rewards": rewards, "values": values}, mask, cu_seqlens, bootstrap_value, mask_mode, detach=True)
-    chosen = dispatch.choose("n_step_returns", given.tensors[0], backend)
-    kernel: Any = reference_returns.n_step_returns if chosen == "eager" else dispatch.ops(chosen).n_step_returns
+    op, tensors = "n_step_returns", {"rewards": rewards, "values": values}
+    given = _tokens(op, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
+    kernel: Any = reference_returns if given.backend == "eager" else dispatch.ops(given.backend)
     discount = checks.number("gamma", gamma, given.tensors[0])
-    result: Tensor = kernel(*given.tensors, given.mask, given.cu_seqlens, given.bootstrap, n, discount, mask_mode)
+    result: Tensor = kernel.n_step_returns(
+        *given.tensors, given.mask, given.cu_seqlens, given.bootstrap, n, discount, mask_mode
+    )
     return result
 
 
@@ -216,13 +222,14 @@ def vtrace(
     if isinstance(rho_max, (int, float)) and isinstance(c_max, (int, float)) and rho_max < c_max:
         raise ValueError(f"rho_max: wanted at least c_max = {c_max}, got {rho_max}")
     tensors = {"rewards": rewards, "values": values, "logp": logp, "rollout_logp": rollout_logp}
-    given = _tokens(tensors, mask, cu_seqlens, bootstrap_value, mask_mode, detach=True)
+    given = _tokens("vtrace", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
     r, v, now, rollout = given.tensors
-    chosen = dispatch.choose("vtrace", r, backend)
-    kernel: Any = reference_returns.vtrace if chosen == "eager" else dispatch.ops(chosen).vtrace
+    kernel: Any = reference_returns if given.backend == "eager" else dispatch.ops(given.backend)
     named = {"gamma": gamma, "lam": lam, "rho_max": rho_max, "c_max": c_max}
     numbers = (checks.number(name, value, r) for name, value in named.items())
-    advantages, targets = kernel(now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *numbers, mask_mode)
+    advantages, targets = kernel.vtrace(
+        now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *numbers, mask_mode
+    )
     return advantages, targets
 
 
@@ -249,21 +256,24 @@ def shape_rewards(
         Rewards like ``kl``, fp32 (fp64 for fp64 input). No gradient flows. A sequence without a live token gets no
         score.
     """
-    score, (penalty,), given = _shaped(scores, {"kl": kl}, mask, cu_seqlens, None, "skip")
+    score, (penalty,), given = _shaped("shape_rewards", scores, {"kl": kl}, mask, cu_seqlens, None, "skip", "eager")
     return reference_returns.shape_rewards(
         score, penalty, checks.number("beta", beta, penalty), given.mask, given.cu_seqlens
     )
 
 
 def _tokens(
+    op: str,
     tensors: dict[str, Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
     mask_mode: str,
+    backend: str | None,
     detach: bool = False,
 ) -> _Tokens:
-    """Validation; per-token tensors of one dtype (the widest that came), a bool mask, int64 offsets in [0, N]."""
+    """Validation; per-token tensors of one dtype (the widest that came), a bool mask, offsets as the backend takes
+    them."""
     (first, tokens), *others = tensors.items()
     checks.is_float(first, tokens)
     for name, tensor in others:
@@ -271,11 +281,10 @@ def _tokens(
         checks.has_shape(name, tensor, tokens.shape, first)
         checks.same_device(name, tensor, tokens, first)
     if cu_seqlens is not None:
-        checks.is_tensor("cu_seqlens", cu_seqlens)
-        offsets = packed_offsets(tokens, cu_seqlens, first)
-        count = offsets.shape[0] - 1
+        check_layout(tokens, cu_seqlens, first)
+        count = cu_seqlens.shape[0] - 1
     elif tokens.dim() == 2:
-        offsets, count = None, tokens.shape[0]
+        count = tokens.shape[0]
     else:
         got = checks.shape(tokens)
         raise ValueError(f"{first}: wanted (B, T), or packed (N,) with cu_seqlens; got {got} without cu_seqlens")
@@ -288,9 +297,22 @@ def _tokens(
     dtype = _widest([*tensors.values()])
     cast = [t.detach() if detach else t for t in tensors.values()]
     cast = [t if t.dtype == dtype else t.to(dtype) for t in cast]  # an op that does nothing costs its dispatch
+    chosen = dispatch.choose(op, cast[0], backend)
+    if cu_seqlens is not None and not (chosen == "cpu" and _takes_as_given(cu_seqlens, bootstrap, *cast)):
+        cu_seqlens = packed_offsets(tokens, cu_seqlens, first)
     if bootstrap is not None:
         bootstrap = (bootstrap.detach() if detach else bootstrap).to(accumulation_dtype(dtype)).contiguous()
-    return _Tokens(cast, live, offsets, bootstrap)
+    return _Tokens(chosen, cast, live, cu_seqlens, bootstrap)
+
+
+def _takes_as_given(cu_seqlens: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether the compiled op looks at the offsets itself, and no backward pass needs them to stay what they are."""
+    known = cu_seqlens.dtype in (torch.int32, torch.int64) and cu_seqlens.is_contiguous()
+    return known and not _differentiable(*tensors)
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -302,12 +324,14 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _shaped(
+    op: str,
     scores: Tensor,
     tensors: dict[str, Tensor],
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
     mask_mode: str,
+    backend: str | None,
 ) -> tuple[Tensor, list[Tensor], _Tokens]:
     """Scores (B,) in the accumulation dtype, or one a token in the dtype of the rest; the rest, "kl" being the last."""
     checks.is_float("scores", scores)
@@ -315,9 +339,10 @@ def _shaped(
     tensors = {**tensors, "kl": tensors["kl"].detach()}
     first, tokens = next(iter(tensors.items()))
     if scores.shape == tokens.shape:
-        given = _tokens({**tensors, "scores": scores.detach()}, mask, cu_seqlens, bootstrap, mask_mode)
+        tensors = {**tensors, "scores": scores.detach()}
+        given = _tokens(op, tensors, mask, cu_seqlens, bootstrap, mask_mode, backend)
         return given.tensors[-1], given.tensors[:-1], given
-    given = _tokens(tensors, mask, cu_seqlens, bootstrap, mask_mode)
+    given = _tokens(op, tensors, mask, cu_seqlens, bootstrap, mask_mode, backend)
     count = tokens.shape[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
     if checks.shape(scores) != (count,):
         wanted = f"{(count,)} for one score a sequence, or {checks.shape(tokens)} like {first}"
@@ -334,18 +359,17 @@ def _gae(
     given: _Tokens,
     gamma_lam_beta: tuple[Number, Number, Number],
     mask_mode: str,
-    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), the first for ``gae`` only."""
     tokens = rewards if kl is None else kl
-    chosen = dispatch.choose(op, tokens, backend)
+    chosen = given.backend
     gamma, lam, beta = (
         checks.number(name, value, tokens) for name, value in zip(("gamma", "lam", "beta"), gamma_lam_beta, strict=True)
     )
     mask, offsets, last = given.mask, given.cu_seqlens, given.bootstrap
     if chosen == "eager":
         return reference_returns.gae(rewards, values, mask, offsets, last, kl, gamma, lam, beta, mask_mode)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rewards, values, last))):
+    if not _differentiable(rewards, values, last):
         numbers = (gamma, lam, beta, mask_mode, op == "gae")
         advantages, returns = dispatch.ops(chosen).gae_fwd(rewards, values, mask, offsets, last, kl, *numbers)
         return advantages, returns

@@ -147,9 +147,10 @@ OPS: dict[str, Op] = {
         " -> Tensor",
         fakes.group_advantages,
     ),
-    # Returns. tokens: (B, T) with any strides, or packed (N,) with cu_seqlens (B+1,) int64 in [0, N]; all of one float
-    # dtype. mask like the tokens, bool; bootstrap (B,); gamma, lam, beta 0-d. mask_mode "skip"|"zero". Every token gets
-    # its result, 0 where it is not live; contiguous, in the accumulation dtype.
+    # Returns. tokens: (B, T) with any strides, or packed (N,) with cu_seqlens (B+1,) int64 in [0, N] (on the CPU int32
+    # too, and looked at); all of one float dtype. mask like the tokens, bool; bootstrap (B,); gamma, lam, beta 0-d.
+    # mask_mode "skip"|"zero". Every token gets its result, 0 where it is not live; contiguous, in the accumulation
+    # dtype.
     # values None: 0. With kl, rewards are scores like kl, or (B,) for the last live token of each sequence, less β·kl.
     # -> advantages, (0,) unless wanted; returns
     "gae_fwd": Op(

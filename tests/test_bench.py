@@ -1,4 +1,4 @@
-"""The benchmark suite: statistics, probes, formulas, a tiny case from end to end, the report."""
+"""The benchmark suite: statistics, formulas, a tiny case from end to end, the report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -79,31 +77,23 @@ def test_a_cpu_sample_is_one_call_from_a_settled_cache(monkeypatch: pytest.Monke
     assert done == ["settled", "state"]
 
 
-# --- memory
-
-
-def test_the_memory_probe_sees_a_known_allocation_behind_a_higher_peak() -> None:
-    code = (
-        "import torch; from bench.timing import cpu_extra_bytes\n"
-        "big = torch.ones(80 * 2**20 // 4); del big\n"  # the process's own peak is higher than the call's
-        "print(cpu_extra_bytes(lambda: torch.ones(32 * 2**20 // 4)), cpu_extra_bytes(lambda: None))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    seen, nothing = map(int, done.stdout.split())
-    assert 32 * 2**20 <= seen <= 33.5 * 2**20
-    assert nothing <= 2**20
-
-
-def test_the_prober_answers_case_by_case_and_survives_a_peer_that_cannot() -> None:
-    case = next(c for c in cases.CASES if c.op == "group_advantages")
-    prober = memory.Prober()
-    try:
-        assert prober.ask(case, "chunked") is None
-        extra = prober.ask(case, "eager")
-        assert extra is not None
-        assert 0 < extra < 64 * 2**20
-    finally:
-        prober.close()
+def test_products_that_the_cpu_emulates_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "cpu_multiplies", lambda dtype: dtype == torch.float32)
+    for case in cases.CASES:
+        over = case.op.startswith("linear_") and case.dtype != torch.float32
+        assert (measure.passed_over(case, "cpu") is not None) == over
+        assert measure.passed_over(case, "cuda") is None
+    case = next(c for c in cases.select("cpu", "linear_policy_loss") if c.dtype == torch.bfloat16)
+    record = measure.run_case(case, [peers.OURS, "eager"], "cpu", TINY, copy_ceiling=1e9)
+    assert [r["status"] for r in record["results"]] == ["absent", "absent"]
+    assert [t["verdict"] for t in record["targets"]] == ["not judged"] * len(case.targets)
+    assert all("emulates" in item["reason"] for item in (*record["results"], *record["targets"]))
+    monkeypatch.setattr(cases, "CASES", (case,))
+    monkeypatch.setattr(timing, "ceilings", lambda device: {"copy": 20e9, "read": 15e9})
+    monkeypatch.setattr(timing, "product_ceilings", lambda device: {"fp32": 3e11, "bf16": 1e10})
+    result = run.run("cpu", None, [peers.OURS, "eager"])
+    assert "has no instructions for products in bf16" in report.table(result)
+    assert "linear_policy_loss" in report.markdown(result)
 
 
 # --- the registry
@@ -237,7 +227,7 @@ def tiny_result(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setitem(measure.BUDGETS, "smoke", TINY)
     monkeypatch.setattr(timing, "ceilings", lambda device: {"copy": 20e9, "read": 15e9})
     monkeypatch.setattr(timing, "product_ceilings", lambda device: {"fp32": 3e11, "bf16": 1e12})
-    monkeypatch.setattr(memory.Prober, "ask", lambda self, case, peer: 3 * 2**20)
+    monkeypatch.setattr(memory.Prober, "ask", lambda self, case, peer, long: 3 * 2**20)
     return run.run("smoke", None, [peers.OURS, "eager", "chunked", "liger"])
 
 

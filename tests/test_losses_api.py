@@ -120,18 +120,44 @@ def test_messages(changes, message):
         rf.policy_loss(**arguments)
 
 
+def _policy_loss(cu_seqlens):
+    return rf.policy_loss(torch.zeros(6), None, torch.zeros(6), cu_seqlens=cu_seqlens)[0]
+
+
+def _preference_loss(cu_seqlens):
+    offsets = {"cu_seqlens_chosen": cu_seqlens, "cu_seqlens_rejected": cu_seqlens}
+    return rf.preference_loss(*torch.zeros(4, 6), **offsets)[0]
+
+
+def _gae(cu_seqlens):
+    return rf.gae(torch.arange(6.0), torch.zeros(6), lam=1.0, cu_seqlens=cu_seqlens)[0]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "without the extension"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
+@pytest.mark.parametrize("function", [_policy_loss, _preference_loss, _gae])
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [
-        ([1, 6], "from 0 to the 6 tokens"),
-        ([0, 5], "from 0 to the 6 tokens"),
+        ([1, 6], "from 0 to the 6 tokens, got 1 to 6"),
+        ([0, 5], "from 0 to the 6 tokens, got 0 to 5"),
         ([0, 4, 3, 6], "never decrease, got 4, 3 at position 1"),
+        ([0], r"at least one sequence for 6 tokens, got \(1,\)"),
         ([[0, 6]], r"wanted \(B\+1,\)"),
     ],
 )
-def test_bad_cu_seqlens(cu_seqlens, message):
+def test_bad_cu_seqlens(cu_seqlens, message, function, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("rl4llm_fast.dispatch.extension", None)
+        monkeypatch.setenv("RL4LLM_FAST_BACKEND", "eager")
     with pytest.raises(ValueError, match=message):
-        rf.policy_loss(torch.zeros(6), None, torch.zeros(6), cu_seqlens=torch.tensor(cu_seqlens))
+        function(torch.tensor(cu_seqlens, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_offsets_of_any_integer_dtype_and_stride(dtype):
+    for offsets in (torch.tensor([0, 4, 4, 6], dtype=dtype), torch.tensor([0, 9, 4, 9, 4, 9, 6], dtype=dtype)[::2]):
+        assert _gae(offsets).tolist() == [6.0, 6.0, 5.0, 3.0, 9.0, 5.0]  # sums of what follows, lambda = 1
 
 
 def test_sequences_must_be_known():

@@ -117,27 +117,32 @@ void release(void* ptr, void* bytes) { Cache::instance().give_back({ptr, reinter
 }  // namespace
 
 Tensor empty_like_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  size_t bytes = type == ScalarType::Double || type == ScalarType::Long     ? 8
-                 : type == ScalarType::BFloat16 || type == ScalarType::Half ? 2
-                                                                            : 4;
-  for (const int64_t size : sizes) bytes *= size_t(size);
-  Cache& cache = Cache::instance();
-  if (bytes < kLeast || !like.is_cpu() || !cache.usable()) return torch::stable::new_empty(like, sizes, type);
-  const size_t unit = bytes < kPage ? kLeast : kPage;
-  const Block block = cache.take((bytes + unit - 1) / unit * unit);
-  if (!block.ptr) return torch::stable::new_empty(like, sizes, type);  // out of memory: torch says it better
+  if (!like.is_cpu()) return torch::stable::new_empty(like, sizes, type);
+  const int64_t dims = int64_t(sizes.size());
   std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  int64_t elements = 1;
+  for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
+  const size_t bytes = size_t(elements) * (type == ScalarType::Double || type == ScalarType::Long     ? 8
+                                           : type == ScalarType::BFloat16 || type == ScalarType::Half ? 2
+                                                                                                      : 4);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  const AOTITorchError failed = torch_from_blob(block.ptr, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
-                                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                                                nullptr, 0, &release, reinterpret_cast<void*>(block.bytes));
-  if (failed) {
-    release(block.ptr, reinterpret_cast<void*>(block.bytes));
-    return torch::stable::new_empty(like, sizes, type);
+  Cache& cache = Cache::instance();
+  if (bytes >= kLeast && cache.usable()) {
+    const size_t unit = bytes < kPage ? kLeast : kPage;
+    const Block block = cache.take((bytes + unit - 1) / unit * unit);
+    if (block.ptr) {
+      if (!torch_from_blob(block.ptr, dims, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
+                           &handle, aoti_torch_layout_strided(), nullptr, 0, &release,
+                           reinterpret_cast<void*>(block.bytes))) {
+        return Tensor(handle);
+      }
+      release(block.ptr, reinterpret_cast<void*>(block.bytes));
+    }
   }
+  // Not new_empty: from a cold cache the dispatcher takes twice as long to get there. Out of memory: torch says so.
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/offsets.h"
 #include "cpu/scalar_maths.h"
 #include "cpu/tensor_args.h"
 #include "pair_formulas_gen.h"
@@ -60,16 +61,7 @@ struct Answers {
     B = cu_seqlens ? cu_seqlens->numel() - 1 : logp.size(0);
     T = cu_seqlens ? 0 : logp.size(1);
     offsets_ptr = cu_seqlens ? data_of<int64_t>(*cu_seqlens, "cu_seqlens", B + 1) : nullptr;
-    if (!offsets_ptr) return;
-    if (B < 0 || offsets_ptr[0] != 0 || offsets_ptr[B] != N) {
-      fail("cu_seqlens: wanted offsets from 0 to the ", N, " tokens of ", name);
-    }
-    for (int64_t b = 0; b < B; ++b) {
-      if (offsets_ptr[b] > offsets_ptr[b + 1]) {
-        fail("cu_seqlens: wanted offsets that never decrease, got ", offsets_ptr[b], ", ", offsets_ptr[b + 1],
-             " at position ", b);
-      }
-    }
+    if (offsets_ptr) check_offsets(offsets_ptr, B + 1, N);
   }
   int64_t begin(int64_t b) const { return offsets_ptr ? offsets_ptr[b] : b * T; }
   int64_t length(int64_t b) const { return begin(b + 1) - begin(b); }

@@ -9,9 +9,11 @@ namespace {
 
 #define RL4LLM_METHOD inline __attribute__((always_inline))
 
-// One vector of tokens as a formula sees it: inputs are 0 where a token is not live.
-template <class L>
+// One vector of tokens as a formula sees it: inputs are 0 where a token is not live. Most calls are plain: the formula's
+// first inputs and both results, no KL and no score. Told so at compile time, a vector of gae costs two thirds.
+template <class L, bool is_plain>
 struct Tokens {
+  static constexpr bool plain = is_plain;
   typename L::F input[num_inputs];
   typename L::I live;
   typename L::I takes_step;  // the others pass on what comes in
@@ -24,6 +26,7 @@ struct Gae {
   typedef typename L::S S;
   typedef typename L::F F;
   static constexpr bool reverse = true, uniform = true;
+  static constexpr int inputs = 2;  // of a plain call
   S decay, of_reward, of_value, beta;
   F reward, value;
 
@@ -32,11 +35,12 @@ struct Gae {
         of_reward(decay),
         of_value(S(row.numbers.gamma * (1 - row.numbers.lam))),
         beta(S(row.numbers.beta)) {}
-  RL4LLM_METHOD F offset(const ScanRow<S>& row, const Tokens<L>& tokens, F&, F&) {
+  template <class Tokens>
+  RL4LLM_METHOD F offset(const ScanRow<S>& row, const Tokens& tokens, F&, F&) {
     reward = tokens.input[in_rewards];
     value = tokens.input[in_values];
-    if (row.input_ptr[in_kl]) reward -= beta * tokens.input[in_kl];
-    return of_reward * reward + of_value * value;
+    if (!Tokens::plain && row.input_ptr[in_kl]) reward -= beta * tokens.input[in_kl];
+    return fused(constant<L>(of_reward), reward, of_value * value);
   }
   RL4LLM_METHOD F first(F, F next) const { return (reward - value) + next; }
   RL4LLM_METHOD F second(F, F next) const { return reward + next; }
@@ -48,12 +52,14 @@ struct GaeBackward {
   typedef typename L::S S;
   typedef typename L::F F;
   static constexpr bool reverse = false, uniform = true;
+  static constexpr int inputs = 2;
   S decay, of_value;
   F grad_advantages;
 
   explicit GaeBackward(const ScanRow<S>& row)
       : decay(S(row.numbers.gamma * row.numbers.lam)), of_value(S(row.numbers.gamma * (1 - row.numbers.lam))) {}
-  RL4LLM_METHOD F offset(const ScanRow<S>&, const Tokens<L>& tokens, F&, F&) {
+  template <class Tokens>
+  RL4LLM_METHOD F offset(const ScanRow<S>&, const Tokens& tokens, F&, F&) {
     grad_advantages = tokens.input[in_grad_advantages];
     return grad_advantages + tokens.input[in_grad_returns];
   }
@@ -67,6 +73,7 @@ struct Vtrace {
   typedef typename L::S S;
   typedef typename L::F F;
   static constexpr bool reverse = true, uniform = false;
+  static constexpr int inputs = 4;
   S decay, gamma, rho_max, c_max;
   F reward, value, next_value, rho;
 
@@ -83,7 +90,8 @@ struct Vtrace {
       fill<2 * s>(known, is_known);
     }
   }
-  RL4LLM_METHOD F offset(const ScanRow<S>&, const Tokens<L>& tokens, F& factor, F& incoming_value) {
+  template <class Tokens>
+  RL4LLM_METHOD F offset(const ScanRow<S>&, const Tokens& tokens, F& factor, F& incoming_value) {
     reward = tokens.input[in_rewards];
     value = tokens.input[in_values];
     // The value of the token itself or else of the next one on the right; then one lane further.
@@ -143,7 +151,7 @@ struct Powers {
 enum class Kind { all, some, tail };  // every token of the vector is live; not every one is; the sequence ends in it
 
 // One vector of tokens: scans it, joins it to the carry (and, in a block of several, keeps the product), writes.
-template <class Formula, class L, Use use, Kind kind>
+template <bool plain, class Formula, class L, Use use, Kind kind>
 RL4LLM_INLINE void step(Formula& formula, const ScanRow<typename L::S>& row, const Stage<L>& stage, int64_t i,
                         int count, const LiveLanes<L>& live, const Powers<L>& powers, typename L::F x_in,
                         Carry<L>& carry) {
@@ -152,18 +160,19 @@ RL4LLM_INLINE void step(Formula& formula, const ScanRow<typename L::S>& row, con
   constexpr bool reverse = Formula::reverse, all_live = kind == Kind::all;
   const int lanes = kind == Kind::tail ? count : L::width;
   const F zero = {}, one = zero + 1;
-  Tokens<L> tokens;
+  Tokens<L, plain> tokens;
   tokens.live = live.lanes;
   tokens.takes_step = I{} == I{};
   if (!all_live) {
     if (row.skip) tokens.takes_step = live.lanes;
     for (int j = lanes; j < L::width; ++j) tokens.takes_step[j] = 0;
   }
-  for (int k = 0; k < num_inputs; ++k) {
-    tokens.input[k] = stage.input_ptr[k] ? load<L>(stage.input_ptr[k] + i, lanes) : zero;
-    if (!all_live && stage.input_ptr[k]) tokens.input[k] = only(live, tokens.input[k]);
+  for (int k = 0; k < (plain ? Formula::inputs : num_inputs); ++k) {
+    const bool there = plain || stage.input_ptr[k];
+    tokens.input[k] = there ? load<L>(stage.input_ptr[k] + i, lanes) : zero;
+    if (!all_live && there) tokens.input[k] = only(live, tokens.input[k]);
   }
-  const int64_t score_at = stage.score_at - i;
+  const int64_t score_at = plain ? -1 : stage.score_at - i;
   if (score_at >= 0 && score_at < lanes) tokens.input[in_rewards][score_at] += row.score;
 
   F factor = constant<L>(formula.decay), products = powers.all;
@@ -181,24 +190,30 @@ RL4LLM_INLINE void step(Formula& formula, const ScanRow<typename L::S>& row, con
     local = tokens.takes_step ? local : zero;
     scan_lanes<reverse>(local, products);
   }
-  local += products * carry.local;
-  if (use != Use::whole) products *= carry.product;
+  // What goes to the next vector waits for no shuffle of what came in: the same numbers, and the one serial path.
+  constexpr int edge = reverse ? 0 : L::width - 1;
+  Carry<L> next_carry = carry;
+  next_carry.local = fused(broadcast<edge>(products), carry.local, broadcast<edge>(local));
+  local = fused(products, carry.local, local);
+  if (use != Use::whole) {
+    next_carry.product = not_below_least<L>(broadcast<edge>(products) * carry.product);
+    products *= carry.product;
+  }
   if (use != Use::summary) {
-    F x = use == Use::whole ? local : local + products * x_in;
-    const F incoming = use == Use::whole ? carry.local : carry.local + carry.product * x_in;
+    F x = use == Use::whole ? local : fused(products, x_in, local);
+    const F incoming = use == Use::whole ? carry.local : fused(carry.product, x_in, carry.local);
     F next = from<1, reverse>(x, incoming);
     if (side_by_side) x = expand(x, live.bits), next = expand(next, live.bits);
-    if (stage.out_ptr[0]) {
+    if (plain || stage.out_ptr[0]) {
       const F out = formula.first(x, next);
       store<L>(stage.out_ptr[0] + i, lanes, all_live ? out : only(live, out));
     }
-    if (stage.out_ptr[1]) {
+    if (plain || stage.out_ptr[1]) {
       const F out = formula.second(x, next);
       store<L>(stage.out_ptr[1] + i, lanes, all_live ? out : only(live, out));
     }
   }
-  carry.local = broadcast < reverse ? 0 : L::width - 1 > (local);
-  if (use != Use::whole) carry.product = not_below_least<L>(broadcast < reverse ? 0 : L::width - 1 > (products));
+  carry = next_carry;
 }
 
 // What will be read soon. Scans run through neighbouring sequences without a gap (scan.cpp), so that what lies beyond
@@ -210,7 +225,15 @@ RL4LLM_INLINE void prefetch(const void* ptr) {
   __builtin_prefetch(reinterpret_cast<const void*>(reverse ? address - kAhead : address + kAhead));
 }
 
-template <class Formula, class L, Use use>
+template <class Formula, class S>
+bool is_plain(const ScanRow<S>& row) {
+  for (int n = 0; n < num_inputs; ++n) {
+    if ((row.input_ptr[n] != nullptr) != (n < Formula::inputs)) return false;
+  }
+  return row.score_at < 0 && row.out_ptr[0] && row.out_ptr[1];
+}
+
+template <bool plain, class Formula, class L, Use use>
 void walk(const ScanRow<typename L::S>& row, int64_t begin, int64_t end, typename L::S x_in_number,
           ScanState<typename L::S>& state) {
   typedef typename L::S S;
@@ -258,20 +281,20 @@ void walk(const ScanRow<typename L::S>& row, int64_t begin, int64_t end, typenam
     for (int64_t taken = 0; taken <= last; taken += width) {
       const int64_t i = reverse ? last - taken : taken;
       const int lanes = count - i < width ? int(count - i) : width;
-      for (const S* ptr : stage.input_ptr) {
-        if (ptr) prefetch<reverse>(ptr + i);
+      for (int n = 0; n < (plain ? Formula::inputs : num_inputs); ++n) {
+        if (plain || stage.input_ptr[n]) prefetch<reverse>(stage.input_ptr[n] + i);
       }
       LiveLanes<L> live;
       const Live kind = live_lanes<L>(stage.mask_ptr ? stage.mask_ptr + i : nullptr, lanes, live);
       if (kind == Live::all) {
-        step<Formula, L, use, Kind::all>(formula, row, stage, i, width, live, powers, x_in, carry);
+        step<plain, Formula, L, use, Kind::all>(formula, row, stage, i, width, live, powers, x_in, carry);
       } else if (lanes == width && (kind == Live::some || !row.skip)) {
-        step<Formula, L, use, Kind::some>(formula, row, stage, i, width, live, powers, x_in, carry);
+        step<plain, Formula, L, use, Kind::some>(formula, row, stage, i, width, live, powers, x_in, carry);
       } else if (kind == Live::some || !row.skip) {
-        step<Formula, L, use, Kind::tail>(formula, row, stage, i, lanes, live, powers, x_in, carry);
+        step<plain, Formula, L, use, Kind::tail>(formula, row, stage, i, lanes, live, powers, x_in, carry);
       } else if (use != Use::summary) {  // nothing happens
         for (S* ptr : stage.out_ptr) {
-          if (ptr) store<L>(ptr + i, lanes, F{});
+          if (plain || ptr) store<L>(ptr + i, lanes, F{});
         }
       }
     }
@@ -280,15 +303,24 @@ void walk(const ScanRow<typename L::S>& row, int64_t begin, int64_t end, typenam
   state = {carry.local[0], carry.product[0], carry.next_value[0]};
 }
 
+template <bool plain, class Formula, class L, class S>
+void scan(const ScanRow<S>& row, int64_t begin, int64_t end, ScanUse use, S x_in, ScanState<S>& state) {
+  if (use == Use::whole) {
+    walk<plain, Formula, L, Use::whole>(row, begin, end, x_in, state);
+  } else if (use == Use::summary) {
+    walk<plain, Formula, L, Use::summary>(row, begin, end, x_in, state);
+  } else {
+    walk<plain, Formula, L, Use::part>(row, begin, end, x_in, state);
+  }
+}
+
 template <template <class> class Formula, class S>
 void scan(const ScanRow<S>& row, int64_t begin, int64_t end, ScanUse use, S x_in, ScanState<S>& state) {
   typedef Lanes<S> L;
-  if (use == Use::whole) {
-    walk<Formula<L>, L, Use::whole>(row, begin, end, x_in, state);
-  } else if (use == Use::summary) {
-    walk<Formula<L>, L, Use::summary>(row, begin, end, x_in, state);
+  if (is_plain<Formula<L>>(row)) {
+    scan<true, Formula<L>, L>(row, begin, end, use, x_in, state);
   } else {
-    walk<Formula<L>, L, Use::part>(row, begin, end, x_in, state);
+    scan<false, Formula<L>, L>(row, begin, end, use, x_in, state);
   }
 }
 

@@ -35,6 +35,27 @@ RL4LLM_INLINE typename L::F constant(typename L::S x) {
   return x - typename L::F{};
 }
 
+// a·b + c, rounded once where the instruction set can.
+#if defined(RL4LLM_ISA_AVX512)
+RL4LLM_INLINE Lanes<float>::F fused(Lanes<float>::F a, Lanes<float>::F b, Lanes<float>::F c) {
+  return (Lanes<float>::F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+RL4LLM_INLINE Lanes<double>::F fused(Lanes<double>::F a, Lanes<double>::F b, Lanes<double>::F c) {
+  return (Lanes<double>::F)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(RL4LLM_ISA_AVX2)
+RL4LLM_INLINE Lanes<float>::F fused(Lanes<float>::F a, Lanes<float>::F b, Lanes<float>::F c) {
+  return (Lanes<float>::F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+RL4LLM_INLINE Lanes<double>::F fused(Lanes<double>::F a, Lanes<double>::F b, Lanes<double>::F c) {
+  return (Lanes<double>::F)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+template <class F>
+RL4LLM_INLINE F fused(F a, F b, F c) {
+  return a * b + c;
+}
+#endif
 // W neighbours of the 2·W numbers (low, high), from the s-th on.
 template <int lane, class F>
 RL4LLM_INLINE F broadcast(F x) {
@@ -68,7 +89,7 @@ RL4LLM_INLINE F from(F x, F filler) {
 template <bool reverse, int s = 1, class F>
 RL4LLM_INLINE void scan_lanes(F& x, F& product) {
   if constexpr (s < int(sizeof(F) / sizeof(x[0]))) {
-    x += product * from<s, reverse>(x, F{});
+    x = fused(product, from<s, reverse>(x, F{}), x);
     product *= from<s, reverse>(product, F{} + 1);
     scan_lanes<reverse, 2 * s>(x, product);
   }
@@ -78,7 +99,7 @@ RL4LLM_INLINE void scan_lanes(F& x, F& product) {
 template <bool reverse, int s = 1, class F, class S>
 RL4LLM_INLINE void scan_lanes_uniform(F& x, const S* powers) {
   if constexpr (s < int(sizeof(F) / sizeof(x[0]))) {
-    x += powers[s] * from<s, reverse>(x, F{});
+    x = fused(powers[s] - F{}, from<s, reverse>(x, F{}), x);
     scan_lanes_uniform<reverse, 2 * s>(x, powers);
   }
 }
@@ -232,49 +253,43 @@ RL4LLM_INLINE typename L::F only(const LiveLanes<L>& live, typename L::F x) {
 #endif
 }
 
-// Bytes as whole numbers as wide as the lanes. gcc converts such short vectors one byte at a time.
-template <class L>
-RL4LLM_INLINE typename L::I widened(typename L::Bytes bytes) {
-#if defined(RL4LLM_ISA_AVX2)
-  __m128i all = _mm_setzero_si128();
-  __builtin_memcpy(&all, &bytes, sizeof bytes);
-  if constexpr (L::width == 8) return (typename L::I)_mm256_cvtepi8_epi32(all);
-  if constexpr (L::width == 4) return (typename L::I)_mm256_cvtepi8_epi64(all);
-#endif
-  return __builtin_convertvector(bytes, typename L::I);
-}
-
 enum class Live { all, none, some };
 
+// The next `lanes` tokens of a mask; without one all of them are live.
 template <class L>
 RL4LLM_INLINE Live live_lanes(const uint8_t* mask_ptr, int lanes, LiveLanes<L>& live) {
-  typename L::Bytes bytes = {};
+  typedef typename L::I I;
   if (mask_ptr == nullptr && lanes == L::width) {
-    live.lanes = typename L::I{} == typename L::I{};
+    live.lanes = I{} == I{};
     live.bits = (1u << L::width) - 1;
     return Live::all;
   }
+  uint64_t words[2] = {};
   if (mask_ptr && lanes == L::width) {
-    __builtin_memcpy(&bytes, mask_ptr, sizeof bytes);
+    __builtin_memcpy(words, mask_ptr, L::width);
   } else {
-    for (int j = 0; j < lanes; ++j) bytes[j] = mask_ptr ? mask_ptr[j] : 1;
+    for (int j = 0; j < lanes; ++j) words[j / 8] |= uint64_t(mask_ptr ? mask_ptr[j] : 1) << (j % 8 * 8);
   }
-  live.lanes = widened<L>(bytes) != typename L::I{};
 #if defined(RL4LLM_ISA_AVX512)
-  __m128i both = _mm_setzero_si128();
-  __builtin_memcpy(&both, &bytes, sizeof bytes);
-  live.bits = _mm_test_epi8_mask(both, both);
+  const __m128i bytes = _mm_set_epi64x(int64_t(words[1]), int64_t(words[0]));
+  live.bits = _mm_test_epi8_mask(bytes, bytes);
+  if constexpr (L::width == 16) live.lanes = (I)_mm512_maskz_set1_epi32(__mmask16(live.bits), -1);
+  if constexpr (L::width == 8) live.lanes = (I)_mm512_maskz_set1_epi64(__mmask8(live.bits), -1);
   return live.bits == (1u << L::width) - 1 ? Live::all : live.bits == 0 ? Live::none : Live::some;
 #else
-  constexpr __SIZE_TYPE__ word = sizeof bytes < 8 ? sizeof bytes : 8;
-  uint64_t all = ~uint64_t(0), any = 0;
-  for (__SIZE_TYPE__ i = 0; i < sizeof bytes; i += word) {
-    uint64_t part = 0;
-    __builtin_memcpy(&part, reinterpret_cast<const char*>(&bytes) + i, word);
-    all &= part, any |= part;
-  }
-  const uint64_t ones = 0x0101010101010101u >> (64 - 8 * word);
-  return lanes == L::width && all == ones ? Live::all : any == 0 ? Live::none : Live::some;
+  static_assert(L::width <= 8);
+#if defined(RL4LLM_ISA_AVX2)
+  const __m128i bytes = _mm_cvtsi64_si128(int64_t(words[0]));
+  if constexpr (L::width == 8) live.lanes = (I)_mm256_cvtepu8_epi32(bytes);
+  if constexpr (L::width == 4) live.lanes = (I)_mm256_cvtepu8_epi64(bytes);
+#else
+  typename L::Bytes bytes;
+  __builtin_memcpy(&bytes, words, sizeof bytes);
+  live.lanes = __builtin_convertvector(bytes, I);
+#endif
+  live.lanes = live.lanes > I{};
+  const uint64_t ones = 0x0101010101010101u >> (64 - 8 * L::width);
+  return lanes == L::width && words[0] == ones ? Live::all : words[0] == 0 ? Live::none : Live::some;
 #endif
 }
 

@@ -4,7 +4,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
+#include "cpu/offsets.h"
 #include "cpu/tensor_args.h"
 
 namespace rl4llm {
@@ -85,17 +87,14 @@ class Sequences {
     T = like.size(like.dim() - 1);
     if (cu_seqlens) {
       const int64_t offsets = cu_seqlens->numel();
-      offsets_ptr_ = data_of<int64_t>(*cu_seqlens, "cu_seqlens", offsets);
-      if (offsets < 1 || offsets_ptr_[0] != 0 || offsets_ptr_[offsets - 1] != N) {
-        fail("cu_seqlens: wanted offsets from 0 to the ", N, " tokens, got ", shape_of(*cu_seqlens), " that ",
-             offsets < 1 ? "are empty" : "start or end elsewhere");
+      if (cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->is_contiguous()) {
+        const int32_t* narrow_ptr = static_cast<const int32_t*>(cu_seqlens->data_ptr());
+        widened_.assign(narrow_ptr, narrow_ptr + offsets);
+        offsets_ptr_ = widened_.data();
+      } else {
+        offsets_ptr_ = data_of<int64_t>(*cu_seqlens, "cu_seqlens", offsets);
       }
-      for (int64_t i = 1; i < offsets; ++i) {
-        if (offsets_ptr_[i] < offsets_ptr_[i - 1]) {
-          fail("cu_seqlens: wanted offsets that never decrease, got ", offsets_ptr_[i - 1], ", ", offsets_ptr_[i],
-               " at position ", i - 1);
-        }
-      }
+      check_offsets(offsets_ptr_, offsets, N);
       B = offsets - 1;
     } else {
       B = like.size(0);
@@ -110,6 +109,8 @@ class Sequences {
     if (!offsets_ptr_) return {b, 0, T, b * T};
     return {0, offsets_ptr_[b], offsets_ptr_[b + 1] - offsets_ptr_[b], offsets_ptr_[b]};
   }
+
+  Sequences(const Sequences&) = delete;  // offsets_ptr_ may point into this object
 
   // Up to and including the last live token.
   int64_t live_length(const Span& span) const {
@@ -148,6 +149,7 @@ class Sequences {
 
   Tensor like_;
   std::optional<Tensor> cu_seqlens_;
+  std::vector<int64_t> widened_;  // offsets that came as int32
   const int64_t* offsets_ptr_ = nullptr;
 };
 
