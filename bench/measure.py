@@ -73,7 +73,7 @@ def run_case(
             found[name].update(status="absent", reason=str(reason))
         except Exception as error:  # a peer that breaks is a result too
             functions.pop(name, None)
-            found[name].update(status="failed", reason=_one_line(error))
+            found[name].update(status="failed", reason=one_line(error))
     for name, judged in ops.errors(case, inputs, outputs).items():
         found[name]["errors"] = {
             key: {"found": error.found, "allowed": error.allowed, "within": error.within}
@@ -94,7 +94,7 @@ def run_case(
             samplers["base"] = base.sample
             found["base"]["status"] = "ok"
         except RuntimeError as error:
-            found["base"].update(status="failed", reason=_one_line(error))
+            found["base"].update(status="failed", reason=one_line(error))
     floor = None if case.axis else ops.products(case, inputs)
     if floor is not None:
         sample = timing.cpu_sample if device == "cpu" else timing.cuda_sample
@@ -152,7 +152,7 @@ def memory_parts(case: Case, extra: int) -> dict[str, int]:
     return {"gradients": gradients, "accumulator": accumulator, "workspace": max(0, extra - gradients - accumulator)}
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 
@@ -178,7 +178,11 @@ def sampler(
     """The clock for one implementation, and a word on how it measures."""
     restore = ops.overwrites(case, name)
     steps = [ops.step(case, function, inputs, restore) for inputs in input_sets]
-    repeatable = case.mode in (FORWARD, BOTH) and not restore
+    return clock(steps, case.mode in (FORWARD, BOTH) and not restore, device)
+
+
+def clock(steps: Sequence[Step], repeatable: bool, device: str) -> tuple[Callable[[], float], str]:
+    """The clock for one call of each step in turn, and a word on how it measures. repeatable: nothing to prepare."""
     if device == "cpu":
         (one,) = steps
         return lambda: timing.cpu_sample(one), "one call a sample, from a settled cache"
@@ -192,7 +196,7 @@ def sampler(
             return lambda: timing.cuda_sample(graph) / len(steps), f"a CUDA graph of {len(steps)} calls"
         except RuntimeError as error:  # a peer that synchronises cannot be captured, and is timed as it is
             torch.cuda.synchronize()
-            return lambda: timing.cuda_sample(next(turns)), f"events; no CUDA graph: {_one_line(error)}"
+            return lambda: timing.cuda_sample(next(turns)), f"events; no CUDA graph: {one_line(error)}"
     return lambda: timing.cuda_sample(next(turns)), f"events, {len(steps)} input sets"
 
 

@@ -36,6 +36,8 @@ from .timing import Step
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 
+HALVED = "halved"  # ends the variant of a loss whose gradient comes in as 1/2
+
 # The oracle sees this many logits at a time, so that its fp64 copies stay small.
 _ORACLE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 
@@ -251,7 +253,8 @@ def _linear_step(case: Case, function: Callable[..., Any], inputs: Inputs) -> St
                 return {"loss" if loss else "logp": function(inputs["hidden"], inputs["weight"], *rest)}
         leaves = [inputs[name].detach().requires_grad_() for name in ("hidden", "weight")]
         result = function(*leaves, *rest)
-        result.backward(None if loss else inputs["advantages"].to(result.dtype))
+        upstream = torch.full_like(result, 0.5) if case.variant.endswith(HALVED) else None  # else 1: nothing to scale
+        result.backward(upstream if loss else inputs["advantages"].to(result.dtype))
         gradients = {"grad_hidden": leaves[0].grad, "grad_weight": leaves[1].grad}
         return {"loss" if loss else "logp": result.detach(), **gradients}  # type: ignore[dict-item]
 

@@ -1,7 +1,8 @@
 """Plots of a suite's result, made for the width of a README, each in light and in dark.
 
 speed, memory: a row a case, a mark a peer. roofline: FLOP/s over FLOPs a byte, under the ceilings of the same run.
-Of sweeps: time against each size, and peak memory against the number of tokens.
+Of sweeps: time against each size, and peak memory against the number of tokens. Of whole steps: time and memory, a row
+a trainer; of the longest context, peak memory against the length of the answers.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def draw(result: dict[str, Any], folder: pathlib.Path, stem: str) -> list[pathli
     except ImportError:
         print("no plots: matplotlib is missing (pip install 'rl4llm_fast[bench]')", file=sys.stderr)
         return []
-    drawn = _of_sweeps(result) if result["meta"]["suite"] == "sweep" else _of_cases(result)
+    kinds = {"sweep": _of_sweeps, "end-to-end": _of_steps, "context": _of_context}
+    suite = result["meta"]["suite"]
+    drawn = next((make for name, make in kinds.items() if suite.startswith(name)), _of_cases)(result)
     if not drawn:
         print("no plots: no case has a speed-up to show", file=sys.stderr)
     meta = result["meta"]
@@ -92,6 +95,35 @@ def _of_cases(result: dict[str, Any]) -> dict[str, Draw]:
     if records and "ceilings_flops_per_s" in result:
         drawn["roofline"] = lambda plt: _roofline(plt, records, result)
     return drawn
+
+
+def _of_steps(result: dict[str, Any]) -> dict[str, Draw]:
+    seconds: dict[str, dict[str, float]] = {}
+    memory: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            name, variant = (
+                row["trainer"] + (f", {row['layers']} layers" if "layers" in row else ""),
+                _who(row["variant"]),
+            )
+            seconds.setdefault(name, {})[variant] = row["median_s"]
+            memory.setdefault(name, {})[variant] = row["peak_bytes"] / 2**30
+    if not seconds:
+        return {}
+    return {
+        "step-time": lambda plt: _marks(plt, seconds, "seconds of a step"),
+        "step-memory": lambda plt: _marks(plt, memory, "peak memory of a step, GiB"),
+    }
+
+
+def _of_context(result: dict[str, Any]) -> dict[str, Draw]:
+    found = {name: [probe for probe in of["probes"] if probe["fits"]] for name, of in result["variants"].items()}
+    found = {name: sorted(probes, key=lambda probe: probe["answer"]) for name, probes in found.items() if probes}
+    return {"context": lambda plt: _contexts(plt, found, result["meta"]["memory_bytes"])} if found else {}
+
+
+def _who(variant: str) -> str:
+    return OURS if variant == "fused" else variant
 
 
 def _of_sweeps(result: dict[str, Any]) -> dict[str, Draw]:
@@ -232,6 +264,28 @@ def _peaks(plt: Any, swept: list[sweeps.Sweep]) -> Any:
         axes.set_title(sweep.op, fontsize=8)
         _logarithmic(axes, _AXES["N"], "peak memory over the inputs, MiB" if place == 0 else None)
     return _finish(figure, list(lines.values()), list(lines), 5)
+
+
+def _contexts(plt: Any, found: dict[str, list[dict[str, Any]]], memory: int) -> Any:
+    """Peak memory against the answers' length; the last mark of each is the longest that fits."""
+    figure, axes = plt.subplots(figsize=(_WIDTH, 3.4))
+    for variant, probes in found.items():
+        name = _who(variant)
+        xs, ys = [probe["answer"] for probe in probes], [probe["peak_bytes"] / 2**30 for probe in probes]
+        axes.plot(xs, ys, f"{_MARKS[name]}-", color=_COLOURS[name], linewidth=1.3, markersize=4, label=name)
+        axes.annotate(
+            f"{xs[-1]:,}", (xs[-1], ys[-1]), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7
+        )
+    axes.axhline(memory / 2**30, color="#888888", linestyle=":", linewidth=1.5, label="memory of the GPU")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_ylim(0, memory / 2**30 * 1.12)
+    axes.grid(which="major")
+    axes.set_xlabel("tokens of an answer")
+    axes.set_ylabel("peak memory of a GRPO step, GiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    return _finish(figure, handles, labels, 5)
 
 
 def _gradients(op: str, tokens: int, rest: list[int]) -> int:

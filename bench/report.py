@@ -5,6 +5,7 @@ python -m bench.report --plots              draw their plots anew
 python -m bench.report --readme             rewrite the README between <!-- bench:begin --> and <!-- bench:end -->:
                                             of each suite the newest result, whatever machine it is of
 python -m bench.report --performance        the same for the tables of docs/performance.md
+python -m bench.report --gpu                the same for the tables and plots of docs/gpu.md
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
     """The newest JSON of each suite and device; a full suite makes its device's smoke run redundant."""
     latest: dict[tuple[str, str], pathlib.Path] = {}
     for path in sorted(folder.glob("*.json")):
-        match = re.fullmatch(r"(smoke|cpu|gpu|sweep|end-to-end)-(.+)-\d{4}-\d\d-\d\d", path.stem)
+        match = re.fullmatch(r"(smoke|cpu|gpu|sweep|end-to-end|context)-(.+)-\d{4}-\d\d-\d\d", path.stem)
         if match:  # sorted by name, so by date within a suite and device
             latest[match[1], match[2]] = path
     return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
@@ -233,6 +234,9 @@ PLOTS = {
     "roofline": "what each case gets of the memory's and the matrix units' measured speed",
     "time": "time against the size of each dimension",
     "peak": "peak memory against the number of tokens",
+    "step-time": "seconds of a training step, beside plain PyTorch and TRL",
+    "step-memory": "peak memory of a training step, beside plain PyTorch and TRL",
+    "context": "peak memory of a GRPO step against the length of its answers, as far as they fit",
 }
 
 
@@ -266,9 +270,27 @@ def rewrite(path: pathlib.Path, name: str, blocks: Sequence[str]) -> None:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from . import end_to_end
+    from . import context, end_to_end
 
-    return table(result) if "cases" in result else end_to_end.markdown(result)
+    if "cases" in result:
+        return table(result)
+    return context.markdown(result) if "variants" in result else end_to_end.markdown(result)
+
+
+def write_gpu(page: pathlib.Path, results: dict[pathlib.Path, dict[str, Any]]) -> list[str]:
+    """The order of commands, and the models by their size, newest of each; the names of what was written."""
+    from . import campaign
+
+    rewrite(page, "order", [campaign.markdown()])
+    written = ["order"]
+    for mark, kind in (("steps", "end-to-end-"), ("context", "context-")):
+        of_kind = {path: r for path, r in results.items() if r["meta"]["suite"].startswith(kind)}
+        shown = sorted(of_kind.items(), key=lambda item: item[1]["meta"]["suite"])
+        blocks = [part for path, r in shown for part in (_text(r), pictures(path.with_suffix(""), page)) if part]
+        if blocks:
+            rewrite(page, mark, blocks)
+            written.append(mark)
+    return written
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,17 +302,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", nargs="?", const=ROOT / "README.md", type=pathlib.Path, help="rewrite its table")
     page = ROOT / "docs" / "performance.md"
     parser.add_argument("--performance", nargs="?", const=page, type=pathlib.Path, help="rewrite its tables")
+    gpu = ROOT / "docs" / "gpu.md"
+    parser.add_argument("--gpu", nargs="?", const=gpu, type=pathlib.Path, help="rewrite its tables")
     arguments = parser.parse_args(argv)
     files = arguments.files or newest()
     if not files:
         print(f"no results in {RESULTS}: run python -m bench.run first")
         return 1
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
-    if not (arguments.plots or arguments.readme or arguments.performance):
+    if not (arguments.plots or arguments.readme or arguments.performance or arguments.gpu):
         print("\n\n".join(_text(result) for result in results.values()))
     if arguments.plots:
         for path, result in results.items():
-            if "cases" not in result:
+            if result["meta"]["suite"] == "end-to-end":  # a table of few rows
                 continue
             print("\n".join(f"wrote {plot}" for plot in plots.draw(result, path.parent, path.stem)))
     if arguments.readme is not None:
@@ -300,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         suites = ("smoke", "cpu", "gpu")
         blocks = [markdown(result) for result in shown.values() if result["meta"]["suite"] in suites]
         blocks += [folded(result) for result in of_other_devices(results, "cpu")]
-        blocks += [pictures(path.with_suffix(""), arguments.readme) for path in shown]
+        blocks += [pictures(p.with_suffix(""), arguments.readme) for p, result in shown.items() if "cases" in result]
         blocks.append("\n".join(ledger_lines(bullet="- ")))
         rewrite(arguments.readme, "bench", [block for block in blocks if block])
         print(f"rewrote the table in {arguments.readme} from {', '.join(path.name for path in shown)}")
@@ -317,6 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not written:
             print("no result: run python -m bench.run --suite sweep or python -m bench.end_to_end first")
             return 1
+    if arguments.gpu is not None:
+        for mark in write_gpu(arguments.gpu, newest_of_suites(results)):
+            print(f"rewrote the table {mark} in {arguments.gpu}")
     return 0
 
 

@@ -204,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [peers.OURS, *(name for name in arguments.peers if name != peers.OURS)]
     folder = arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    path = unfinished(folder, arguments.suite, arguments.op, device) if arguments.resume else None
+    path = None
+    for known in dict.fromkeys((folder, report.RESULTS)) if arguments.resume else ():
+        path = path or unfinished(known, arguments.suite, arguments.op, device)
     resumed = None if path is None else json.loads(path.read_text(encoding="utf-8"))
     if resumed is not None:
         print(f"going on with {path}: {len(resumed['cases'])} cases are there", file=sys.stderr)

@@ -18,11 +18,11 @@ _FOUND = 86  # the exit status that we ask for where the tool found something
 _OURS = "kns=rl4llm"  # kernels with our namespace in their name: torch's are not on trial
 
 
-def program() -> str | None:
-    """The path of compute-sanitizer, in PATH or in a toolkit."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+def program(name: str = "compute-sanitizer") -> str | None:
+    """The path of a tool of NVIDIA's, in PATH or in a toolkit."""
+    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     places = [os.path.join(home, "bin") for home in homes if home]
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
 
 
 def spread(names: Sequence[str], count: int = TESTS) -> list[str]:

@@ -6,6 +6,7 @@ tensors, or a loss with metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import rl4llm_fast as rf
 
 UPSTREAM = "upstream"  # the gradient of a result that is no loss
 _GAMMA, _LAM, _STEPS, _CLIP, _BETA = 0.99, 0.95, 4, 0.2, 0.1
+_REASONING = 8  # steps of an answer that are rewarded
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def inputs(op: str, shape: tuple[int, ...], generator: torch.Generator) -> dict[
             made[name] = made["values"] + torch.randn(shape, generator=generator, device=device) * 0.2
         elif name == "mask":
             made[name] = _answers(rows, positions, generator)
+        elif name == "step_rewards":
+            made[name] = torch.randn((rows, _REASONING), generator=generator, device=device)
+        elif name == "step_ends":
+            each = positions // _REASONING
+            made[name] = torch.arange(1, _REASONING + 1, device=device).mul(each).sub(1).repeat(rows, 1)
         elif name == "desirable":
             made[name] = torch.rand(rows, generator=generator, device=device) < 0.5
         elif name != "logp":
@@ -102,6 +109,18 @@ def _n_step_returns(rewards: Tensor, values: Tensor) -> Tensor:
     for _ in range(_STEPS):
         result = rewards + _GAMMA * torch.nn.functional.pad(result[:, 1:], (0, 1))
     return result
+
+
+def _group(step_rewards: Tensor) -> int:
+    """Answers of a group: eight, or what divides them all."""
+    return math.gcd(8, step_rewards.shape[0])
+
+
+def _process_advantages(step_rewards: Tensor, step_ends: Tensor, logp: Tensor) -> Tensor:
+    rewards = step_rewards.view(-1, _group(step_rewards) * _REASONING)
+    normed = ((rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)).view_as(step_rewards)
+    reached = step_ends[:, :, None] >= torch.arange(logp.shape[1], device=logp.device)
+    return torch.where(reached, normed[:, :, None], 0.0).sum(1)
 
 
 def _kto_loss(logp: Tensor, ref_logp: Tensor, desirable: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -166,6 +185,16 @@ OPS = {
         forward_bytes=2 * 4 + 4,
         backward_bytes=0,
         flops=2 * _STEPS,
+    ),
+    "process_advantages": Op(
+        ("step_rewards", "step_ends", "logp"),  # of the last the length alone is used
+        lambda rewards, ends, logp: rf.process_advantages(
+            rewards, ends, group_size=_group(rewards), length=logp.shape[1]
+        ),
+        _process_advantages,
+        forward_bytes=4,
+        backward_bytes=0,
+        flops=2,
     ),
 }
 

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import sized
+
 VARIANTS = ("fused", "eager", "trl")
 SAMPLED = ("grpo", "ppo")  # trainers that learn from answers to prompts
 Step = Callable[[], dict[str, float]]  # {"loss", "grad_norm"}
+# A step on a batch of as many answers as it was made for, and what forgets a step that ended half-way.
+Taker = tuple[Callable[[dict[str, Any]], dict[str, float]], Callable[[], object]]
 
 _RATE = 1e-6  # the weights move, the batch stays about on-policy
 _CLIP = 1.0
@@ -35,7 +39,8 @@ def make_batch(trainer: str, sizes: dict[str, int], vocabulary: int, seed: int =
     def answer() -> list[int]:
         return tokens(max(1, sizes["answer"] // 4), sizes["answer"])
 
-    prompts = [tokens(sizes["prompt"] // 2, sizes["prompt"]) for _ in range(sizes["prompts"])]
+    count = sizes["prompts"] if trainer in SAMPLED else sizes.get("pairs", sizes["prompts"])
+    prompts = [tokens(sizes["prompt"] // 2, sizes["prompt"]) for _ in range(count)]
     if trainer not in SAMPLED:
         return {"rows": [{"prompt": prompt, "chosen": answer(), "rejected": answer()} for prompt in prompts]}
     answers = [answer() for _ in prompts for _ in range(sizes["group"])]
@@ -51,38 +56,74 @@ def tokens_of(trainer: str, batch: dict[str, Any]) -> int:
     return prompts + sum(map(len, batch["answers"]))
 
 
-def make_step(trainer: str, variant: str, batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
-    """A function that takes one step and returns its loss and the gradient's norm before clipping."""
+def make_step(
+    trainer: str, variant: str, batch: dict[str, Any], model: str, precision: str, device: str, recompute: bool = False
+) -> Step:
+    """A function that takes one step and returns its loss and the gradient's norm before clipping.
+
+    model: a folder; without weights in it they are random, the same for everyone. recompute: every layer is computed
+    again in the backward pass.
+    """
     if variant == "trl":
-        return TRL[trainer](batch, model, precision, device)
-    settings = {
+        return TRL[trainer](batch, model, precision, device, recompute)
+    return MADE[trainer](batch, _settings(variant, model, precision, device, recompute), plain=variant == "eager")
+
+
+def make_grpo(
+    variant: str, batch: dict[str, Any], model: str, precision: str, device: str, recompute: bool = False
+) -> Taker:
+    """GRPO's step for any batch with as many prompts and answers as ``batch``."""
+    if variant == "trl":
+        return _trl_grpo_taker(batch, model, precision, device, recompute)
+    return _grpo_taker(batch, _settings(variant, model, precision, device, recompute), variant == "eager")
+
+
+def _settings(variant: str, model: str, precision: str, device: str, recompute: bool) -> dict[str, Any]:
+    return {
         "model": model,
         "precision": precision,
         "device": device,
         "learning_rate": _RATE,
         "max_grad_norm": _CLIP,
+        "gradient_checkpointing": recompute,
         "backend": "eager" if variant == "eager" else "auto",
         "output_dir": tempfile.mkdtemp(),
         "checkpoint_every": 0,
         "progress": False,
     }
-    return MADE[trainer](batch, settings, plain=variant == "eager")
+
+
+def _loaded(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer is given beside its config: of a folder without weights the model, which it could not load."""
+    if sized.has_weights(settings["model"]):
+        return {}
+    return dict(zip(("model", "tokenizer"), sized.load(settings["model"], settings["device"]), strict=True))
 
 
 def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+    take, _ = _grpo_taker(batch, settings, plain)
+    return lambda: take(batch)
+
+
+def _grpo_taker(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Taker:
     from rl4llm_fast.trainer.compare import plain_token_logprobs
     from rl4llm_fast.trainer.config import GRPOConfig
     from rl4llm_fast.trainer.grpo import Batch, GRPOTrainer
     from rl4llm_fast.trainer.tasks import Task
 
-    rollout = _rollout(batch)
-    given = Batch(rollout, [0.0] * len(rollout.answers), torch.tensor(batch["advantages"]))
     sizes = {"prompts_per_step": len(batch["prompts"]), "group_size": batch["group_size"]}
     config = GRPOConfig(**settings, **sizes, head="logits" if plain else "auto")
-    made = GRPOTrainer(config, task=Task(train=[[1]], reward=lambda example, answer: 0.0))
+    task = Task(train=[[1]], reward=lambda example, answer: 0.0)
+    made = GRPOTrainer(config, task=task, **_loaded(settings))
     if plain:
         made.policy.logprobs_op = plain_token_logprobs
-    return lambda: _two(made.update(given, step=1))
+
+    def take(given: dict[str, Any]) -> dict[str, float]:
+        rollout = _rollout(given)
+        unrewarded = Batch(rollout, [0.0] * len(rollout.answers), torch.tensor(given["advantages"]))
+        return _two(made.update(unrewarded, step=1))
+
+    return take, made.optimizer.discard
 
 
 def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
@@ -90,7 +131,7 @@ def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
 
     rows = batch["rows"]
     config = DPOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
-    made = DPOTrainer(config, rows=rows, heldout_rows=rows[:1])
+    made = DPOTrainer(config, rows=rows, heldout_rows=rows[:1], **_loaded(settings))
     if plain:
         _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
@@ -116,7 +157,8 @@ def _ppo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     rows = [{"prompt": prompt} for prompt in batch["prompts"]]
     longest = max(map(len, rollout.answers))
     once = {"epochs": 1, "minibatches": 1, "max_new_tokens": longest, "batch_size": size, "heldout": 0}
-    made = PPOTrainer(PPOConfig(**settings, **once), prompts=rows, reward=lambda example, answer: 0.0)
+    config, given = PPOConfig(**settings, **once), _loaded(settings)
+    made = PPOTrainer(config, prompts=rows, reward=lambda example, answer: 0.0, **given)
 
     def step() -> dict[str, float]:
         made.phases = Phases(made.device)
@@ -141,7 +183,8 @@ def _sft(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     from rl4llm_fast.trainer.sft import SFTConfig, SFTTrainer
 
     rows = _one_by_one(batch)
-    made = SFTTrainer(SFTConfig(**settings, batch_size=len(rows)), rows=rows, heldout_rows=rows[:1])
+    config = SFTConfig(**settings, batch_size=len(rows))
+    made = SFTTrainer(config, rows=rows, heldout_rows=rows[:1], **_loaded(settings))
     return lambda: _two(made.step(1))
 
 
@@ -149,7 +192,8 @@ def _rm(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     from rl4llm_fast.trainer.rm import RMConfig, RMTrainer
 
     rows = batch["rows"]
-    made = RMTrainer(RMConfig(**settings, batch_size=len(rows)), rows=rows, heldout_rows=rows[:1])
+    config = RMConfig(**settings, batch_size=len(rows))
+    made = RMTrainer(config, rows=rows, heldout_rows=rows[:1], **_loaded(settings))
     return lambda: _two(made.step(1))
 
 
@@ -158,7 +202,7 @@ def _kto(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
 
     rows = _one_by_one(batch)
     config = KTOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
-    made = KTOTrainer(config, rows=rows, heldout_rows=rows[:2])
+    made = KTOTrainer(config, rows=rows, heldout_rows=rows[:2], **_loaded(settings))
     if plain:
         _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
@@ -191,19 +235,24 @@ def _trl_arguments(precision: str, device: str) -> dict[str, Any]:
     }
 
 
-def _trl_model(model: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def _trl_model(model: str, device: str, recompute: bool) -> tuple[Any, Any]:
+    network, tokenizer = sized.load(model, device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device), tokenizer
+    if recompute:  # its trainers' own switch is thrown in their loop, which is not run here
+        network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return network, tokenizer
 
 
-def _trl_grpo(batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
+def _trl_grpo(batch: dict[str, Any], model: str, precision: str, device: str, recompute: bool) -> Step:
+    take, _ = _trl_grpo_taker(batch, model, precision, device, recompute)
+    return lambda: take(batch)
+
+
+def _trl_grpo_taker(batch: dict[str, Any], model: str, precision: str, device: str, recompute: bool) -> Taker:
     import datasets
     import trl
 
-    network, tokenizer = _trl_model(model, device)
+    network, tokenizer = _trl_model(model, device, recompute)
     size = batch["group_size"]
     arguments = trl.GRPOConfig(
         **_trl_arguments(precision, device),
@@ -221,44 +270,50 @@ def _trl_grpo(batch: dict[str, Any], model: str, precision: str, device: str) ->
         train_dataset=data,
         processing_class=tokenizer,
     )
-    prompts = [prompt for prompt in batch["prompts"] for _ in range(size)]
-    prompt_ids, prompt_mask = _padded(prompts, tokenizer.pad_token_id, left=True)
-    answer_ids, answer_mask = _padded(batch["answers"], tokenizer.pad_token_id, left=False)
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": answer_ids,
-        "completion_mask": answer_mask,
-        "advantages": torch.tensor(batch["advantages"]),
-        "num_items_in_batch": answer_mask.sum(),
-    }
-    return _trl_step(made, {name: t.to(device) for name, t in inputs.items()})
+    step = _trl_step(made)
+
+    def take(given: dict[str, Any]) -> dict[str, float]:
+        prompts = [prompt for prompt in given["prompts"] for _ in range(size)]
+        prompt_ids, prompt_mask = _padded(prompts, tokenizer.pad_token_id, left=True)
+        answer_ids, answer_mask = _padded(given["answers"], tokenizer.pad_token_id, left=False)
+        inputs = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": answer_ids,
+            "completion_mask": answer_mask,
+            "advantages": torch.tensor(given["advantages"]),
+            "num_items_in_batch": answer_mask.sum(),
+        }
+        return step({name: t.to(device) for name, t in inputs.items()})
+
+    return take, lambda: made.model.zero_grad()
 
 
-def _trl_dpo(batch: dict[str, Any], model: str, precision: str, device: str) -> Step:
+def _trl_dpo(batch: dict[str, Any], model: str, precision: str, device: str, recompute: bool) -> Step:
     import datasets
     import trl
 
-    network, tokenizer = _trl_model(model, device)
+    network, tokenizer = _trl_model(model, device, recompute)
     rows = batch["rows"]
     arguments = trl.DPOConfig(
         **_trl_arguments(precision, device), per_device_train_batch_size=len(rows), beta=_BETA, max_length=None
     )
     data = datasets.Dataset.from_list([{"prompt": "w", "chosen": " w", "rejected": " w w"}])
-    reference, _ = _trl_model(model, device)
+    reference, _ = _trl_model(model, device, recompute=False)
     made = trl.DPOTrainer(network, ref_model=reference, args=arguments, train_dataset=data, processing_class=tokenizer)
     named = [{f"{name}_ids": ids for name, ids in row.items()} for row in rows]
-    inputs = made.data_collator(named)
-    return _trl_step(made, {name: t.to(device) for name, t in inputs.items()})
+    inputs = {name: t.to(device) for name, t in made.data_collator(named).items()}
+    step = _trl_step(made)
+    return lambda: step(inputs)
 
 
-def _trl_step(made: Any, inputs: dict[str, Any]) -> Step:
+def _trl_step(made: Any) -> Callable[[dict[str, Any]], dict[str, float]]:
     """Forward, backward, clipping and optimizer, as the trainer's own loop takes them around its loss."""
     made.current_gradient_accumulation_steps = 1
     made.create_optimizer()
     network = made.model.train()
 
-    def step() -> dict[str, float]:
+    def step(inputs: dict[str, Any]) -> dict[str, float]:
         with made.compute_loss_context_manager():
             loss = made.compute_loss(network, inputs)
         made.accelerator.backward(loss)

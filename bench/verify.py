@@ -328,7 +328,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--kernel: wanted files among {', '.join(known)}, got {', '.join(unknown)}")
     if arguments.plan:
+        from . import campaign  # which plans this command too
+
         print(plan(kernels, read_ledger(LEDGER)))
+        print(f"\nwith what stands before and after it on a GPU:\n{campaign.text()}")
         return HELD
     if not torch.cuda.is_available():
         print(

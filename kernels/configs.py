@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -17,6 +19,7 @@ class Launch:
     warps: int
     registers: int  # budget per thread on sm_80, sm_90 and sm_100; tests/test_triton_aot.py holds the compiler to it
     why: str
+    maxnreg: int | None = None  # what ptxas is held to, on NVIDIA; None: it chooses
 
 
 # (kernel, bytes per logit) -> launch
@@ -46,12 +49,13 @@ WARP = 32
 MAX_PART = 32_768
 PART_STEP = 1_024  # parts are multiples of this, so that each starts on 16 bytes where the row does
 
+VECTOR_BYTES = 16  # of a row that one lane of a sum takes at a time: the widest load there is. Not yet measured.
 IDS_BLOCK = 32  # chosen ids read at a time when a row is finished: one warp's width
 
 
 def vector(element_size: int) -> int:
-    """Elements in one 16-byte load."""
-    return 16 // element_size
+    """Elements in VECTOR_BYTES."""
+    return VECTOR_BYTES // element_size
 
 
 def part_columns(vocabulary: int) -> int:
@@ -69,6 +73,14 @@ def row_launch(kernel: str, element_size: int, columns: int) -> tuple[int, int]:
         block //= 2
         warps = max(1, warps // 2)
     return block, warps
+
+
+def row_options(kernel: str, element_size: int, columns: int) -> dict[str, int | bool]:
+    """``row_launch`` as a kernel takes it, with COMPILE and the cap on registers of a row that has one."""
+    block, warps = row_launch(kernel, element_size, columns)
+    cap = LAUNCHES[kernel, element_size].maxnreg
+    options: dict[str, int | bool] = {"BLOCK_V": block, "num_warps": warps, **COMPILE}
+    return options if cap is None or torch.version.hip is not None else {**options, "maxnreg": cap}
 
 
 # Scans over sequences. A part is what one program scans; a longer sequence is read twice, so that few long ones still

@@ -334,8 +334,7 @@ def kl_divergence_fwd(
     columns = configs.part_columns(V)
     parts = max(1, triton.cdiv(V, columns))
     grid = check_grid("kl_divergence_fwd", N * parts)
-    block, warps = configs.row_launch("kl_divergence_fwd", wide, min(V, columns))
-    tile = {"BLOCK_V": block, "VEC": configs.vector(narrow), "num_warps": warps, **configs.COMPILE}
+    tile = {"VEC": configs.vector(narrow), **configs.row_options("kl_divergence_fwd", wide, min(V, columns))}
     join = {"BLOCK_PARTS": triton.next_power_of_2(parts), "num_warps": 1, **configs.COMPILE}
     hyper = (*number_or_pointer(temperature), *number_or_pointer(softcap))
     per_row = int(temperature.dim() > 0)
@@ -377,14 +376,14 @@ def kl_divergence_bwd_into(
     if logits.numel() == 0:
         return
     wide = max(logits.element_size(), ref_logits.element_size())
-    block, warps = configs.row_launch("kl_divergence_bwd", wide, V)
-    grid = check_grid("kl_divergence_bwd", B * T * triton.cdiv(V, block))
+    row = configs.row_options("kl_divergence_bwd", wide, V)
+    grid = check_grid("kl_divergence_bwd", B * T * triton.cdiv(V, row["BLOCK_V"]))
     weight = number_or_pointer(beta) if direction == "jsd" else (None, None)
     with on_device(logits):
         kl_divergence_bwd_kernel[grid](
             logits, ref_logits, mask, *number_or_pointer(temperature), *number_or_pointer(softcap), *weight, *saved,
             dlogits, T, V, *row_strides(logits), *row_strides(ref_logits), *row_strides(dlogits),
-            int(temperature.dim() > 0), DIRECTION=direction, BLOCK_V=block, num_warps=warps, **configs.COMPILE,
+            int(temperature.dim() > 0), DIRECTION=direction, **row,
         )  # fmt: skip
 
 

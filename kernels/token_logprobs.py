@@ -296,7 +296,7 @@ def token_logprobs_fwd(
     columns = configs.part_columns(V)
     parts = max(1, triton.cdiv(V, columns))
     partial = logits.new_empty((N, parts, 3), dtype=torch.float32) if parts > 1 else None
-    block, warps = configs.row_launch("token_logprobs_fwd", logits.element_size(), min(V, columns))
+    row = configs.row_options("token_logprobs_fwd", logits.element_size(), min(V, columns))
     grid = check_grid("token_logprobs_fwd", N * parts)
     inputs = (logits, token_ids, mask, *number_or_pointer(temperature), *number_or_pointer(softcap))
     outputs = (partial, logp, entropy if return_entropy else None, row_max, log_sum)
@@ -304,8 +304,8 @@ def token_logprobs_fwd(
     flags = {"ID_PER_ROW": token_ids.dim() == 1, "BLOCK_K": configs.IDS_BLOCK}
     with on_device(logits):
         token_logprobs_fwd_kernel[grid](
-            *inputs, *outputs, *sizes, parts, columns, **flags, ENTROPY=return_entropy, BLOCK_V=block,
-            VEC=configs.vector(logits.element_size()), num_warps=warps, **configs.COMPILE,
+            *inputs, *outputs, *sizes, parts, columns, **flags, ENTROPY=return_entropy,
+            VEC=configs.vector(logits.element_size()), **row,
         )  # fmt: skip
         if parts > 1:
             token_logprobs_merge_kernel[(N,)](
@@ -335,14 +335,14 @@ def token_logprobs_bwd_into(
     if logits.numel() == 0:
         return
     K = 1 if token_ids.dim() == 1 else token_ids.shape[1]
-    block, warps = configs.row_launch("token_logprobs_bwd", logits.element_size(), V)
-    grid = check_grid("token_logprobs_bwd", B * T * triton.cdiv(V, block))
+    row = configs.row_options("token_logprobs_bwd", logits.element_size(), V)
+    grid = check_grid("token_logprobs_bwd", B * T * triton.cdiv(V, row["BLOCK_V"]))
     with on_device(logits):
         token_logprobs_bwd_kernel[grid](
             logits, token_ids, mask, *number_or_pointer(temperature), *number_or_pointer(softcap), row_max, log_sum,
             entropy if grad_entropy is not None else None, grad_logp, grad_entropy, dlogits, T, V, K,
             *row_strides(logits), *row_strides(dlogits), int(temperature.dim() > 0), ignore_index,
-            ID_PER_ROW=token_ids.dim() == 1, BLOCK_V=block, num_warps=warps, **configs.COMPILE,
+            ID_PER_ROW=token_ids.dim() == 1, **row,
         )  # fmt: skip
 
 

@@ -25,11 +25,15 @@ from .errors import BackendError
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
-# Choice by device, best first. Triton before CUDA C++ until a table measured on a GPU says otherwise, op by op.
+# Choice by device, best first. Triton before CUDA C++ where MEASURED does not say otherwise.
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "eager"),
     "cuda": ("triton", "cuda", "eager"),
 }
+
+# op -> the faster backend on a GPU, with the GPU and by how much; `python -m bench.tune` prints the rows. By the op
+# alone: the two order their sums differently, so a choice by N would change a row's bits with the batch around it.
+MEASURED: dict[str, str] = {}
 
 _LINEAR_LOSS = (
     "linear_policy_loss_fwd", "token_logprobs_fwd", "token_logprobs_bwd_", "policy_loss_fwd", "token_loss_bwd"
@@ -192,7 +196,9 @@ def _build_tables() -> None:
         for device in ("cpu", "cuda"):
             for backend in BACKENDS:
                 _UNUSABLE[op, backend, device] = _probe(op, backend, device)
-            _AUTOMATIC[op, device] = next(b for b in _PREFERENCE[device] if _UNUSABLE[op, b, device] is None)
+            faster = [MEASURED[op]] if device == "cuda" and op in MEASURED else []
+            order = (*faster, *_PREFERENCE[device])
+            _AUTOMATIC[op, device] = next(b for b in order if _UNUSABLE[op, b, device] is None)
 
 
 _build_tables()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+GPU_WORKSPACE = 512 * MIB  # of logits that are there at once; not yet measured
 BY_RULE = 0  # as chunk_tokens of an op
 _SLICED_TOKENS = 2048  # tokens a chunk whose vocabulary is sliced
 _SLICED_WORKSPACE = 32 * MIB
@@ -44,7 +45,7 @@ def chunk_rule(
     wide = logits_dtype is not None and logits_dtype != compute_dtype
     itemsize = compute_dtype.itemsize + (logits_dtype.itemsize if wide and logits_dtype is not None else 0)
     if device != "cpu":
-        workspace = 512 * MIB
+        workspace = GPU_WORKSPACE
     else:
         workspace = (64 if compute_dtype.itemsize >= 4 else 256) * MIB
     tokens = workspace // (max(vocabulary, 1) * itemsize)  # a vocabulary-parallel rank may have no row

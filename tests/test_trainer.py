@@ -160,6 +160,17 @@ def test_layout_tree_by_hand():
     ]  # fmt: skip
 
 
+def test_long_answers_take_rows_of_their_own_without_a_mask(monkeypatch):
+    """One row for four answers of 20,000 tokens would need a mask of 6.4e9 entries: it is not made for nothing."""
+    policy = Policy(tiny_model())
+    prompts, short = [[1, 2, 3]] * 4, [[5, 6, 7], [5, 6, 8], [5, 9, 7], [4, 6, 7]]
+    assert policy.choose_layout(prompts, short, [0] * 4).visible is not None
+    monkeypatch.setattr("rl4llm_fast.trainer.policy.layout_of", None)
+    layout = policy.choose_layout(prompts, [[4 + i] * 20_000 for i in range(4)], [0] * 4)
+    assert layout.visible is None
+    assert layout.shape == (4, 20_002)
+
+
 def test_the_formula_that_the_demo_compares_with():
     logits, ids = torch.randn(5, V) * 3, torch.arange(5)
     for options in ({"temperature": 1.0}, {"temperature": 0.5, "softcap": 4.0, "return_entropy": True}):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from ahead_of_time import AMD, NVIDIA, assert_fits, wide
 
+from bench import knobs, static
+
 triton = ahead_of_time.importorskip()
 
 from rl4llm_fast.kernels import configs, kl, rows, token_logprobs  # noqa: E402
@@ -32,12 +34,12 @@ CASES = {
 }
 
 
-def compile_kernel(kernel, dtype, constants, target, warps, ref_dtype=None):
+def compile_kernel(kernel, dtype, constants, target, warps, ref_dtype=None, nvidia=None):
     types = POINTERS | DIVISIBLE | INTEGERS | {"temperature": "fp32", "softcap": "fp32", "beta": "fp32"}
     types |= {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"}
     types |= dict.fromkeys(("ref_logits_ptr", "other_logits_ptr"), f"*{ref_dtype}")
     assert not set(kernel.arg_names) - types.keys() - constants.keys()
-    return ahead_of_time.compile_kernel(kernel, types, constants, warps, target, DIVISIBLE)
+    return ahead_of_time.compile_kernel(kernel, types, constants, warps, target, DIVISIBLE, nvidia)
 
 
 def kernel_case(name, dtype, case):
@@ -153,3 +155,20 @@ def test_every_launch_says_why():
     for launch in configs.LAUNCHES.values():
         assert launch.why
         assert launch.block % (launch.warps * configs.WARP) == 0
+
+
+@pytest.mark.parametrize("name", ["token_logprobs_fwd", "token_logprobs_bwd"])
+def test_candidates_of_the_tuner_compile(name):
+    """The smallest and the largest block of bench.tune; a cap on registers is kept to; stages change no instruction."""
+    kernel, constants, warps, _ = kernel_case(name, "bf16", "plain")
+    (knob,) = [knob for knob in knobs.knobs() if knob.name == f"LAUNCHES {name} 2"]
+    for block, its_warps in (min(knob.candidates), max(knob.candidates)):
+        compiled = compile_kernel(kernel, "bf16", constants | {"BLOCK_V": block}, NVIDIA[1], its_warps)
+        assert compiled.metadata.shared <= 227 * 1024
+    plain, capped, *staged = (
+        compile_kernel(kernel, "bf16", constants, NVIDIA[1], warps, nvidia=options)
+        for options in ({}, {"maxnreg": 48}, {"num_stages": 1}, {"num_stages": 4})
+    )
+    assert all(other.asm["ptx"] == plain.asm["ptx"] for other in staged)
+    figures = static.read(capped.asm["cubin"], 90, capped.metadata.shared)[capped.metadata.name]
+    assert figures.registers <= 48

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,12 @@ class Layout:
     source: Tensor  # (M,) flat index in (R, S) of the token that predicts prediction m
     token_ids: Tensor  # (M,) what is predicted there
     prediction: Tensor  # (N,) answers' tokens, one answer after the other -> which of the M predictions
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, S)."""
+        rows, width = self.input_ids.shape
+        return rows, width
 
     def to(self, device: torch.device) -> Layout:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
@@ -82,8 +89,22 @@ def _grow(prompt: list[int], answers: Sequence[list[int]]) -> _Tree:
     return tree
 
 
-def shared_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]) -> Layout:
-    """One row for each run of equal ``groups`` (which share a prompt), as a tree of tokens."""
+@dataclass
+class Forest:
+    """One tree for each run of equal groups (which share a prompt), the nodes of it that are computed, its prompt's
+    length: all of ``shared_layout`` but the mask, which grows with the square of a row."""
+
+    trees: list[_Tree]
+    kept: list[np.ndarray[Any, Any]]
+    lengths: list[int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, S) of the layout."""
+        return len(self.trees), max(len(nodes) for nodes in self.kept)
+
+
+def grow_forest(prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]) -> Forest:
     starts = [i for i in range(len(answers)) if i == 0 or groups[i] != groups[i - 1]]
     bounds = [*starts, len(answers)]
     trees = [_grow(prompts[a], answers[a:b]) for a, b in pairwise(bounds)]
@@ -93,7 +114,18 @@ def shared_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], gr
         np.union1d(np.arange(length), np.asarray(tree.parents[length:], dtype=np.int64))
         for tree, length in zip(trees, lengths, strict=True)
     ]
-    width = max(len(nodes) for nodes in kept)
+    return Forest(trees, kept, lengths)
+
+
+def shared_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]) -> Layout:
+    """One row for each run of equal ``groups`` (which share a prompt), as a tree of tokens."""
+    return layout_of(grow_forest(prompts, answers, groups))
+
+
+def layout_of(forest: Forest) -> Layout:
+    """The trees as rows, with the mask of what each token attends to."""
+    trees, kept, lengths = forest.trees, forest.kept, forest.lengths
+    _, width = forest.shape
     input_ids = torch.zeros(len(trees), width, dtype=torch.long)
     position_ids = torch.zeros(len(trees), width, dtype=torch.long)
     visible = np.zeros((len(trees), 1, width, width), dtype=bool)
@@ -159,8 +191,8 @@ def packed_layout(prompts: Sequence[list[int]], answers: Sequence[list[int]], wi
     )
 
 
-def forward_flops(layout: Layout, parameters: int, layers: int, hidden: int) -> float:
-    """Multiply-adds of a forward pass: the weights for each token, and attention, causal (half) or masked (all)."""
-    rows, width = layout.input_ids.shape
-    attention = layers * hidden * width * width * (1 if layout.visible is None else 2)
+def forward_flops(shape: tuple[int, int], masked: bool, parameters: int, layers: int, hidden: int) -> float:
+    """Multiply-adds of a forward pass over (R, S): the weights for each token; attention, causal (half) or masked."""
+    rows, width = shape
+    attention = layers * hidden * width * width * (2 if masked else 1)
     return float(rows * (width * parameters + attention))

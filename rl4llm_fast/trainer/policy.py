@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .layout import Layout, forward_flops, plain_layout, shared_layout
+from .layout import Layout, forward_flops, grow_forest, layout_of, plain_layout, shared_layout
 
 Hook = Callable[[], None]
 
@@ -69,10 +69,11 @@ class Policy:
         plain = plain_layout(prompts, answers)
         if self.layout == "plain":
             return plain.to(self.device)
-        shared = shared_layout(prompts, answers, groups)
+        forest = grow_forest(prompts, answers, groups)
         size = (self.parameters, self.config.num_hidden_layers, self.config.hidden_size)
-        cheaper = forward_flops(shared, *size) < forward_flops(plain, *size)
-        return (shared if cheaper or self.layout == "shared" else plain).to(self.device)
+        # Before there is a mask: of long answers it would outgrow the memory that the plain rows spare.
+        cheaper = forward_flops(forest.shape, True, *size) < forward_flops(plain.shape, False, *size)
+        return (layout_of(forest) if cheaper or self.layout == "shared" else plain).to(self.device)
 
     def token_logprobs(
         self,
