@@ -194,7 +194,8 @@ def markdown(result: dict[str, Any]) -> str:
     for record in result["cases"]:
         by_name = {r["implementation"]: r for r in record["results"]}
         ours = by_name[OURS]
-        cells = [title(record), _milliseconds(ours) if ours.get("correct") else "result wrong: not shown"]
+        right = ours.get("correct") or ours["status"] == "absent"
+        cells = [title(record), _milliseconds(ours) if right else "result wrong: not shown"]
         cells += [_against(by_name.get(peer, {})) for peer in peers]
         cells += [_mib(ours), _mib(by_name.get("eager", {}))]
         lines.append("| " + " | ".join(cells) + " |")
@@ -210,7 +211,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _milliseconds(r: dict[str, Any]) -> str:
-    return _time(r["median_ms"]) if "median_ms" in r else r.get("status", "–")
+    if "median_ms" in r:
+        return _time(r["median_ms"])
+    return f"not run: {r['reason']}" if "reason" in r else r.get("status", "–")
 
 
 def _time(milliseconds: float) -> str:
