@@ -172,7 +172,12 @@ def stem(meta: dict[str, Any]) -> str:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measure the library here.")
-    parser.add_argument("--suite", choices=cases.SUITES, default="smoke")
+    parser.add_argument(
+        "--suite",
+        choices=cases.SUITES,
+        default="smoke",
+        help="smoke: token_logprobs at V 49,152; cpu, gpu: every op; sweep: time against each size (default: smoke)",
+    )
     parser.add_argument("--op", help="only the cases of this op")
     parser.add_argument("--peers", help="comma-separated; default: all, in the suite sweep eager and loop")
     parser.add_argument("--base", metavar="GITREF", help="also build and measure this git ref, interleaved")

@@ -121,9 +121,16 @@ def _date(path: pathlib.Path) -> str:
 
 
 def write(page: pathlib.Path, record: dict[str, dict[str, Any]]) -> list[str]:
-    """Fill the last two cells of the page's rows; the names of rows that have no run."""
-    lines, missing = page.read_text(encoding="utf-8").split("\n"), []
+    """Fill the last two cells of the page's rows; the names of rows that have no run.
+
+    Tables between marks are other tables, whose rows may have the same first cell: they are left alone.
+    """
+    lines, missing, marked = page.read_text(encoding="utf-8").split("\n"), [], False
     for i, line in enumerate(lines):
+        if line.startswith("<!-- "):
+            marked = line.endswith(":begin -->")
+        if marked:
+            continue
         cells = [cell.strip() for cell in line.split(" | ")]
         name = cells[0].removeprefix("|").strip()
         if len(cells) < 7 or name not in SOURCES:

@@ -168,6 +168,7 @@ def _groups(rewards: Tensor, name: str, group_size: int | None, group_ids: Tenso
         checks.has_shape("group_ids", group_ids, (answers,), name)
         checks.same_device("group_ids", group_ids, rewards, name)
         return group_ids.long().contiguous()
+    checks.integer("group_size", group_size)
     if group_size is not None and (group_size < 1 or answers % group_size):
         raise ValueError(f"group_size: wanted a divisor of the {answers} {name}, got {group_size}")
     return None

@@ -119,6 +119,15 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
+def in_range(name: str, value: object, least: float, below: float | None = None, *, strict: bool = False) -> None:
+    """least <= value < below, or least < value, for a plain number; tensors and None are not looked at."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not (value > least if strict else value >= least) or (below is not None and not value < below):
+        upper = "" if below is None else f" and < {below:g}"
+        raise ValueError(f"{name}: wanted a number {'>' if strict else '>='} {least:g}{upper}, got {value}")
+
+
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")

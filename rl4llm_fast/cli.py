@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from .trainer.settings import RunConfig
+
+C = TypeVar("C", bound="RunConfig")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,8 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
     commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
-    train = commands.add_parser("train", help="train a language model")
-    train.add_argument("algorithm", choices=["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo", "r1", "distill"])
+    train = commands.add_parser(
+        "train",
+        help="train a language model",
+        epilog="Settings and their defaults are the fields of the trainer's config, as rl4llm_fast.trainer.DPOConfig; "
+        "the folder examples has a TOML file for each algorithm.",
+    )
+    train.add_argument(
+        "algorithm",
+        choices=["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo", "r1", "distill"],
+        help="README.md says what each learns from",
+    )
     train.add_argument("config", nargs="?", help="a TOML file; without it the defaults")
     train.add_argument(
         "--set",
@@ -41,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return demo([])
         else:
             _train(arguments.algorithm, arguments.config, arguments.overrides)
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"rl4llm-fast: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -59,23 +74,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
     from . import trainer
+    from .trainer.data import DataConfig, check_files
+
+    def fill(kind: type[C]) -> C:
+        config = trainer.fill(kind, path, overrides)
+        if isinstance(config, DataConfig):
+            check_files(config)  # before a model is loaded
+        return config
 
     if algorithm == "sft":
-        result = trainer.train_sft(trainer.fill(trainer.SFTConfig, path, overrides))
+        result = trainer.train_sft(fill(trainer.SFTConfig))
     elif algorithm == "rm":
-        result = trainer.train_rm(trainer.fill(trainer.RMConfig, path, overrides))
+        result = trainer.train_rm(fill(trainer.RMConfig))
     elif algorithm == "dpo":
-        result = trainer.train_dpo(trainer.fill(trainer.DPOConfig, path, overrides))
+        result = trainer.train_dpo(fill(trainer.DPOConfig))
     elif algorithm == "curry":
-        result = trainer.train_curry(trainer.fill(trainer.CurryConfig, path, overrides))
+        result = trainer.train_curry(fill(trainer.CurryConfig))
     elif algorithm == "kto":
-        result = trainer.train_kto(trainer.fill(trainer.KTOConfig, path, overrides))
+        result = trainer.train_kto(fill(trainer.KTOConfig))
     elif algorithm == "ppo":
-        result = trainer.train_ppo(trainer.fill(trainer.PPOConfig, path, overrides))
+        result = trainer.train_ppo(fill(trainer.PPOConfig))
     elif algorithm == "r1":
-        result = trainer.train_r1(trainer.fill(trainer.R1Config, path, overrides))
+        result = trainer.train_r1(fill(trainer.R1Config))
     elif algorithm == "distill":
-        result = trainer.train_distill(trainer.fill(trainer.DistillConfig, path, overrides))
+        result = trainer.train_distill(fill(trainer.DistillConfig))
     else:
         result = trainer.train_grpo(trainer.load_config(path, overrides))
     rewards = [row["reward_mean"] for row in result.history if "reward_mean" in row][-10:]

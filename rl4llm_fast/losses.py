@@ -130,7 +130,10 @@ def policy_loss(
     _needs("kl_coef", kl_coef, "ref_logp", ref_logp)
     _needs("entropy_coef", entropy_coef, "entropy", entropy)
     mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
-    _check_rollout(rollout_correction, rollout_level, rollout_logp)
+    _check_rollout(rollout_correction, rollout_level, rollout_logp, rollout_cap, rollout_floor)
+    counts = (("num_tokens", num_tokens), ("num_sequences", num_sequences), ("max_length", max_length))
+    for name, count in (*counts, ("dp_size", dp_size)):
+        checks.in_range(name, count, 0.0)
     dtype = accumulation_dtype(logp.dtype)
 
     def rows(tensor: Tensor | None) -> Any:
@@ -273,6 +276,9 @@ def _one_ratio(
     return loss, metrics
 
 
+_MORE_THAN = {"dual_clip": 1.0, "delta": 1.0, "tau_pos": 0.0, "tau_neg": 0.0, "cap": 0.0}
+
+
 def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
     """The formula's name, and its knobs by name."""
     if kind not in formulas.KINDS:
@@ -285,13 +291,13 @@ def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, 
     for name, value in knobs.items():
         if value is None and defaults[name] is not None:
             raise ValueError(f"{name}: wanted a number or a 0-d tensor, got None")
-    if knobs.get("dual_clip") is not None and knobs.get("delta") is not None:
-        raise ValueError("dual_clip, delta: two names of one bound; give one of them")
-    for name, least in (("dual_clip", 1.0), ("delta", 1.0), ("tau_pos", 0.0), ("tau_neg", 0.0)):
-        value = knobs.get(name)
-        if defaults is not None and name in defaults and isinstance(value, (int, float)) and not value > least:
-            raise ValueError(f"{name}: wanted a number > {least:g}, got {value}")
     formula, values = formulas.formula_of(kind, knobs)
+    if formulas.FORMULAS[formula].builtin:  # a user's knob of such a name has a meaning of its own
+        if knobs.get("dual_clip") is not None and knobs.get("delta") is not None:
+            raise ValueError("dual_clip, delta: two names of one bound; give one of them")
+        for name, value in knobs.items():
+            if name in _MORE_THAN or name in ("eps_low", "eps_high"):
+                checks.in_range(name, value, _MORE_THAN.get(name, 0.0), strict=name in _MORE_THAN)
     return formula, dict(zip(formulas.FORMULAS[formula].knobs, values, strict=True))
 
 
@@ -319,7 +325,7 @@ def check_advantages(advantages: Tensor, layout: Sequences, logp: Tensor) -> boo
     raise ValueError(f"advantages: wanted {checks.shape(logp)} like logp{per_sequence}; got {checks.shape(advantages)}")
 
 
-def _check_rollout(correction: str | None, level: str, rollout: Tensor | None) -> None:
+def _check_rollout(correction: str | None, level: str, rollout: Tensor | None, cap: Number, floor: Number) -> None:
     checks.choice("rollout_level", level, ("token", "sequence"))
     if correction is None:
         if rollout is not None:
@@ -328,6 +334,10 @@ def _check_rollout(correction: str | None, level: str, rollout: Tensor | None) -
     checks.choice("rollout_correction", correction, tuple(formulas.CORRECTIONS))
     if rollout is None:
         raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
+    checks.in_range("rollout_cap", cap, 0.0, strict=True)
+    checks.in_range("rollout_floor", floor, 0.0)
+    if isinstance(cap, (int, float)) and isinstance(floor, (int, float)) and floor > cap:
+        raise ValueError(f"rollout_floor: wanted at most rollout_cap = {cap}, got {floor}")
 
 
 def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Tensor:

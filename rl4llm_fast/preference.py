@@ -106,9 +106,10 @@ def preference_loss(
     rejected = Answers("rejected", "logp_rejected", logp_rejected, ref_rejected, mask_rejected, cu_seqlens_rejected)
     checks.same_device("logp_rejected", logp_rejected, logp_chosen, "logp_chosen")
     if rejected.count != chosen.count:
+        forgotten = "; packed tokens want their cu_seqlens" if chosen.whole or rejected.whole else ""
         raise ValueError(
             f"logp_rejected: wanted {chosen.count} answers like logp_chosen, got {rejected.count} from the shape "
-            f"{checks.shape(logp_rejected)}"
+            f"{checks.shape(logp_rejected)}{forgotten}"
         )
     for name, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         if (ref is None) != (kind in _WITHOUT_REFERENCE):
@@ -118,7 +119,10 @@ def preference_loss(
         if kind not in _WITH_PROB:
             raise ValueError(f"prob: kind {kind!r} has none; kinds that have: {', '.join(_WITH_PROB)}")
         _check_per_pair("prob", prob, chosen)
-    _in_range("beta", beta, 0.0, None, kind in ("ipo",))
+        on_host = prob.device.type == "cpu" or checks.debug()
+        if on_host and not torch.compiler.is_compiling() and not bool(((prob >= 0) & (prob <= 1)).all()):
+            raise ValueError("prob: wanted probabilities in [0, 1] of every pair")
+    checks.in_range("beta", beta, 0.0, strict=kind == "ipo")
     dtype = torch.promote_types(accumulation_dtype(logp_chosen.dtype), accumulation_dtype(logp_rejected.dtype))
     if kind == "2d_dpo":
         return _two_dimensional(chosen, rejected, beta, given, dtype, backend)
@@ -173,7 +177,7 @@ def kto_loss(
     wanted = checks.live_mask("desirable", desirable, (answers.count,), logp, "one per answer")
     if wanted is None:
         raise TypeError("desirable: wanted a torch.Tensor, got NoneType")
-    _in_range("beta", beta, 0.0, None)
+    checks.in_range("beta", beta, 0.0)
     z: Number = 0.0 if kl is None else kl.detach() if isinstance(kl, Tensor) else kl
     dtype = accumulation_dtype(logp.dtype)
     labels = wanted.to(dtype)
@@ -286,19 +290,10 @@ def _knobs(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     if kind == "cpo":
         checks.choice("nll", knobs["nll"], ("sequence", "token"))
     if kind == "robust":
-        _in_range("label_smoothing", knobs["label_smoothing"], 0.0, 0.5)
+        checks.in_range("label_smoothing", knobs["label_smoothing"], 0.0, 0.5)
     if kind == "dpo":
-        _in_range("label_smoothing", knobs["label_smoothing"], 0.0, 1.0)
+        checks.in_range("label_smoothing", knobs["label_smoothing"], 0.0, 1.0)
     return knobs
-
-
-def _in_range(name: str, value: Number, least: float, below: float | None, strict: bool = False) -> None:
-    """least <= value < below, or least < value, for a plain number; tensors are not looked at."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    if not (value > least if strict else value >= least) or (below is not None and not value < below):
-        upper = "" if below is None else f" and < {below:g}"
-        raise ValueError(f"{name}: wanted a number {'>' if strict else '>='} {least:g}{upper}, got {value}")
 
 
 def _check_per_pair(name: str, tensor: Tensor, chosen: Answers) -> None:

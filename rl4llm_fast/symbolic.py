@@ -201,7 +201,10 @@ class Trace:
             return value.node
         if isinstance(value, (int, float)):
             return self.const(value)
-        raise FormulaError(f"wanted a number or a value of the formula, got {type(value).__name__}")
+        got = "None: does the function return its result?" if value is None else type(value).__name__
+        if isinstance(value, Maths):
+            got = "m itself: a function's first parameter is the maths namespace"
+        raise FormulaError(f"wanted a number or a value of the formula, got {got}")
 
     def run(
         self, formula: Callable[..., Any], inputs: Sequence[str], /, maths: type[Maths] = Maths, **static: Any
@@ -294,7 +297,7 @@ class Trace:
             return self._times(self.node("mul", node, self.node("sub", self.const(1.0), node)), dx)
         if op == "logsigmoid":
             return self._times(self.node("sigmoid", self.node("neg", args[0])), dx)
-        raise FormulaError(f"{op} has no derivative")  # pragma: no cover: every operation of Maths stands above
+        raise FormulaError(f"{op} has no derivative: it is a condition of m.where, not a number")
 
     def _where(self, condition: Node, yes: Node | None, no: Node | None) -> Node:
         zero = self.const(0.0)

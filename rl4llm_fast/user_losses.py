@@ -65,7 +65,7 @@ def token_loss(
             that is not one number per token or does not depend on logp, or a name that is taken.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"name: wanted a non-empty str, got {name!r}")
+        raise TypeError(f'name: wanted a non-empty str, as in @rf.token_loss("my_loss"), got {name!r}')
     defaults = dict(knobs or {})
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,10 +120,14 @@ def _check_formula(name: str, function: Callable[..., Any], knobs: tuple[str, ..
 
     parameters = list(inspect.signature(function).parameters)[1:]
     trace = Trace()
-    outputs = trace.run(function, parameters)
+    try:
+        outputs = trace.run(function, parameters)
+        slope = trace.derivative(outputs[0], "logp") if outputs else None
+    except (FormulaError, TypeError) as error:
+        raise FormulaError(f"token_loss {name!r}: {error}") from error
     if len(outputs) != 1:
         raise FormulaError(f"token_loss {name!r}: wanted one value per token, got {len(outputs)}")
-    if trace.derivative(outputs[0], "logp") is None:
+    if slope is None:
         raise FormulaError(f"token_loss {name!r}: the result does not depend on logp, or only through m.detach")
     used = codegen.inputs_of(outputs[0])
     for knob in knobs:

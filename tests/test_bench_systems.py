@@ -53,6 +53,18 @@ def test_figures_come_from_runs(tmp_path: pathlib.Path) -> None:
     assert (page.parent / systems.PLOT).read_bytes() == b"png"
 
 
+def test_tables_between_marks_are_left_alone(tmp_path: pathlib.Path) -> None:
+    """grpo_kinds.py names its rows as the table of systems does."""
+    page, (begin, end) = tmp_path / "page.md", report.marks("grpo_kinds")
+    kinds = "| GSPO | 0.24 | 0.67 | 0.39 -> 0.89 | 7.1 | 3.7 | 0.6 | 0.2 |"
+    page.write_text(f"{begin}\n{kinds}\n{end}\n| GSPO | f | e | c | m | – | – |", encoding="utf-8")
+    run = {"figure": "accuracy 1", "seed": 0, "date": "today", "seconds_a_step": None}
+    assert systems.write(page, {"GSPO": run}) == []
+    assert page.read_text(encoding="utf-8") == (
+        f"{begin}\n{kinds}\n{end}\n| GSPO | f | e | c | m | accuracy 1 | 0, today |"
+    )
+
+
 def test_every_row_of_the_page_has_a_source() -> None:
     page = (pathlib.Path(systems.ROOT) / "docs" / "systems.md").read_text(encoding="utf-8")
     names = {line.split(" | ")[0].removeprefix("| ") for line in page.split("\n") if line.count(" | ") == 6}

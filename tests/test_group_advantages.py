@@ -97,6 +97,9 @@ def test_empty(backend):
     [
         (ValueError, "group_size", {"group_size": 3}),
         (ValueError, "group_size", {"group_size": 0}),
+        (TypeError, "group_size: wanted an int, got float", {"group_size": 2.0}),
+        (TypeError, "group_size: wanted an int, got str", {"group_size": "2"}),
+        (TypeError, "group_size: wanted an int, got bool", {"group_size": True}),
         (ValueError, "group_ids", {}),
         (ValueError, "group_ids", {"group_size": 2, "group_ids": torch.zeros(4, dtype=torch.long)}),
         (ValueError, "group_ids", {"group_ids": torch.zeros(5, dtype=torch.long)}),

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_losses import KINDS
 
 import rl4llm_fast as rf
 from rl4llm_fast.testing import assert_as_good_as_eager
@@ -61,7 +62,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["pg", "cpi", "ppo_clip", "grpo", "gspo", "cispo", "sapo", "kl_pen"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("extra", ["plain", "regularised", "rollout token", "rollout sequence"])
 def test_is_the_composition(backend, kind, on_policy, extra):

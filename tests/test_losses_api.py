@@ -88,6 +88,7 @@ class TestRegistration:
         assert graphs == 1
 
 
+ROLLOUT = {"rollout_logp": torch.zeros(2, 3), "rollout_correction": "mask"}
 ERRORS = [
     ({"kind": "dpo"}, "kind: wanted one of pg, cpi"),
     ({"kind": "pg", "eps_low": 0.1}, "eps_low: not a knob of kind 'pg'"),
@@ -110,6 +111,16 @@ ERRORS = [
     ({"eps_low": torch.zeros(2)}, "eps_low: wanted a number or a 0-d tensor"),
     ({"eps_low": "0.2"}, "eps_low: wanted a number"),
     ({"eps_low": None}, "eps_low: wanted a number"),
+    ({"eps_low": -0.2}, "eps_low: wanted a number >= 0, got -0.2"),
+    ({"kind": "gspo", "eps_high": math.nan}, "eps_high: wanted a number >= 0, got nan"),
+    ({"kind": "cispo", "cap": 0.0}, "cap: wanted a number > 0"),
+    ({"num_tokens": -3}, "num_tokens: wanted a number >= 0, got -3"),
+    ({"num_sequences": -1}, "num_sequences: wanted a number >= 0"),
+    ({"max_length": -1.0}, "max_length: wanted a number >= 0"),
+    ({"dp_size": -2}, "dp_size: wanted a number >= 0"),
+    ({**ROLLOUT, "rollout_cap": -1.0}, "rollout_cap: wanted a number > 0"),
+    ({**ROLLOUT, "rollout_floor": -0.5}, "rollout_floor: wanted a number >= 0"),
+    ({**ROLLOUT, "rollout_floor": 2.5}, "rollout_floor: wanted at most rollout_cap = 2.0, got 2.5"),
 ]
 
 

@@ -164,6 +164,8 @@ class TestErrors:
             ({"kind": "hinge", "prob": torch.ones(2)}, ValueError, "prob: kind 'hinge' has none"),
             ({"prob": torch.ones(2), "label_smoothing": 0.1}, ValueError, "label_smoothing, prob"),
             ({"prob": torch.ones(3)}, ValueError, "prob: wanted the shape \\(2,\\)"),
+            ({"prob": torch.tensor([0.5, 1.5])}, ValueError, r"prob: wanted probabilities in \[0, 1\]"),
+            ({"prob": torch.tensor([0.5, float("nan")])}, ValueError, "prob: wanted probabilities"),
             ({"logp_rejected": torch.zeros(3, 3)}, ValueError, "ref_rejected"),
             ({"mask_chosen": torch.ones(2, 3)}, TypeError, "mask_chosen: wanted a bool"),
             ({"mask_rejected": torch.ones(2, 2, dtype=torch.bool)}, ValueError, "mask_rejected: wanted the shape"),
@@ -178,6 +180,11 @@ class TestErrors:
         names = ("logp_chosen", "logp_rejected", "ref_chosen", "ref_rejected")
         with pytest.raises(error, match=message):
             rf.preference_loss(**(dict.fromkeys(names, self.LOGP) | change))
+
+    def test_forgotten_offsets(self):
+        offsets = torch.tensor([0, 3, 6])
+        with pytest.raises(ValueError, match=r"wanted 2 answers.*got 6 .*\(6,\); packed tokens want their cu_seqlens"):
+            rf.preference_loss(*[torch.zeros(6)] * 2, kind="simpo", cu_seqlens_chosen=offsets)
 
     def test_segments(self):
         good = torch.tensor([[[0, 2]], [[1, 3]]])

@@ -85,6 +85,20 @@ def test_cli(capsys, tmp_path):
     assert "the nearest is 'steps'" in capsys.readouterr().err
     assert cli.main(["train", "grpo", str(tmp_path / "none.toml")]) == 2
     assert "none.toml" in capsys.readouterr().err
+    assert cli.main(["train", "grpo", str(tmp_path)]) == 2  # a folder
+    assert str(tmp_path) in capsys.readouterr().err
+    assert cli.main(["train", "grpo", "--set", "lr=1"]) == 2  # like no key
+    assert "unknown key 'lr'; there are " in (error := capsys.readouterr().err)
+    assert "learning_rate" in error
+
+
+@pytest.mark.parametrize("name", ["data", "heldout_data"])
+def test_cli_looks_for_the_data_before_it_loads_a_model(name, capsys, tmp_path):
+    (tmp_path / "data.jsonl").write_text("{}")
+    files = {"data": str(tmp_path / "data.jsonl"), name: str(tmp_path / "none.jsonl")}
+    overrides = [part for key, path in files.items() for part in ("--set", f"{key}={path}")]
+    assert cli.main(["train", "dpo", "--set", "model=/not/looked/at", *overrides]) == 2
+    assert f"config: {name}: there is no file or folder '{tmp_path}/none.jsonl'" in capsys.readouterr().err
 
 
 def test_missing_extra_names_the_command(monkeypatch, tmp_path):

@@ -264,7 +264,7 @@ def test_triton_compiles_ahead_of_time():
 
 
 REFUSED = [
-    ("tanh", {}, lambda m, logp: m.tanh(logp), "m.tanh"),
+    ("tanh", {}, lambda m, logp: m.tanh(logp), "token_loss 'tanh': m.tanh"),
     ("knob", {}, lambda m, logp, c: c * logp, "c is neither an input"),
     ("knob", {"c": 1.0, "d": 2.0}, lambda m, logp, c: c * logp, "no parameter for the knob 'd'"),
     ("knob", {"c": 1.0}, lambda m, logp, c: logp, "the knob 'c' is not used"),
@@ -277,7 +277,10 @@ REFUSED = [
     ("constant", {}, lambda m, logp, adv: adv, "does not depend on logp"),
     ("detached", {}, lambda m, logp, adv: m.detach(logp) * adv, "does not depend on logp"),
     ("list", {}, lambda m, logp: [logp], "got list"),
-    ("comparison", {}, lambda m, logp: logp > 0.0, "gt has no derivative"),
+    ("comparison", {}, lambda m, logp: logp > 0.0, "gt has no derivative.*condition of m.where"),
+    ("nothing", {}, lambda m, logp: None, "'nothing': .*got None: does the function return"),
+    ("without m", {}, lambda logp, old: logp * old, "'without m': .*first parameter is the maths namespace"),
+    ("one bound", {}, lambda m, logp: m.clamp(logp, 0.0), "'one bound': .*clamp.*'high'"),
     ("of a number", {}, lambda m, logp: m.exp(0.5) * logp, "m.exp"),
     ("grpo", {}, lambda m, logp: logp, "built-in"),
 ]
@@ -298,9 +301,23 @@ def test_ref_is_asked_for_where_it_is_used():
         rf.policy_loss(torch.zeros(2, 3), None, torch.zeros(2, 3), kind="with ref")
 
 
+def test_the_decorator_wants_a_name():
+    with pytest.raises(TypeError, match=r"wanted a non-empty str, as in @rf.token_loss\(\"my_loss\"\)"):
+        rf.token_loss(lambda m, logp: logp)
+
+
 def test_the_error_is_a_formula_error():
     with pytest.raises(FormulaError):
         rf.token_loss("tanh")(lambda m, logp: m.tanh(logp))
+
+
+def test_a_knob_with_the_name_of_a_built_in_one_has_no_bounds():
+    rf.token_loss("own_bounds", knobs={"delta": 0.5, "eps_low": 0.0, "dual_clip": 0.5})(
+        lambda m, logp, delta, eps_low, dual_clip: (delta + eps_low + dual_clip) * logp
+    )
+    knobs = {"delta": 0.1, "eps_low": -0.2, "dual_clip": 0.1}
+    loss, _ = rf.policy_loss(torch.ones(1, 2), None, torch.ones(1, 2), kind="own_bounds", backend="eager", **knobs)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 # From the README alone.

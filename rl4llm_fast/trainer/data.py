@@ -94,6 +94,14 @@ def hold_out(rows: Sequence[Encoded], config: DataConfig) -> tuple[list[Encoded]
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
+def check_files(config: DataConfig) -> None:
+    """Raise FileNotFoundError, naming the setting, for data that is neither a file or folder nor the form of an id."""
+    for name in ("data", "heldout_data"):
+        source = getattr(config, name)
+        if source and not Path(source).exists() and not _DATASET_ID.fullmatch(source):
+            raise FileNotFoundError(f"config: {name}: there is no file or folder {source!r}")
+
+
 def numbered_rows(source: str, split: str = "train") -> list[tuple[int, Row | Exception]]:
     """The rows of a JSONL file with their lines, an exception in the place of one that is no JSON; or of a data set.
 

@@ -106,7 +106,7 @@ def fill(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
     """A config of ``kind`` from a TOML file (or the defaults), then ``key=value`` and ``table.key=value`` overrides.
 
     Raises:
-        ValueError: an unknown key (naming the nearest one), a value of the wrong type or range, or no TOML.
+        ValueError: an unknown key (naming the nearest one, or all), a value of the wrong type or range, or no TOML.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -131,7 +131,7 @@ def fill(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
 
 
 def check_keys(kind: type[RunConfig], keys: Iterable[str]) -> None:
-    """Raise ValueError naming the nearest setting of ``kind`` for a key that it does not have."""
+    """Raise ValueError naming the nearest setting of ``kind``, or all, for a key that it does not have."""
     for key in keys:
         _check_key(kind, key)
 
@@ -147,8 +147,9 @@ def _parse(text: str) -> Any:
 def _check_key(kind: type[RunConfig], key: str) -> None:
     known = [spec.name for spec in dataclasses.fields(kind)]
     if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"config: unknown key {key!r}; the nearest is {nearest!r}")
+        nearest = difflib.get_close_matches(key, known, n=1)
+        hint = f"the nearest is {nearest[0]!r}" if nearest else f"there are {', '.join(known)}"
+        raise ValueError(f"config: unknown key {key!r}; {hint}")
 
 
 def _default(spec: dataclasses.Field[Any]) -> Any:
