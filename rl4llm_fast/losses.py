@@ -113,9 +113,9 @@ def policy_loss(
     chosen = dispatch.choose("policy_loss", logp, backend)
     if not formulas.FORMULAS[formula].builtin:
         chosen = user_losses.prepare(kind, chosen, dispatch.named(backend) is not None)
-    # Triton's kernels read masks, offsets and every dtype themselves: what would be made here is a launch.
-    triton = chosen == "triton"
-    layout = sequences(logp, cu_seqlens, as_given=triton)
+    # A GPU's kernels read masks, offsets and every dtype themselves: what would be made here is a launch.
+    gpu = chosen in ("triton", "cuda")
+    layout = sequences(logp, cu_seqlens, as_given=gpu)
     tensors = {"old_logp": old_logp, "ref_logp": ref_logp, "entropy": entropy, "rollout_logp": rollout_logp}
     for name, tensor in (*tensors.items(), ("token_weights", token_weights)):
         check_like(name, tensor, logp)
@@ -140,7 +140,7 @@ def policy_loss(
         if tensor is None:
             return None
         # What needs nothing is left alone: an op that does nothing costs its dispatch.
-        if tensor.dtype != dtype and not (triton and tensor.dtype != torch.float64):
+        if tensor.dtype != dtype and not (gpu and tensor.dtype != torch.float64):
             tensor = tensor.to(dtype)
         tensor = layout.as_rows(tensor)
         return tensor if tensor.is_contiguous() else tensor.contiguous()
@@ -156,7 +156,7 @@ def policy_loss(
     per_sequence = check_advantages(advantages, layout, logp)
     if formula == "gspo" and per_sequence:
         uneven = token_weights is not None or (rollout_correction is not None and rollout_level == "token")
-        if aggregation == "none" or (uneven and not triton):
+        if aggregation == "none" or (uneven and not gpu):
             common = {
                 "mask": mask,
                 "cu_seqlens": cu_seqlens,
@@ -188,10 +188,10 @@ def policy_loss(
     sequence_correction = bool(correction) and rollout_level == "sequence"
     weight, how, log_s = fixed(token_weights), aggregation, None
     of_packed = layout.packed and (per_sequence or aggregation.startswith("seq_"))
-    in_kernel = triton and (sequence_level or sequence_correction or of_packed)
+    in_kernel = gpu and (sequence_level or sequence_correction or of_packed)
     if not per_sequence:
         adv = fixed(advantages)
-    elif triton:
+    elif gpu:
         adv = advantages.detach().unsqueeze(-1)
         adv = (adv.to(dtype) if adv.dtype == torch.float64 else adv).contiguous()
     else:

@@ -188,7 +188,7 @@ OPS: dict[str, Op] = {
         "(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", fakes.whiten_apply
     ),
     # logp, old, ref, entropy, policy_weights, token_weights (B, T); advantages, log_s (B, T) or (B, 1); mask (B, T)
-    # bool; all contiguous, in the accumulation dtype, or for Triton in any dtype. policy_weights are ω, or with a
+    # bool; all contiguous, in the accumulation dtype, or on a GPU in fp32, bf16, fp16. policy_weights are ω, or with a
     # correction (one of formulas.CORRECTIONS, else "") the sampler's log-probabilities, from which ω is made. params
     # (len(formulas.PARAMS) + MAX_KNOBS,) fp64, on the CPU or on the op's device. formula: a name of formulas.FORMULAS,
     # or the op_name of a registered one; kl: one of formulas.kl_variants(), "" without ref. log_s (0,), on the CPU
@@ -202,7 +202,7 @@ OPS: dict[str, Op] = {
         "str aggregation, str correction, bool entropy_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.policy_loss_fwd,
     ),
-    # Triton's, where a token's loss takes something of its whole sequence. (B, T), or packed (1, N) with cu_seqlens
+    # A GPU's, where a token's loss takes something of its whole sequence. (B, T), or packed (1, N) with cu_seqlens
     # (B+1,) of any integer dtype; advantages like logp, or (B, 1). sequence_ratio: log_s is the mean of logp − old over
     # the sequence; sequence_correction: ω is made of the sum of old − policy_weights. max_length < 0 in params: the
     # longest packed sequence. The rest, and the results, as above; for packed tokens scale is (1,).

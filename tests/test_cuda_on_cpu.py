@@ -18,7 +18,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_on_cpu"
 CUDA = ROOT / "csrc" / "cuda"
-SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan", "n_step", "groups", "whiten"]
+SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan", "n_step", "groups", "whiten", "token_loss",
+           "token_loss_sequences"]  # fmt: skip
 TESTS = [
     "tests/test_token_logprobs.py", "tests/interpret/test_triton_token_logprobs.py",
     "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/interpret/test_triton_returns.py",
@@ -26,7 +27,13 @@ TESTS = [
     "tests/cuda_on_cpu/test_long_returns.py",
 ]  # fmt: skip
 
-# As in test_triton_interpret.py; kl_estimate has an emulation of its own, the launchers' own checks are Triton's.
+# Of the token losses: the tests of their files and those that count launches.
+LOSSES = [
+    "tests/test_losses.py", "tests/test_kl_estimate.py", "tests/test_value_loss.py",
+    "tests/test_policy_loss_launches.py", "tests/cuda_on_cpu/test_losses_of_many_tokens.py",
+]  # fmt: skip
+
+# As in test_triton_interpret.py; kl_estimate is among the losses, the launchers' own checks are Triton's.
 LEFT_OUT = (
     "gradcheck", "out_of_range", "message_names", "50257", "same_bits", "trl", "compile", "golden", "kl_estimate",
     "launchers_refuse",
@@ -41,7 +48,7 @@ def toolkit_headers() -> pathlib.Path | None:
 
 def translate(source: str) -> str:
     """kernel<<<grid, threads, shared, stream>>>(arguments); as a call of the emulator."""
-    launch = re.compile(r"(\w+(?:<[^<>;]*>)?)\s*<<<([^;]*?),([^;]*?),[^;]*?>>>\(([^;]*)\);")
+    launch = re.compile(r"(\w+(?:<[^<>;]*>)?)[\s\\]*<<<([^;]*?),([^;]*?),[^;]*?>>>\(([^;]*)\);")
     translated = launch.sub(r"emulator::launch(\2, \3, [&] { \1(\4); });", source)
     assert "<<<" not in translated
     return translated
@@ -79,18 +86,30 @@ def emulated(tmp_path_factory) -> pathlib.Path:
     return library
 
 
-@pytest.mark.slow
-def test_the_cuda_source_meets_the_error_rule(emulated):
+def run(emulated, plugins: list[str], chosen: str, tests: list[str]) -> int:
+    """How many tests passed with the emulated kernels in Triton's place, all that were chosen."""
     path = os.pathsep.join(filter(None, [str(HERE), str(ROOT), os.environ.get("PYTHONPATH")]))
+    loaded = [argument for plugin in plugins for argument in ("-p", plugin)]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "plugin", "-W", "ignore", "-k",
-         "triton and not (" + " or ".join(LEFT_OUT) + ")", *TESTS],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *loaded, "-W", "ignore", "-k", chosen, *tests],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "RL4LLM_FAST_EMULATED": str(emulated), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed.group(1)) > 150, done.stdout[-2000:]
+    assert passed is not None, done.stdout[-2000:]
+    return int(passed.group(1))
+
+
+@pytest.mark.slow
+def test_the_cuda_source_meets_the_error_rule(emulated):
+    chosen = "triton and not (" + " or ".join(LEFT_OUT) + ")"
+    assert run(emulated, ["plugin"], chosen, TESTS) > 150
+
+
+@pytest.mark.slow
+def test_the_token_losses_meet_the_error_rule(emulated):
+    chosen = "(triton or launches) and not trl and not compile"
+    assert run(emulated, ["plugin", "plugin_losses"], chosen, LOSSES) > 250

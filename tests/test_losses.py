@@ -349,6 +349,23 @@ def test_on_a_gpu(backend, kind):
 
 
 @pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize("how", [{"kind": "gspo"}, {"rollout_level": "sequence", "rollout_correction": "mask"}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_whole_sequences_on_a_gpu(backend, how, packed):
+    if dispatch.why_not("policy_loss", backend, "cuda"):
+        pytest.skip(str(dispatch.why_not("policy_loss", backend, "cuda")))
+    for dtype, aggregation in zip([torch.float32, torch.bfloat16] * 3, AGGREGATIONS, strict=True):
+        s = sample(3, 1500, dtype) | how | {"aggregation": aggregation, "kl_coef": 0.1, "entropy_coef": 0.1}
+        if "rollout_level" in how:
+            s["rollout_logp"] = (s["old_logp"].float() + 0.001 * torch.randn(3, 1500)).to(dtype)
+        if packed:
+            s = {n: v.reshape(-1) if isinstance(v, torch.Tensor) else v for n, v in s.items()}
+            s["cu_seqlens"] = torch.tensor([0, 1200, 1200, 1203, 4500], dtype=torch.int32)
+        check(s, backend, device="cuda")
+        check(s | {"advantages": torch.randn(4 if packed else 3).to(dtype)}, backend, device="cuda")
+
+
+@pytest.mark.parametrize("backend", GPU)
 def test_cuda_graph_and_device_knobs(backend):
     """Three launches, captured; a 0-d tensor on the device is read at replay; no synchronisation anywhere."""
     if dispatch.why_not("policy_loss", backend, "cuda"):

@@ -30,6 +30,41 @@ def sample(B, T):
     }
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "how", [{}, {"kind": "gspo"}, {"rollout_level": "sequence"}, {"aggregation": "seq_mean_token_sum"}]
+)
+def test_cuda_takes_everything_as_it_is_given(packed, how):
+    """In every dtype, masks and offsets too: before the one op nothing runs that would launch a kernel."""
+    if dispatch.why_not("policy_loss", "cuda", "cuda"):
+        pytest.skip(str(dispatch.why_not("policy_loss", "cuda", "cuda")))
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function._schema.name.partition("::")[2])
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        device = {"device": "cuda"}
+        logp, old, ref, rollout, weights = torch.empty(5, 3, 70, dtype=torch.bfloat16, **device).unbind()
+        s = {"old_logp": old, "ref_logp": ref, "rollout_logp": rollout, "token_weights": weights}
+        s["mask"] = torch.empty(3, 70, dtype=torch.bool, **device)
+        if packed:
+            logp, s = logp.reshape(-1), {n: v.reshape(-1) for n, v in s.items()}
+            s["cu_seqlens"] = torch.empty(4, dtype=torch.int32, **device)
+        adv = torch.empty(3, dtype=torch.bfloat16, **device)
+        with Record():
+            old = s.pop("old_logp")
+            rf.policy_loss(logp, old, adv, kl_coef=0.1, rollout_correction="mask", backend="cuda", **s, **how)
+    op = "policy_loss_sequences_fwd" if packed or how.keys() & {"kind", "rollout_level"} else "policy_loss_fwd"
+    free = {"empty", "detach", "view", "unsqueeze", "unbind", "lift_fresh", "device", "alias"}
+    assert set(seen) - free == {op}
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension is not built here")
 class TestRegistration:
     def test_opcheck(self):

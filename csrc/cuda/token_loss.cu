@@ -2,115 +2,20 @@
 //
 // A row is cut into segments of kSegment tokens, a block each; a block writes its sums, and a second launch of one
 // block joins them. No atomics: the order of adding depends on T alone.
-#include "cuda/device.cuh"
-#include "cuda/token_loss.h"
+#include "cuda/token_loss.cuh"
 
 namespace rl4llm {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTokens = 4;  // of each thread; loads of neighbouring threads are neighbours, whatever T is
 constexpr int kSegment = kThreads * kTokens;
-constexpr int kFinishThreads = 1024;
 // More segments to a row than this, and a warp joins the row; fewer, and one thread does.
 constexpr int64_t kWarpRow = 32;
-
-enum Sum {
-  sum_count,
-  sum_loss,
-  sum_clipped_low,
-  sum_clipped_high,
-  sum_ratio,
-  sum_k1,
-  sum_k3,
-  sum_kl,
-  sum_entropy,
-  num_sums,
-  least_ratio = num_sums,
-  largest_ratio,
-  num_partials
-};
-
-// The maths of the formulas: one fp32 number a thread. NaN goes through every function.
-struct DeviceMaths {
-  typedef float S;
-  typedef float F;
-  static __device__ __forceinline__ F c(float x) { return x; }
-  static __device__ __forceinline__ F exp(F x) { return expf(x); }
-  static __device__ __forceinline__ F where(bool condition, F a, F b) { return condition ? a : b; }
-  static __device__ __forceinline__ F minimum(F a, F b) { return a < b || a != a ? a : b; }
-  static __device__ __forceinline__ F maximum(F a, F b) { return a > b || a != a ? a : b; }
-  static __device__ __forceinline__ F clamp(F x, F low, F high) {
-    const F raised = x < low ? low : x;
-    return raised > high ? high : raised;
-  }
-  static __device__ __forceinline__ F abs(F x) { return fabsf(x); }
-  static __device__ __forceinline__ F sign(F x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }
-  static __device__ __forceinline__ F sigmoid(F x) { return 1.0f / (1.0f + expf(-x)); }
-};
-
-__device__ __forceinline__ float read_param(const TokenLossParams& params, int i) {
-  return float(params.ptr ? params.ptr[i] : params.values[i]);
-}
-
-// One of many KL formulas; every thread of the grid takes the same way.
-__device__ __forceinline__ formulas::KlToken<float> kl_token(int kl, float logp, float ref, float old) {
-  int i = 0;
-#define RL4LLM_KL(formula) \
-  if (kl == i++) return formulas::formula::eval<DeviceMaths>(logp, ref, old);
-  RL4LLM_KL_FORMULAS(RL4LLM_KL)
-  return {not_a_number(0.0f), not_a_number(0.0f)};
-}
-
-// ω from log ω.
-__device__ __forceinline__ float corrected(int correction, float log_omega, float cap, float floor) {
-  int i = 0;
-#define RL4LLM_CORRECT(formula) \
-  if (correction == i++) return formulas::formula::eval<DeviceMaths>(log_omega, cap, floor);
-  RL4LLM_CORRECTION_FORMULAS(RL4LLM_CORRECT)
-  return not_a_number(0.0f);
-}
-
-__device__ __forceinline__ float sequence_weight(int weight, float length, float num_tokens, float num_sequences,
-                                                 float max_length) {
-  int i = 0;
-#define RL4LLM_WEIGHT(formula) \
-  if (weight == i++) return formulas::formula::eval<DeviceMaths>(length, num_tokens, num_sequences, max_length);
-  RL4LLM_WEIGHT_FORMULAS(RL4LLM_WEIGHT)
-  return not_a_number(0.0f);
-}
-
-__device__ __forceinline__ float warp_min(float x) { return -warp_max(-x); }
-
-// Sums (and at the end one minimum, one maximum) of a block's threads, in thread 0's warp, lane k holding number k.
-__device__ void block_join(float (&values)[num_partials], float* out_ptr, int64_t stride) {
-  __shared__ float shared[kFinishThreads / kWarp][num_partials];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-#pragma unroll
-  for (int k = 0; k < num_partials; ++k) {
-    const float joined = k == least_ratio     ? warp_min(values[k])
-                         : k == largest_ratio ? warp_max(values[k])
-                                              : warp_sum(values[k]);
-    if (lane == 0) shared[warp][k] = joined;
-  }
-  __syncthreads();
-  if (threadIdx.x < num_partials) {
-    const int k = threadIdx.x;
-    float total = shared[0][k];
-    for (int w = 1; w < warps; ++w) {
-      const float part = shared[w][k];
-      total = k == least_ratio ? fminf(total, part) : k == largest_ratio ? fmaxf(total, part) : total + part;
-    }
-    out_ptr[k * stride] = total;
-  }
-  __syncthreads();
-}
 
 // The policy loss, its derivative and the sums behind the metrics, one segment of a row.
 //
 // Computes: w_t·(ω_t·ℓ_t + β·kl_t − c₂·H_t) without the weight of the sequence, and its derivatives in logp and H
 // Grid: (B·segments,), block -> (row, segment); T alone decides the cut
-// Traffic: 4 bytes a token for each input given and each derivative written, 1 for the mask
+// Traffic: 2 or 4 bytes a token for each input given, 4 for each derivative written, 1 for the mask
 // Numerics: fp32; dead tokens are not loaded, their results exactly 0; sums in one fixed order
 // Gradient: dloss/dlogp comes with the value from the generated formula; dloss/dH = −c₂·w_t
 template <class Formula>
@@ -118,55 +23,15 @@ __global__ void __launch_bounds__(kThreads)
     policy_loss_fwd_kernel(PolicyLossTensors a, TokenLossParams params, int kl, int64_t segments) {
   const int64_t row = blockIdx.x / segments, t0 = blockIdx.x % segments * kSegment;
   const int64_t end = t0 + kSegment < a.T ? t0 + kSegment : a.T;
-  float knobs[formulas::max_knobs];
-#pragma unroll
-  for (int k = 0; k < formulas::max_knobs; ++k) knobs[k] = read_param(params, formulas::num_params + k);
-  const float kl_coef = read_param(params, formulas::param_kl_coef);
-  const float entropy_coef = read_param(params, formulas::param_entropy_coef);
-  const float dp_size = read_param(params, formulas::param_dp_size);
-  const float rollout_cap = read_param(params, formulas::param_rollout_cap);
-  const float rollout_floor = read_param(params, formulas::param_rollout_floor);
-  float sums[num_partials] = {};
-  sums[least_ratio] = infinity(0.0f), sums[largest_ratio] = -infinity(0.0f);
-
+  const TokenNumbers numbers = read_numbers(params);
+  float sums[num_partials];
+  start_sums(sums);
   for (int64_t t = t0 + threadIdx.x; t < end; t += blockDim.x) {
     const int64_t n = row * a.T + t;
-    const bool live = a.mask_ptr == nullptr || a.mask_ptr[n];
-    float loss = 0, dlogp = 0, dentropy = 0;
-    if (live) {
-      const float logp = a.logp_ptr[n], old = a.old_ptr ? a.old_ptr[n] : logp;
-      const float adv = a.adv_ptr[a.one_adv ? row : n];
-      const float log_s = a.log_s_ptr ? a.log_s_ptr[a.one_log_s ? row : n] : 0.0f;
-      const float ref = a.ref_ptr ? a.ref_ptr[n] : 0.0f;
-      const formulas::PolicyToken<float> token = Formula::template eval<DeviceMaths>(logp, old, ref, adv, log_s, knobs);
-      loss = token.loss, dlogp = token.dlogp;
-      if (a.policy_weights_ptr) {
-        float omega = a.policy_weights_ptr[n];
-        if (a.correction >= 0) omega = corrected(a.correction, old - omega, rollout_cap, rollout_floor);
-        loss *= omega, dlogp *= omega;
-      }
-      if (a.ref_ptr) {
-        const formulas::KlToken<float> divergence = kl_token(kl, logp, ref, old);
-        sums[sum_kl] += divergence.kl;
-        // With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
-        if (kl_coef != 0) loss += kl_coef * divergence.kl, dlogp += kl_coef * divergence.dkl;
-      }
-      const float weight = a.token_weights_ptr ? a.token_weights_ptr[n] : 1.0f;
-      if (a.entropy_ptr) {
-        sums[sum_entropy] += a.entropy_ptr[n];
-        if (entropy_coef != 0) loss -= entropy_coef * a.entropy_ptr[n];
-        dentropy = -entropy_coef * weight;
-      }
-      loss *= weight, dlogp *= weight;
-      sums[sum_count] += 1, sums[sum_loss] += loss;
-      sums[sum_clipped_low] += token.clipped_low, sums[sum_clipped_high] += token.clipped_high;
-      sums[sum_ratio] += token.ratio, sums[sum_k1] += token.k1, sums[sum_k3] += token.k3;
-      sums[least_ratio] = fminf(sums[least_ratio], token.ratio);
-      sums[largest_ratio] = fmaxf(sums[largest_ratio], token.ratio);
-    }
-    if (a.loss_per_token) a.loss_ptr[n] = loss * dp_size;
-    a.dlogp_ptr[n] = dlogp;
-    if (a.dentropy_ptr) a.dentropy_ptr[n] = dentropy;
+    const bool live = is_live(a, n);
+    const float log_s = live && a.log_s.ptr ? load_float(a.log_s, a.one_log_s ? row : n) : 0.0f;
+    policy_token<Formula>(a, numbers, kl, row, n, live, a.policy_weights.ptr != nullptr,
+                          {log_s, 1.0f, 1.0f, false, 0.0f}, sums);
   }
   block_join(sums, a.partial_ptr + blockIdx.x, gridDim.x);
 }
@@ -197,8 +62,8 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
     policy_loss_finish_kernel(PolicyLossTensors a, TokenLossParams params, int weight, int64_t segments) {
   __shared__ float total[num_partials];
   const int64_t programs = a.B * segments;
-  float sums[num_partials] = {};
-  sums[least_ratio] = infinity(0.0f), sums[largest_ratio] = -infinity(0.0f);
+  float sums[num_partials];
+  start_sums(sums);
   for (int64_t i = threadIdx.x; i < programs; i += blockDim.x) {
 #pragma unroll
     for (int k = 0; k < num_partials; ++k) {
@@ -250,7 +115,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
 //
 // Computes: g·scale_i·dloss/dlogp, and the same for the entropy
 // Grid: (B·segments,), block -> (row, segment)
-// Traffic: 8 bytes a token, 16 with the entropy, 4 more with a gradient per token
+// Traffic: 6 or 8 bytes a token, twice that with the entropy, 4 more with a gradient per token
 // Numerics: fp32; a derivative of 0 stays exactly 0, whatever g is
 // Gradient: none: a second derivative raises
 __global__ void __launch_bounds__(kThreads) token_loss_bwd_kernel(TokenLossGrads a, int64_t segments) {
@@ -261,8 +126,8 @@ __global__ void __launch_bounds__(kThreads) token_loss_bwd_kernel(TokenLossGrads
     const int64_t n = row * a.T + t;
     const float grad = a.grad_ptr[a.one_grad ? 0 : n] * scale;
     const float dlogp = a.dlogp_ptr[n];
-    a.grad_logp_ptr[n] = dlogp == 0 ? 0.0f : grad * dlogp;
-    if (a.dentropy_ptr) a.grad_entropy_ptr[n] = a.dentropy_ptr[n] == 0 ? 0.0f : grad * a.dentropy_ptr[n];
+    store_float(a.grad_logp, n, dlogp == 0 ? 0.0f : grad * dlogp);
+    if (a.dentropy_ptr) store_float(a.grad_entropy, n, a.dentropy_ptr[n] == 0 ? 0.0f : grad * a.dentropy_ptr[n]);
   }
 }
 
@@ -287,16 +152,10 @@ __global__ void __launch_bounds__(kThreads) kl_estimate_fwd_kernel(KlEstimateTen
 
 int64_t segments_of(int64_t T) { return (T + kSegment - 1) / kSegment; }
 
-// A short row needs no more threads than it has tokens for.
-unsigned threads_of(int64_t T) {
-  const int64_t wanted = (T + kTokens * kWarp - 1) / (kTokens * kWarp) * kWarp;
-  return unsigned(wanted < kThreads ? (wanted < kWarp ? kWarp : wanted) : kThreads);
-}
-
 }  // namespace
 
 int64_t token_loss_programs(int64_t B, int64_t T) { return B * segments_of(T); }
-int64_t token_loss_partials(int64_t B, int64_t T) { return num_partials * token_loss_programs(B, T); }
+int64_t token_loss_partials(int64_t programs) { return num_partials * programs; }
 
 cudaError_t policy_loss_fwd(const PolicyLossTensors& tensors, const TokenLossParams& params, int formula, int kl,
                             int weight, cudaStream_t stream) {
@@ -311,6 +170,11 @@ cudaError_t policy_loss_fwd(const PolicyLossTensors& tensors, const TokenLossPar
   }
     RL4LLM_POLICY_FORMULAS(RL4LLM_LAUNCH)
   }
+  return policy_loss_finish(tensors, params, weight, segments, stream);
+}
+
+cudaError_t policy_loss_finish(const PolicyLossTensors& tensors, const TokenLossParams& params, int weight,
+                               int64_t segments, cudaStream_t stream) {
   if (segments > kWarpRow) {
     policy_loss_finish_kernel<true><<<1, kFinishThreads, 0, stream>>>(tensors, params, weight, segments);
   } else {

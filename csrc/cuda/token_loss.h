@@ -1,10 +1,8 @@
-// What token_loss_bind.cpp (torch's stable ABI) and token_loss.cu (kernels, no torch headers) know of each other.
+// What token_loss_bind.cpp (torch's stable ABI), token_loss.cu and token_loss_sequences.cu (kernels, no torch headers)
+// know of each other.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
-
+#include "cuda/launch.h"
 #include "token_formulas_gen.h"
 
 namespace rl4llm {
@@ -17,17 +15,29 @@ struct TokenLossParams {
   double values[kParams];
 };
 
+// Contiguous numbers in fp32, bf16 or fp16, each tensor of a call in its own; ptr null: absent.
+struct Floats {
+  const void* ptr;
+  Dtype dtype;
+};
+
+// The same to be written.
+struct FloatsOut {
+  void* ptr;
+  Dtype dtype;
+};
+
 struct PolicyLossTensors {
-  int64_t B, T;
-  const float* logp_ptr;  // (B, T)
-  const float* old_ptr;   // (B, T) or null: logp
-  const float* adv_ptr;   // (B, T) or (B, 1)
-  const float* ref_ptr;   // (B, T) or null, here and below: absent
-  const float* entropy_ptr;
+  int64_t B, T;  // packed tokens are one row
+  Floats logp;   // (B, T)
+  Floats old;    // (B, T) or absent: logp
+  Floats adv;    // (B, T) or one a sequence
+  Floats ref;    // (B, T) or absent, and so below
+  Floats entropy;
   const bool* mask_ptr;
-  const float* policy_weights_ptr;  // ω; with a correction: the sampler's log-probabilities
-  const float* token_weights_ptr;
-  const float* log_s_ptr;  // (B, T) or (B, 1)
+  Floats policy_weights;  // ω; with a correction: the sampler's log-probabilities
+  Floats token_weights;
+  Floats log_s;  // (B, T) or (B, 1)
   bool one_adv, one_log_s;
   int correction;   // its place in RL4LLM_CORRECTION_FORMULAS, or −1
   float* loss_ptr;  // () or (B, T)
@@ -36,7 +46,24 @@ struct PolicyLossTensors {
   float* dentropy_ptr;  // (B, T) or null
   float* scale_ptr;     // (B,)
   float* metrics_ptr;   // (formulas::num_metrics,)
-  float* partial_ptr;   // token_loss_partials(B, T) floats
+  float* partial_ptr;   // token_loss_partials of the programs
+};
+
+// Offsets of packed sequences in any integer dtype; ptr null: every row is a sequence.
+struct Offsets {
+  const void* ptr;
+  int bytes;
+  bool is_signed;
+};
+
+// What policy_loss_sequences_fwd makes of whole sequences.
+struct PolicySequences {
+  Offsets cu_seqlens;  // (count + 1,)
+  int64_t count;
+  bool ratio;       // log s: the mean of logp − old
+  bool correction;  // ω from the sum of old − policy_weights
+  bool one_slope;   // all tokens move the one ratio alike
+  int weight;       // of the sequence in its tokens' weights, by its place in RL4LLM_WEIGHT_FORMULAS; −1: none
 };
 
 struct TokenLossGrads {
@@ -46,8 +73,8 @@ struct TokenLossGrads {
   const float* scale_ptr;  // (B,) or null: 1
   const float* dlogp_ptr;  // (B, T)
   const float* dentropy_ptr;
-  float* grad_logp_ptr;
-  float* grad_entropy_ptr;
+  FloatsOut grad_logp;
+  FloatsOut grad_entropy;
 };
 
 struct KlEstimateTensors {
@@ -60,12 +87,19 @@ struct KlEstimateTensors {
   float* dkl_ptr;
 };
 
+// Programs (blocks of threads) of a launch over (B, T), and the sums that as many programs leave.
 int64_t token_loss_programs(int64_t B, int64_t T);
-int64_t token_loss_partials(int64_t B, int64_t T);
+int64_t token_loss_partials(int64_t programs);
 
 // formula, kl: positions in RL4LLM_POLICY_FORMULAS and RL4LLM_KL_FORMULAS; weight: in RL4LLM_WEIGHT_FORMULAS.
 cudaError_t policy_loss_fwd(const PolicyLossTensors& tensors, const TokenLossParams& params, int formula, int kl,
                             int weight, cudaStream_t stream);
+cudaError_t policy_loss_sequences_fwd(const PolicyLossTensors& tensors, const PolicySequences& sequences,
+                                      const TokenLossParams& params, int formula, int kl, int weight,
+                                      cudaStream_t stream);
+// The second launch of both: joins the sums of B rows of so many segments.
+cudaError_t policy_loss_finish(const PolicyLossTensors& tensors, const TokenLossParams& params, int weight,
+                               int64_t segments, cudaStream_t stream);
 cudaError_t kl_estimate_fwd(const KlEstimateTensors& tensors, int kl, cudaStream_t stream);
 cudaError_t token_loss_bwd(const TokenLossGrads& grads, cudaStream_t stream);
 

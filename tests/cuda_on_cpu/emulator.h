@@ -131,7 +131,10 @@ inline void resume(unsigned t) {
   setcontext(&fibres[t].entry);
 }
 
+inline int64_t launches = 0;  // since the library was loaded
+
 inline void launch(unsigned grid, unsigned threads, const std::function<void()>& kernel) {
+  ++launches;
   constexpr size_t kStack = 1 << 16;
   block_size.x = threads, grid_size.x = grid, running = &kernel;
   if (fibres.size() < threads) fibres.resize(threads);

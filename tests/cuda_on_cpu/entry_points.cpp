@@ -3,8 +3,11 @@
 #include "cuda/kl.h"
 #include "cuda/launch.h"
 #include "cuda/scan.h"
+#include "cuda/token_loss.h"
 
 extern "C" {
+
+int64_t launches() { return emulator::launches; }
 
 int64_t token_logprobs_parts(int64_t V) { return rl4llm::token_logprobs_parts(V); }
 
@@ -58,5 +61,25 @@ int whiten_apply(const rl4llm::WhitenTensors* tensors, const double* stats_ptr, 
 int group_advantages(const rl4llm::OutcomeGroups* groups) { return rl4llm::group_advantages(*groups, nullptr); }
 
 int process_advantages(const rl4llm::ProcessGroups* groups) { return rl4llm::process_advantages(*groups, nullptr); }
+
+int64_t token_loss_programs(int64_t B, int64_t T) { return rl4llm::token_loss_programs(B, T); }
+
+int64_t token_loss_partials(int64_t programs) { return rl4llm::token_loss_partials(programs); }
+
+int policy_loss_fwd(const rl4llm::PolicyLossTensors* tensors, const rl4llm::TokenLossParams* params, int formula,
+                    int kl, int weight) {
+  return rl4llm::policy_loss_fwd(*tensors, *params, formula, kl, weight, nullptr);
+}
+
+int policy_loss_sequences_fwd(const rl4llm::PolicyLossTensors* tensors, const rl4llm::PolicySequences* sequences,
+                              const rl4llm::TokenLossParams* params, int formula, int kl, int weight) {
+  return rl4llm::policy_loss_sequences_fwd(*tensors, *sequences, *params, formula, kl, weight, nullptr);
+}
+
+int kl_estimate_fwd(const rl4llm::KlEstimateTensors* tensors, int kl) {
+  return rl4llm::kl_estimate_fwd(*tensors, kl, nullptr);
+}
+
+int token_loss_bwd(const rl4llm::TokenLossGrads* grads) { return rl4llm::token_loss_bwd(*grads, nullptr); }
 
 }  // extern "C"
