@@ -285,12 +285,20 @@ def why_not(op: str, backend: str, device: str) -> str | None:
     return _UNUSABLE[op, backend, device]
 
 
-@contextlib.contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Run every op in the ``with`` block on ``backend`` ("eager", "cpu", "triton" or "cuda"), in the whole process."""
-    global _override
+def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Run every op in the ``with`` block on ``backend`` ("eager", "cpu", "triton" or "cuda"), in the whole process.
+
+    Raises:
+        ValueError: another name, at the call already.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {backend!r}")
+    return _using(backend)
+
+
+@contextlib.contextmanager
+def _using(backend: str) -> Iterator[None]:
+    global _override
     before, _override = _override, backend
     try:
         yield

@@ -88,9 +88,9 @@ def gae(
     if kl is None:
         if isinstance(beta, Tensor) or beta != 0:
             raise ValueError("beta: needs kl, which is None")
-        tensors = {"values": values, "rewards": rewards}
+        tensors = {"rewards": rewards, "values": values}
         given = _tokens("gae", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend)
-        value, reward, penalty = given.tensors[0], given.tensors[1], None
+        reward, value, penalty = *given.tensors, None
     else:
         tensors = {"values": values, "kl": kl}
         reward, (value, penalty), given = _shaped(

@@ -69,7 +69,9 @@ PolicyFunction<S> policy_function(const std::string& name) {
   }
   const std::lock_guard<std::mutex> lock(user_formulas_lock);
   const auto found = user_formulas.find({name, isa_name(chosen_isa())});
-  if (found == user_formulas.end()) fail("formula: there is no formula ", name, " for ", isa_name(chosen_isa()));
+  if (found == user_formulas.end()) {
+    fail("formula: there is no formula ", name, " for ", isa_name(chosen_isa()), "; a new one wants make setup");
+  }
   if constexpr (sizeof(S) == sizeof(double)) {
     return found->second.fp64;
   } else {
