@@ -154,7 +154,7 @@ def _with_gradient(tensor: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def overwrites(case: Case, peer: str) -> bool:
     """Whether a peer writes its gradient over the logits, so that they must be restored before the next call."""
-    return peer == "liger" or (peer == peers.OURS and case.mode == IN_PLACE)
+    return peer == "liger" or (peer in (peers.OURS, *peers.BACKENDS) and case.mode == IN_PLACE)
 
 
 def step(case: Case, function: Callable[..., Any], inputs: Inputs, restore: bool = False) -> Step:

@@ -29,8 +29,10 @@ _COLOURS = {
     "fla": "#7d699a",
     "loop": "#9a9a9a",
     "base": "#7d8590",
+    "triton": "#3a7ca5",
+    "cuda": "#76b041",
 }
-_MARKS = dict(zip(_COLOURS, "osDv^<>PXhp*d", strict=True))
+_MARKS = dict(zip(_COLOURS, "osDv^<>PXhp*d8H", strict=True))
 _OP_COLOURS = ("#0b8a83", "#d1603d", "#5b7bbd", "#9a62b5", "#e0a458", "#7f8c46", "#c24f7e", "#3f9bd1")
 _AXES = {"N": "tokens N", "V": "vocabulary V", "D": "width of the hidden states D", "T": "positions T", "B": "rows B"}
 

@@ -188,11 +188,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.device = arguments.device or default_device(arguments.suite)
     if arguments.peers is None:
-        arguments.peers = "eager,loop" if arguments.suite == "sweep" else ",".join(peers.RIVALS)
+        backends = peers.BACKENDS if arguments.device == "cuda" else ()
+        arguments.peers = "eager,loop" if arguments.suite == "sweep" else ",".join((*backends, *peers.RIVALS))
     arguments.peers = [name for name in arguments.peers.split(",") if name]
     unknown = sorted(set(arguments.peers) - set(peers.NAMES))
     if unknown:
-        parser.error(f"--peers: wanted names among {', '.join(peers.RIVALS)}, got {', '.join(unknown)}")
+        parser.error(f"--peers: wanted names among {', '.join(peers.NAMES[1:])}, got {', '.join(unknown)}")
     try:
         cases.select(arguments.suite, arguments.op)
     except ValueError as error:

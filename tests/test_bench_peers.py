@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, ops, peers, small
+from bench import cases, ops, peers, run, small
 from bench.cases import BOTH, FORWARD, Case
+from bench.peers import ours
+from rl4llm_fast import dispatch
 
 LOGITS = Case("token_logprobs", "token_logprobs", BOTH, torch.float32, (8, 300), ("cpu",))
 POLICY = Case("policy_loss", "policy_loss", BOTH, torch.float32, (4, 33), ("cpu",))
@@ -52,7 +54,29 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: object) -
         monkeypatch.setattr(sys.modules[".".join(parts[:-1])], parts[-1], made, raising=False)
 
 
-@pytest.mark.parametrize("name", peers.RIVALS)
+def test_a_backend_asked_for_by_name_is_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    choose = dispatch.choose
+
+    def noted(op: str, tensor: Tensor, backend: str | None = None) -> str:
+        taken.append(choose(op, tensor, backend))
+        return taken[-1]
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    for backend in ("eager", "cpu"):
+        taken.clear()
+        found = judged(backend, LOGITS, lambda _, case, device, b=backend: ours.by_name(b, case, device))  # type: ignore[misc]
+        assert all(error.within for error in found.values()), found
+        assert taken[0] == backend, taken  # what follows is the oracle's
+    with pytest.raises(peers.Absent, match="needs a GPU"):
+        peers.build("triton", LOGITS, "cpu")
+    with pytest.raises(peers.Absent, match="takes cuda tensors"):
+        ours.by_name("cuda", LOGITS, "cpu")
+    assert set(run._arguments(["--suite", "gpu"]).peers) >= set(peers.BACKENDS)
+    assert not set(run._arguments(["--suite", "cpu"]).peers) & set(peers.BACKENDS)
+
+
+@pytest.mark.parametrize("name", [*peers.BACKENDS, *peers.RIVALS])
 def test_every_peer_builds_or_gives_a_reason(name: str) -> None:
     built, reasons = [], []
     for case in cases.CASES:

@@ -15,6 +15,8 @@ from typing import Any
 OURS = "rl4llm_fast"
 _MODULES = {
     OURS: "ours",
+    "triton": "in_triton",
+    "cuda": "in_cuda",
     "eager": "eager",
     "chunked": "chunked",
     "loop": "loop",
@@ -28,7 +30,8 @@ _MODULES = {
     "fla": "fla",
 }
 NAMES = tuple(_MODULES)
-RIVALS = NAMES[1:]
+BACKENDS = NAMES[1:3]  # this library's on a GPU, side by side
+RIVALS = NAMES[3:]
 NO_COUNTERPART = "has no counterpart"
 
 

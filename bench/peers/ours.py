@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import rl4llm_fast as rf
+from rl4llm_fast import dispatch
 
 from .. import small
 from ..cases import IN_PLACE, Case
@@ -62,3 +63,16 @@ def build(case: Case, device: str) -> Callable[..., Any]:
         if case.op == "gae"
         else functools.partial(_policy_loss, kind="gspo" if case.call.endswith("gspo") else "grpo")
     )
+
+
+def by_name(backend: str, case: Case, device: str) -> Callable[..., Any]:
+    """The same functions on a backend asked for by name. Raises Absent with the reason where it cannot run here."""
+    if (reason := dispatch.why_not(case.op, backend, device)) is not None:
+        raise Absent(reason)
+    function = build(case, device)
+
+    def call(*arguments: Any) -> Any:
+        with rf.use_backend(backend):
+            return function(*arguments)
+
+    return call

@@ -1,0 +1,16 @@
+"""This library with its CUDA C++ kernels, asked for by name: beside Triton and beside what it chooses by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..cases import Case
+from . import needs_gpu, ours
+
+version = ours.version
+
+
+def build(case: Case, device: str) -> Callable[..., Any]:
+    needs_gpu(device)
+    return ours.by_name("cuda", case, device)
