@@ -85,10 +85,11 @@ def test_torchrl_itself():
     done[:, -1] = True
     state = x["values"].unsqueeze(-1)
     following = torch.nn.functional.pad(state, (0, 0, 0, 1))[:, 1:]
+    gamma, lam = 31 / 32, 7 / 8  # numbers of fp32, to which torchrl rounds them
     want, _ = functional.generalized_advantage_estimate(
-        GAMMA, LAM, state, following, x["rewards"].unsqueeze(-1), done, done
+        gamma, lam, state, following, x["rewards"].unsqueeze(-1), done, done
     )
-    got, _ = rf.gae(x["rewards"], x["values"], gamma=GAMMA, lam=LAM)
+    got, _ = rf.gae(x["rewards"], x["values"], gamma=gamma, lam=lam)
     torch.testing.assert_close(got, want.squeeze(-1), rtol=1e-10, atol=1e-10)
 
 
