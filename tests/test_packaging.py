@@ -285,3 +285,12 @@ def usable_instruction_sets() -> list[str]:
 
 def import_path() -> str:
     return str(Path(rl4llm_fast.__file__).resolve().parent.parent)
+
+
+def test_the_architecture_names_every_file_of_the_library_and_the_suite():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    patterns = [re.escape(name).replace(r"\*", r"\w*") for name in re.findall(r"[\w*]+\.py", text)]
+    for folder in ("rl4llm_fast", "rl4llm_fast/trainer", "bench"):
+        for path in (ROOT / folder).glob("*.py"):
+            named = path.name.startswith("_") or any(re.fullmatch(pattern, path.name) for pattern in patterns)
+            assert named, f"docs/architecture.md names no {folder}/{path.name}"
