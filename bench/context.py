@@ -224,12 +224,8 @@ def plan(result: dict[str, Any], variants: Sequence[str]) -> str:
 def load(folders: Sequence[pathlib.Path], meta: dict[str, Any]) -> tuple[pathlib.Path | None, dict[str, Any]]:
     """The newest result of the same command, commit and machine, with its path, or an empty one."""
     same = ("command", "device", "git", "torch", "layers", "precision")
-    for folder in folders:
-        for path in sorted(folder.glob(f"{meta['suite']}-*.json"), reverse=True):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if all(result["meta"].get(key) == meta[key] for key in same):
-                return path, result
-    return None, {"meta": meta, "variants": {}}
+    found = report.alike(report.recorded(folders, meta["suite"]), meta, same)
+    return next(found, (None, {"meta": meta, "variants": {}}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -327,13 +327,10 @@ def _earlier(
     is this one."""
     sources = [path] if path.is_file() else []
     if resume and not sources:
-        folders = dict.fromkeys((path.parent, report.RESULTS))
-        sources = [old for folder in folders for old in sorted(folder.glob(f"{meta['suite']}-*.json"), reverse=True)]
-    for source in sources:
-        before = json.loads(source.read_text(encoding="utf-8"))
-        if all(before["meta"].get(key) == meta[key] for key in ("suite", "precision", "sizes", "torch", "device")):
-            rows = [r for r in before["rows"] if r.get("layers") == layers.get(r["trainer"], r.get("layers"))]
-            return rows, before["meta"]["git"] == meta["git"]
+        sources = report.recorded(dict.fromkeys((path.parent, report.RESULTS)), meta["suite"])
+    for _, before in report.alike(sources, meta, ("suite", "precision", "sizes", "torch", "device")):
+        rows = [r for r in before["rows"] if r.get("layers") == layers.get(r["trainer"], r.get("layers"))]
+        return rows, before["meta"]["git"] == meta["git"]
     return [], False
 
 

@@ -10,7 +10,6 @@ Exit status: 0 done; 2 there is no GPU; 3 kernels are left.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import subprocess
@@ -183,12 +182,8 @@ def plan(result: dict[str, Any], count: int) -> str:
 
 def load(folders: Sequence[pathlib.Path], meta: dict[str, Any]) -> tuple[pathlib.Path | None, dict[str, Any]]:
     """The newest result of this commit on this GPU, with its path, or an empty one."""
-    for folder in folders:
-        for path in sorted(folder.glob("ncu-*.json"), reverse=True):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if all(result["meta"].get(key) == meta[key] for key in ("device", "git", "torch", "triton")):
-                return path, result
-    return None, {"meta": meta, "times": {}, "reports": {}}
+    found = report.alike(report.recorded(folders, "ncu"), meta, ("device", "git", "torch", "triton"))
+    return next(found, (None, {"meta": meta, "times": {}, "reports": {}}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

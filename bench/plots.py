@@ -204,10 +204,7 @@ def _roofline(plt: Any, records: list[dict[str, Any]], result: dict[str, Any]) -
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
-    axes.grid(which="major")
-    axes.set_xlabel("FLOPs a byte, by the formulas of bench/work.py")
-    axes.set_ylabel("FLOP/s (filled: rl4llm_fast, hollow: eager)")
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, "FLOPs a byte, by the formulas of bench/work.py", "FLOP/s (filled: rl4llm_fast, hollow: eager)")
     handles, labels = axes.get_legend_handles_labels()
     return _finish(figure, handles, labels, 4)
 
@@ -220,6 +217,10 @@ def _logarithmic(axes: Any, xlabel: str, ylabel: str | None) -> None:
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, high / 30), high)  # a decade and a half at least, so that some line bears a number
+    _frame(axes, xlabel, ylabel)
+
+
+def _frame(axes: Any, xlabel: str, ylabel: str | None) -> None:
     axes.grid(which="major")
     axes.set_xlabel(xlabel)
     if ylabel:
@@ -282,10 +283,7 @@ def _contexts(plt: Any, found: dict[str, list[dict[str, Any]]], memory: int) -> 
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylim(0, memory / 2**30 * 1.12)
-    axes.grid(which="major")
-    axes.set_xlabel("tokens of an answer")
-    axes.set_ylabel("peak memory of a GRPO step, GiB")
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, "tokens of an answer", "peak memory of a GRPO step, GiB")
     handles, labels = axes.get_legend_handles_labels()
     return _finish(figure, handles, labels, 5)
 

@@ -17,7 +17,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from . import plots, sweeps
@@ -151,6 +151,22 @@ def newest(folder: pathlib.Path = RESULTS) -> list[pathlib.Path]:
         if match:  # sorted by name, so by date within a suite and device
             latest[match[1], match[2]] = path
     return [path for (suite, device), path in latest.items() if suite != "smoke" or ("cpu", device) not in latest]
+
+
+def recorded(folders: Iterable[pathlib.Path], suite: str) -> list[pathlib.Path]:
+    """A suite's JSON files, folder by folder, the newest of each first."""
+    return [path for folder in folders for path in sorted(folder.glob(f"{suite}-*.json"), reverse=True)]
+
+
+def alike(
+    paths: Iterable[pathlib.Path], meta: dict[str, Any], keys: Sequence[str]
+) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+    """The results among the files that can be gone on with: made where, and of what, ``meta`` says by its ``keys``."""
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        known = result.get("meta", {})
+        if all(known.get(key) == meta[key] for key in keys):
+            yield path, result
 
 
 def newest_of_suites(results: dict[pathlib.Path, dict[str, Any]]) -> dict[pathlib.Path, dict[str, Any]]:

@@ -156,12 +156,9 @@ def command(suite: str, op: str | None) -> str:
 def unfinished(folder: pathlib.Path, suite: str, op: str | None, device: str) -> pathlib.Path | None:
     """The newest report of the same command that this commit left unfinished here: figures of other code do not mix."""
     wanted = {**environment(device), "command": command(suite, op)}
-    for path in sorted(folder.glob(f"{suite}-*.json"), reverse=True):
-        meta = json.loads(path.read_text(encoding="utf-8")).get("meta", {})
-        same = all(meta.get(key) == wanted[key] for key in ("command", "device", "git", "torch", "triton"))
-        if same and meta.get("unfinished"):
-            return path
-    return None
+    keys = ("command", "device", "git", "torch", "triton")
+    found = report.alike(report.recorded([folder], suite), wanted, keys)
+    return next((path for path, result in found if result["meta"].get("unfinished")), None)
 
 
 def stem(meta: dict[str, Any]) -> str:

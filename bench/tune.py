@@ -211,12 +211,8 @@ def code() -> str:
 
 def load(folders: Sequence[pathlib.Path], meta: dict[str, Any]) -> tuple[pathlib.Path | None, dict[str, Any]]:
     """The newest result of the same kernels, GPU and versions, with its path, or an empty one."""
-    for folder in folders:
-        for path in sorted(folder.glob("tune-*.json"), reverse=True):
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if all(result["meta"].get(key) == meta[key] for key in ("device", "code", "torch", "triton")):
-                return path, result
-    return None, {"meta": meta, "steps": {}, "attempts": {}}
+    found = report.alike(report.recorded(folders, "tune"), meta, ("device", "code", "torch", "triton"))
+    return next(found, (None, {"meta": meta, "steps": {}, "attempts": {}}))
 
 
 def free(path: pathlib.Path) -> pathlib.Path:
