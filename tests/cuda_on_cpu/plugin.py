@@ -23,6 +23,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 NAN = float("nan")
 
 
+_libraries = []  # one unregisters its ops when it is collected
+
+
+def put_in_place(ops):
+    """Emulated ops in the place of those of Triton's interpreter."""
+    library = torch.library.Library(schemas.TRITON_NAMESPACE, "IMPL")
+    for name, op in ops.items():
+        library.impl(name, op, "CPU")
+    _libraries.append(library)
+    dispatch._build_tables()
+
+
 def struct(name, *fields):
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
@@ -313,7 +325,4 @@ OPS = {
     "kl_divergence_bwd": kl_bwd,
     "kl_divergence_bwd_": kl_bwd_,
 }
-_library = torch.library.Library(schemas.TRITON_NAMESPACE, "IMPL")
-for _name, _op in OPS.items():
-    _library.impl(_name, _op, "CPU")
-dispatch._build_tables()
+put_in_place(OPS)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
-from plugin import DTYPES, Bool, Int, Int64, Pointer, fresh, library, pointer, struct
+from plugin import DTYPES, Bool, Int, Int64, Pointer, fresh, library, pointer, put_in_place, struct
 
-from rl4llm_fast import dispatch, formulas, schemas, weights
+from rl4llm_fast import formulas, weights
 
 # csrc/cuda/token_loss.h
 NUMBERS = len(formulas.PARAMS) + formulas.MAX_KNOBS
@@ -133,7 +132,4 @@ OPS = {
     "token_loss_bwd": token_loss_bwd,
     "kl_estimate_fwd": kl_estimate_fwd,
 }
-_library = torch.library.Library(schemas.TRITON_NAMESPACE, "IMPL")
-for _name, _op in OPS.items():
-    _library.impl(_name, _op, "CPU")
-dispatch._build_tables()
+put_in_place(OPS)
