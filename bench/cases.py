@@ -50,7 +50,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """op: the public function. call: what the peers implement, ``op`` or a variant of it. shape: see ``bench.ops``."""
+    """op: the public function. call: what the peers implement, ``op`` or a variant of it. shape: see ``bench.ops``.
+
+    repeats: the name of the case in which the peers make the same call: only those that a target names make it again.
+    """
 
     op: str
     call: str
@@ -61,6 +64,7 @@ class Case:
     targets: tuple[Target, ...] = ()
     variant: str = ""
     axis: str = ""  # the size that a sweep varies here
+    repeats: str = ""
 
     @property
     def dtype_name(self) -> str:
@@ -102,13 +106,15 @@ def _cpu_logits() -> Iterator[Case]:
 
             common = {"dtype": dtype, "shape": (rows, vocabulary), "suites": suites}
             yield case(plain, FORWARD, _faster(5, "eager"), _faster(1.5, "compile"), **common)
-            yield case(plain, BOTH, _faster(5 if bf16 else 4, "eager"), _faster(4, "compile"), gradient, **common)
+            both = case(plain, BOTH, _faster(5 if bf16 else 4, "eager"), _faster(4, "compile"), gradient, **common)
+            yield both
             yield case(
                 plain,
                 IN_PLACE,
                 _faster(5 if bf16 else 7, "eager"),
                 _faster(4, "compile"),
                 Target("extra_bytes", _SLACK),
+                repeats=both.name,
                 **common,
             )
             yield case(entropy, BOTH, _faster(12 if bf16 else 9, "eager"), _faster(4, "compile"), gradient, **common)
@@ -169,7 +175,9 @@ def _cpu_linear() -> Iterator[Case]:
     )
     for op, dtype, variant, speedup, memory in rows:
         targets = (_faster(speedup, "eager"), Target("memory", memory, "eager"))
-        yield Case(op, op, BOTH, dtype, shape, suites, targets, variant)
+        case = Case(op, op, BOTH, dtype, shape, suites, targets, variant)
+        chunks = dataclasses.replace(case, variant="").name
+        yield dataclasses.replace(case, repeats=chunks) if variant == "one chunk" else case
     # The size at which its rivals' chunked losses are known: faster than each of them, with less memory than any.
     op, rivals = "linear_policy_loss", ("trl", "liger", "cce")
     beyond = [target for rival in rivals for target in (_faster(1, rival), Target("memory", 1, rival))]

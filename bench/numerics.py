@@ -81,7 +81,7 @@ def measure(
             oracle = op(logits.double(), other.double(), *arguments)
             eager = op(logits, other, *arguments)
             got = op(logits, other, ids, backend, temperature)
-            for output, exact in oracle.items():
+            for output, exact in ((name, tensor.detach()) for name, tensor in oracle.items()):
                 finite = torch.isfinite(exact)
                 if not bool(finite.any()):
                     continue

@@ -62,7 +62,7 @@ class Step:
     run: Callable[[object], object]
 
 
-_FEW = 3  # samples that the slowest still give
+_FEW, _FEWEST = 3, 2  # samples that the slowest still give, and those of them whose one call uses up the budget
 LONG_MS = 1e3  # of such a call, cold code and fresh pages are noise
 
 
@@ -73,21 +73,25 @@ def interleave(
 
     A sampler returns the milliseconds of one call. The order rotates from round to round: nobody always runs after
     the same neighbour. The first round is thrown away, but for calls of a second. Who has used the budget alone sits
-    out further rounds: a peer of seconds a call has no small differences to show, and everyone would wait for it.
+    out further rounds: a peer of seconds a call has no small differences to show, and everyone would wait for it. For
+    the same reason few rounds do where they take twice the budget.
     """
     names = list(samplers)
     result = {name: Samples() for name in names}
     start = time.perf_counter()
     for count in range(max_rounds + 1):
-        if count > min_rounds and time.perf_counter() - start > budget_s:
+        spent = time.perf_counter() - start
+        if (count > min_rounds and spent > budget_s) or (count > _FEW and spent > 2 * budget_s > 0):
             break
         turn = count % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            if len(result[name].ms) >= _FEW and sum(result[name].ms) > 1e3 * budget_s:
+            ms = result[name].ms
+            few = _FEWEST if max(ms, default=0.0) > 1e3 * budget_s else _FEW
+            if len(ms) >= few and sum(ms) > 1e3 * budget_s:
                 continue
-            ms = samplers[name]()
-            if count or ms >= LONG_MS:
-                result[name].ms.append(ms)
+            sample = samplers[name]()
+            if count or sample >= LONG_MS:
+                ms.append(sample)
     return result
 
 

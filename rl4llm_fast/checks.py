@@ -16,6 +16,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
 # Number: a hyperparameter as the user gives it. A 0-d tensor may change between steps without a recompilation.
 Number = float | int | Tensor
 
@@ -65,18 +67,26 @@ def live_mask(name: str, mask: Tensor | None, wanted: Sequence[int], reference: 
     if mask.dtype != torch.bool:
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
             raise TypeError(f"{name}: wanted a bool or 0/1 integer tensor, got {mask.dtype}")
+        _zeros_and_ones(name, mask)
         mask = mask != 0
     has_shape(name, mask, wanted, like)
     same_device(name, mask, reference, like)
     return mask
 
 
+def _zeros_and_ones(name: str, mask: Tensor) -> None:
+    """Labels or segment numbers are no mask. Looked at where that costs no synchronisation."""
+    unseen = torch.compiler.is_compiling() or _dispatch_modes() or (mask.device.type != "cpu" and not debug())
+    if unseen or not mask.numel():
+        return
+    low, high = (int(value) for value in mask.aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"{name}: wanted 0 or 1 at every token, got values from {low} to {high}")
+
+
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: wanted one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _tensor(plain: float | tuple[float, ...]) -> Tensor:
@@ -126,6 +136,13 @@ def in_range(name: str, value: object, least: float, below: float | None = None,
     if not (value > least if strict else value >= least) or (below is not None and not value < below):
         upper = "" if below is None else f" and < {below:g}"
         raise ValueError(f"{name}: wanted a number {'>' if strict else '>='} {least:g}{upper}, got {value}")
+
+
+def discount(name: str, value: Number, reference: Tensor) -> Tensor:
+    """γ or λ as ``number`` gives it; a plain number must lie in [0, 1]."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value <= 1:
+        raise ValueError(f"{name}: wanted a number in [0, 1], got {value}")
+    return number(name, value, reference)
 
 
 def integer(name: str, value: object) -> None:

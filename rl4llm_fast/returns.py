@@ -81,8 +81,8 @@ def gae(
         (advantages, returns), both like ``values`` in fp32 (fp64 for fp64 input).
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device; cu_seqlens that do not start at 0, ever decrease, or do not
-            end at N.
+        TypeError, ValueError: wrong dtype, shape or device; γ or λ outside [0, 1]; cu_seqlens that do not start at 0,
+            ever decrease, or do not end at N.
         BackendError: a backend asked for by name cannot run here.
     """
     if kl is None:
@@ -180,7 +180,7 @@ def n_step_returns(
     op, tensors = "n_step_returns", {"rewards": rewards, "values": values}
     given = _tokens(op, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
     kernel: Any = reference_returns if given.backend == "eager" else dispatch.ops(given.backend)
-    discount = checks.number("gamma", gamma, given.tensors[0])
+    discount = checks.discount("gamma", gamma, given.tensors[0])
     result: Tensor = kernel.n_step_returns(
         *given.tensors, given.mask, given.cu_seqlens, given.bootstrap, n, discount, mask_mode
     )
@@ -225,10 +225,10 @@ def vtrace(
     given = _tokens("vtrace", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
     r, v, now, rollout = given.tensors
     kernel: Any = reference_returns if given.backend == "eager" else dispatch.ops(given.backend)
-    named = {"gamma": gamma, "lam": lam, "rho_max": rho_max, "c_max": c_max}
-    numbers = (checks.number(name, value, r) for name, value in named.items())
+    discounts = (checks.discount(name, value, r) for name, value in (("gamma", gamma), ("lam", lam)))
+    bounds = (checks.number(name, value, r) for name, value in (("rho_max", rho_max), ("c_max", c_max)))
     advantages, targets = kernel.vtrace(
-        now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *numbers, mask_mode
+        now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *discounts, *bounds, mask_mode
     )
     return advantages, targets
 
@@ -363,9 +363,8 @@ def _gae(
     """(advantages, returns), the first for ``gae`` only."""
     tokens = rewards if kl is None else kl
     chosen = given.backend
-    gamma, lam, beta = (
-        checks.number(name, value, tokens) for name, value in zip(("gamma", "lam", "beta"), gamma_lam_beta, strict=True)
-    )
+    gamma, lam = (checks.discount(n, x, tokens) for n, x in zip(("gamma", "lam"), gamma_lam_beta[:2], strict=True))
+    beta = checks.number("beta", gamma_lam_beta[2], tokens)
     mask, offsets, last = given.mask, given.cu_seqlens, given.bootstrap
     if chosen == "eager":
         return reference_returns.gae(rewards, values, mask, offsets, last, kl, gamma, lam, beta, mask_mode)

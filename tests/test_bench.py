@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -70,6 +71,19 @@ def test_interleave_leaves_out_who_used_the_budget_alone() -> None:
     assert {name: len(samples.ms) for name, samples in result.items()} == {"fast": 5, "slow": 3}
 
 
+def test_interleave_takes_two_samples_of_a_call_beyond_the_budget() -> None:
+    samplers = {"fast": lambda: 1.0, "slow": lambda: 7_000.0}
+    result = timing.interleave(samplers, budget_s=6.0, min_rounds=5, max_rounds=5)
+    assert {name: len(samples.ms) for name, samples in result.items()} == {"fast": 5, "slow": 2}
+
+
+def test_interleave_ends_after_few_rounds_of_twice_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0.0, 5.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    result = timing.interleave({"a": lambda: 1.0}, budget_s=4.0, min_rounds=9, max_rounds=9)
+    assert len(result["a"].ms) == 3
+
+
 def test_a_cpu_sample_is_one_call_from_a_settled_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
     monkeypatch.setattr(timing, "settle", lambda: done.append("settled"))
@@ -95,6 +109,17 @@ def test_products_that_the_cpu_emulates_are_passed_over(monkeypatch: pytest.Monk
     assert "has no instructions for products in bf16" in report.table(result)
     row = next(line for line in report.markdown(result).split("\n") if "linear_policy_loss" in line)
     assert "| not run: this CPU has no instructions for products in bf16, and emulates them |" in row
+
+
+def test_a_call_that_another_case_measures_is_not_made_again() -> None:
+    names = {case.name for case in cases.CASES}
+    assert {case.repeats for case in cases.CASES if case.repeats} <= names
+    in_place = next(case for case in cases.select("smoke", "token_logprobs") if case.mode == IN_PLACE)
+    tiny = dataclasses.replace(in_place, shape=(4, 300))
+    record = measure.run_case(tiny, [peers.OURS, "eager", "chunked"], "cpu", TINY, copy_ceiling=1e9)
+    chunked = measure.result_of(record, "chunked")
+    assert (chunked["status"], chunked["reason"]) == ("absent", f"its call is measured in {in_place.repeats}")
+    assert [r["status"] for r in record["results"] if r is not chunked] == ["ok", "ok"]
 
 
 # --- the registry

@@ -22,9 +22,9 @@ SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan", "n_step", "groups", "wh
            "token_loss_sequences"]  # fmt: skip
 TESTS = [
     "tests/test_token_logprobs.py", "tests/interpret/test_triton_token_logprobs.py",
-    "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/interpret/test_triton_returns.py",
-    "tests/interpret/test_triton_n_step.py", "tests/test_group_advantages.py", "tests/test_process_advantages.py",
-    "tests/cuda_on_cpu/test_long_returns.py",
+    "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/test_properties.py",
+    "tests/interpret/test_triton_returns.py", "tests/interpret/test_triton_n_step.py",
+    "tests/test_group_advantages.py", "tests/test_process_advantages.py", "tests/cuda_on_cpu/test_long_returns.py",
 ]  # fmt: skip
 
 # Of the token losses: the tests of their files and those that count launches.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ import rl4llm_fast as rf
 from rl4llm_fast import tiles
 from rl4llm_fast.testing import assert_as_good_as_eager
 
+# In Triton's interpreter (tests/test_triton_interpret.py) the ops on logits are held to the oracle by the same tests.
+BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
+on_backend = pytest.mark.parametrize("backend", [BACKEND])
 pytestmark = pytest.mark.skipif(
-    "cpu" not in rf.backends()["token_logprobs"], reason="the C++ extension is not built here"
+    BACKEND not in rf.backends()["token_logprobs"], reason="the C++ extension is not built here"
 )
 CHEAP = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -66,10 +70,9 @@ def gradients(op, leaf, upstream):
     return [o.detach() for o in outs] + [leaf.grad]
 
 
-def compare(op, make_inputs, upstream, names):
-    """``op(leaf, wide, backend)`` on the CPU backend, against eager in fp64 and in the same dtype."""
-    leaf = make_inputs
-    got = gradients(lambda x: op(x, False, "cpu"), leaf, upstream)
+def compare(op, leaf, upstream, backend, names):
+    """``op(leaf, wide, backend)`` against eager in fp64 and in the same dtype."""
+    got = gradients(lambda x: op(x, False, backend), leaf, upstream)
     oracle = gradients(lambda x: op(x, True, "eager"), leaf.double(), upstream)
     eager = gradients(lambda x: op(x, False, "eager"), leaf, upstream)
     for name, g, o, e in zip(names, got, oracle, eager, strict=True):
@@ -84,8 +87,9 @@ def compare(op, make_inputs, upstream, names):
     mask=st.booleans(),
     seed=st.integers(0, 99),
 )
+@on_backend
 @CHEAP
-def test_token_logprobs(make, tau, softcap, k, mask, seed):
+def test_token_logprobs(backend, make, tau, softcap, k, mask, seed):
     z = make()
     generator = torch.Generator().manual_seed(seed)
     lead, vocabulary = z.shape[:-1], z.shape[-1]
@@ -101,7 +105,7 @@ def test_token_logprobs(make, tau, softcap, k, mask, seed):
         options = {"temperature": temperature, "softcap": softcap, "mask": live, "backend": backend}
         return rf.token_logprobs(x, ids, return_entropy=True, **options)
 
-    compare(op, z, upstream, ("logp", "entropy", "dlogits"))
+    compare(op, z, upstream, backend, ("logp", "entropy", "dlogits"))
 
 
 @given(
@@ -112,8 +116,9 @@ def test_token_logprobs(make, tau, softcap, k, mask, seed):
     mask=st.booleans(),
     seed=st.integers(0, 99),
 )
+@on_backend
 @CHEAP
-def test_kl_divergence(make, tau, softcap, direction, mask, seed):
+def test_kl_divergence(backend, make, tau, softcap, direction, mask, seed):
     z, ref = make(), make(1).contiguous()
     ref[z == -math.inf] = -math.inf  # the same tokens masked out on both sides: the KL is finite
     z[ref == -math.inf] = -math.inf
@@ -133,7 +138,7 @@ def test_kl_divergence(make, tau, softcap, direction, mask, seed):
         options = {"temperature": temperature, "softcap": softcap, "mask": live, "backend": backend}
         return rf.kl_divergence(x, other, direction=direction, **options)
 
-    compare(op, z, [torch.randn(lead, generator=generator)], ("kl", "dlogits"))
+    compare(op, z, [torch.randn(lead, generator=generator)], backend, ("kl", "dlogits"))
 
 
 # Temperatures of 1e-3 are for the ops on logits, above: here they only blow up how the products round.

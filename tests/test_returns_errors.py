@@ -9,6 +9,7 @@ import rl4llm_fast as rf
 from rl4llm_fast import dispatch
 
 GOOD = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3)}
+LABELS = torch.tensor([[-100, 5, 7], [-100, 3, 0]])
 PACKED = {"rewards": torch.zeros(6), "values": torch.zeros(6)}
 
 
@@ -30,10 +31,13 @@ PACKED = {"rewards": torch.zeros(6), "values": torch.zeros(6)}
         (TypeError, "cu_seqlens", {**PACKED, "cu_seqlens": [0, 6]}),
         (ValueError, "mask", {**GOOD, "mask": torch.ones(2, 4, dtype=torch.bool)}),
         (TypeError, "mask", {**GOOD, "mask": torch.ones(2, 3)}),
+        (ValueError, "mask: wanted 0 or 1 at every token, got values from -100", {**GOOD, "mask": LABELS}),
         (ValueError, "bootstrap_value", {**GOOD, "bootstrap_value": torch.zeros(3)}),
         (TypeError, "bootstrap_value", {**GOOD, "bootstrap_value": 1.0}),
         (ValueError, "mask_mode", {**GOOD, "mask_mode": "hold"}),
         (TypeError, "gamma", {**GOOD, "gamma": None}),
+        (ValueError, r"gamma: wanted a number in \[0, 1\], got 99", {**GOOD, "gamma": 99}),
+        (ValueError, r"lam: wanted a number in \[0, 1\]", {**GOOD, "lam": -0.5}),
         (ValueError, "lam", {**GOOD, "lam": torch.zeros(2)}),
         (ValueError, "beta", {**GOOD, "beta": 0.1}),
         (ValueError, "scores", {**GOOD, "rewards": torch.zeros(3), "kl": torch.zeros(2, 3), "beta": 0.1}),
@@ -51,6 +55,9 @@ def test_bad_input_of_the_others():
         rf.n_step_returns(r, v, 0, gamma=1.0)
     with pytest.raises(TypeError, match="n: wanted"):
         rf.n_step_returns(r, v, 1.5, gamma=1.0)
+    for call in (lambda: rf.n_step_returns(r, v, 1, gamma=2), lambda: rf.vtrace(r, r, r, v, gamma=2.0, lam=1.0)):
+        with pytest.raises(ValueError, match=r"gamma: wanted a number in \[0, 1\]"):
+            call()
     with pytest.raises(ValueError, match="rho_max"):
         rf.vtrace(r, r, r, v, gamma=1.0, lam=1.0, rho_max=0.5)
     with pytest.raises(ValueError, match="rollout_logp"):

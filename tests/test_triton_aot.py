@@ -11,7 +11,7 @@ from bench import knobs, static
 
 triton = ahead_of_time.importorskip()
 
-from rl4llm_fast.kernels import configs, kl, rows, token_logprobs  # noqa: E402
+from rl4llm_fast.kernels import configs, kl, kl_bwd, rows, token_logprobs  # noqa: E402
 
 V = 151_936
 POINTERS = {
@@ -82,8 +82,8 @@ KL_KERNELS = ["fwd", "merge", "jsd", "jsd_merge", "bwd reverse", "bwd forward", 
 def kl_case(name, dtype, ref_dtype, case):
     """(kernel, constants, warps, budget) as the launcher would start it."""
     name, *direction = name.split()
-    constants = CASES[case] | {"beta_ptr": None}
-    kernel = getattr(kl, f"kl_divergence_{name}_kernel")
+    constants = CASES[case] | {"beta_ptr": None, "ANCHORED": True}
+    kernel = getattr(kl_bwd if direction else kl, f"kl_divergence_{name}_kernel")
     if "merge" in name:
         parts = triton.cdiv(V, configs.part_columns(V))
         return kernel, constants | {"BLOCK_PARTS": triton.next_power_of_2(parts)}, 1, 64

@@ -144,6 +144,9 @@ class KlForward {
     kl_ptr[n] = inner_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = 0;
   }
 
+  // What the other side is counted from in gsum, until `finish` writes the row's result there.
+  A* anchor_ptr() const { return inner_ptr; }
+
   static bool ref_first(const KlArguments& args) { return args.direction == KlDirection::forward; }
 
   // Where the maximum and the log-sum of the first and of the other side of row n go.
@@ -168,12 +171,20 @@ class KlForward {
       row.max = std::max(row.max, parts[i].max);
       row.other_max = std::max(row.other_max, parts[i].other_max);
     }
+    A anchor = row.other_max;
+    if (args.direction == KlDirection::reverse) {
+      int64_t i = 0;
+      while (i < args.cut.parts - 1 && parts[i].max != row.max) ++i;
+      anchor = functions<A>().anchor(args.part<A>(n, i, false), args.temperature[n], row.max);
+    }
+    anchor_ptr()[n] = anchor == -infinity(A()) ? row.other_max : anchor;
   }
 
   KlSum sum(const KlArguments& args, int64_t n, int64_t i) const {
     KlSum result;
     const Norms row = norms(args, n);
-    functions<A>().kl(args.part<A>(n, i, ref_first(args)), args.temperature[n], {row.max, row.other_max}, &result);
+    functions<A>().kl(args.part<A>(n, i, ref_first(args)), args.temperature[n], {row.max, row.other_max},
+                      anchor_ptr()[n], &result);
     return result;
   }
 
@@ -183,20 +194,25 @@ class KlForward {
       sums.sum += parts[i].sum;
       sums.other_sum += parts[i].other_sum;
       sums.dsum += parts[i].dsum;
+      sums.gsum += parts[i].gsum;
       sums.infinite |= parts[i].infinite;
     }
     const Norms row = norms(args, n);
     const double first = log_sum(RowSum<double>{row.max, sums.sum, 0});
     const double second = log_sum(RowSum<double>{row.other_max, sums.other_sum, 0});
-    row.log_sum = A(first);
-    row.other_log_sum = A(second);
-    const double mean = sums.dsum / sums.sum;
     const double unit = sizeof(A) == sizeof(double) ? 1 : args.temperature[n];
     // One logarithm of the ratio: the difference of two would lose what both have in common.
-    const double kl = mean / unit + natural_log(sums.other_sum / sums.sum) + 0 * (first + second);
+    const double kl = sums.dsum / sums.sum / unit + natural_log(sums.other_sum / sums.sum) + 0 * (first + second);
     const bool infinite = sums.infinite && kl == kl;
+    double other_log_sum = second;
+    if (args.direction == KlDirection::reverse && !infinite) {  // counted from the anchor, as its gradient wants it
+      other_log_sum += (double(row.other_max) - double(anchor_ptr()[n])) / args.temperature[n];
+      row.other_max = anchor_ptr()[n];
+    }
+    row.log_sum = A(first);
+    row.other_log_sum = A(other_log_sum);
     kl_ptr[n] = infinite ? infinity(A()) : A(kl);
-    inner_ptr[n] = infinite ? infinity(A()) : A(mean);
+    inner_ptr[n] = infinite ? infinity(A()) : A(sums.gsum / sums.sum);
   }
 
   JsdSum jsd_sum(const KlArguments& args, int64_t n, int64_t i) const {
@@ -211,9 +227,12 @@ class KlForward {
     for (int64_t i = 1; i < args.cut.parts; ++i) {
       row.p_sum += parts[i].p_sum;
       row.q_sum += parts[i].q_sum;
+      row.weight += parts[i].weight;
     }
     kl_ptr[n] = A(ln_base(A()) * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
-    inner_ptr[n] = A(ln_base(A()) * row.p_sum);
+    // Over the sum of the p as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ
+    // would blow up what is left.
+    inner_ptr[n] = A(row.p_sum / row.weight);
   }
 };
 
@@ -241,23 +260,16 @@ template <class A>
 KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
   const A log_sum = canonical(saved.log_sum_ptr[n]), ref_log_sum = canonical(saved.ref_log_sum_ptr[n]);
   const double tau = args.temperature[n], g = double(canonical(saved.grad_ptr[n])) / tau;
-  const double inner = canonical(saved.inner_ptr[n]);
   KlGrad<A> grad;
   grad.direction = args.direction;
   grad.row = jsd_row(args, saved.row_max_ptr[n], log_sum, saved.ref_row_max_ptr[n], ref_log_sum);
-  grad.intercept = grad.mean = 0;
   grad.bad = log_sum != log_sum || ref_log_sum != ref_log_sum;
-  if (args.direction == KlDirection::reverse) {
-    grad.slope = A(sizeof(A) == sizeof(double) ? g : g / tau);  // d_v is in nats in fp64, else times τ
-    grad.mean = A(inner);
-  } else if (args.direction == KlDirection::forward) {
-    grad.slope = 0;
-    grad.intercept = A(g);
-  } else {
-    grad.slope = A((1 - args.beta) * g * ln_base(A()));
-    grad.intercept = A(-(1 - args.beta) * g * inner);
-  }
-  if (grad.bad) grad.slope = grad.intercept = grad.mean = not_a_number(A());
+  grad.mean = canonical(saved.inner_ptr[n]);
+  double slope = g;  // d_v is in nats in fp64; in fp32 in the logits' units, or a logarithm of base 2
+  if (args.direction == KlDirection::reverse && sizeof(A) != sizeof(double)) slope /= tau;
+  if (args.direction == KlDirection::jsd) slope *= (1 - args.beta) * ln_base(A());
+  grad.slope = A(slope);
+  if (grad.bad) grad.slope = grad.mean = not_a_number(A());
   return grad;
 }
 

@@ -40,38 +40,41 @@ struct KlMaxima {
 struct KlSum {
   double sum, other_sum;  // Σ exp(x_v/τ), Σ exp(y_v/τ)
   double dsum;            // Σ exp(x_v/τ)·(x_v − y_v), where −inf on both sides is a difference of 0
-  bool infinite;          // somewhere w is −inf and z is not
+  double gsum;    // the same with w'_v − anchor for y_v: for the gradient, where w'_v − other_max is for the value
+  bool infinite;  // somewhere w is −inf and z is not
 };
 
-// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log(p/m) and Σ q·log(q/m), over ln_base.
+// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log(p/m) and Σ q·log(q/m), over ln_base, and Σ p.
 template <class A>
 struct JsdRow {
   LogitsNorm<A> p, q;
   A beta, beta_complement;  // β and 1 − β
 };
 struct JsdSum {
-  double p_sum, q_sum;
+  double p_sum, q_sum, weight;
 };
 
 enum class KlDirection { reverse, forward, jsd };
 
 // What the gradient of a row's logits needs (docs/math.md section 3), with g the upstream gradient over τ:
-//   reverse  dL/dz'_v = p_v·(d_v − mean)·slope                 d_v = x_v − y_v of KlSum, mean = Σ p·d
-//   forward  dL/dz'_v = (p_v − q_v)·intercept
-//   jsd      dL/dz'_v = p_v·(log(p_v/m_v)/ln_base·slope + intercept)
+//   reverse  dL/dz'_v = p_v·(d_v − mean)·slope       d_v = x_v − (w'_v − anchor) of KlSum, mean = Σ p·d
+//   jsd      the same                                d_v = log(p_v/m_v)/ln_base, mean = Σ p·d / Σ p
+//   forward  dL/dz'_v = (p_v − q_v)·slope
 template <class A>
 struct KlGrad {
   KlDirection direction;
   JsdRow<A> row;
-  A slope, intercept, mean;
+  A slope, mean;
   bool bad;  // the row holds NaN, +inf or nothing but −inf on either side
 };
 
 template <class A>
 struct KlFunctions {
   void (*maxima)(const KlPart<A>& part, KlMaxima<A>* maxima);
+  // The other side's softcapped logit where the first side's is `top`, its maximum; of several, the largest.
+  A (*anchor)(const KlPart<A>& part, double temperature, A top);
   // KL of the first side from the other, relative to the maxima of the rows.
-  void (*kl)(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* sum);
+  void (*kl)(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* sum);
   void (*jsd)(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* sum);
   // The policy comes first. dlogits_ptr (length,), of its type, may be its logits themselves.
   void (*bwd)(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr);

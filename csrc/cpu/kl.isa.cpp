@@ -1,141 +1,21 @@
 // Exact KL divergence of one part of two rows of logits, and its gradient (docs/math.md section 3).
 //
-// Computes: maxima; kl: Σ 2^x, Σ 2^y, Σ 2^x·(x − y); jsd: Σ p·log(p/m), Σ q·log(q/m); bwd: dL/dz.
+// Computes: maxima; anchor; kl: Σ 2^x, Σ 2^y, Σ 2^x·(x − y) twice; jsd: Σ p·log(p/m), Σ q·log(q/m), Σ p; bwd: dL/dz.
 // Grid:     one call per part of kPart logits of one row; kl.cpp hands the parts to threads.
 // Traffic:  maxima reads both rows from memory, kl again from the cache, bwd reads both and writes one (a block of each
 //           is widened into L1 and worked on there); the JSD needs both normalisers first: a third reading.
 // Numerics: a block of kBlock logits in fp32, 4 × Vec::width sums relative to both maxima; blocks in fp64 and from the
 //           left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where they are
-//           nearly exact for close distributions, and by the same arithmetic in kl and bwd: where one token has all of
-//           p, the gradient's d − Σ p·d is exactly 0 however large the KL. −inf on both sides adds exactly 0; on the
-//           other side alone it is looked for in the logits: finite ones may overflow on the way.
+//           nearly exact for close distributions. For the gradient of the reverse KL they are counted from the
+//           likeliest token, which so adds 0: what a peaked row is off by does not drown the little that is left of d −
+//           Σ p·d. −inf on both sides adds exactly 0; on the other side alone it is looked for in the logits: finite
+//           ones may overflow on the way.
 // Gradient: KlGrad in kl.h, the softcap's chain, rounded once; exactly 0 at a policy logit of −inf.
-#include "cpu/kl.h"
-#include "cpu/logits_vec.h"
+#include "cpu/kl_blocks.h"
 
 namespace rl4llm {
 namespace RL4LLM_ISA {
 namespace {
-
-template <class A>
-struct VecOf {
-  typedef Vec type;
-};
-template <>
-struct VecOf<double> {
-  typedef Vec64 type;
-};
-
-// --- blocks of any type to A and back
-
-// fp64's sums are judged by its own eps: shorter ones, that round less.
-constexpr int length_of_block(float) { return kBlock; }
-constexpr int length_of_block(double) { return 256; }
-
-// Both sides of a block, in A. Two neighbours in memory need not be neighbours here, but both sides have one order.
-template <class A>
-struct Block {
-  alignas(64) A z[length_of_block(A())];
-  alignas(64) A w[length_of_block(A())];
-};
-
-template <class T>
-RL4LLM_INLINE void widen_to_fp32(const T* ptr, int length, bool in_order, float* out_ptr) {
-  constexpr int step = 2 * Vec::width;
-  const int whole = length - length % step;
-  Vec a, b;
-  for (int v = 0; v < whole; v += step) {
-    if (in_order) {
-      load2_in_order(ptr + v, a, b);
-    } else {
-      load2(ptr + v, a, b);
-    }
-    store2(out_ptr + v, a, b);
-  }
-  if (whole == length) return;
-  T tail[step];
-  load_tail(ptr + whole, length - whole, step, tail);
-  in_order ? load2_in_order(tail, a, b) : load2(tail, a, b);
-  store2(out_ptr + whole, a, b);
-}
-
-template <class T>
-RL4LLM_INLINE void narrow_from_fp32(const float* from_ptr, int length, bool in_order, T* out_ptr) {
-  constexpr int step = 2 * Vec::width;
-  const int whole = length - length % step;
-  Vec a, b;
-  for (int v = 0; v < whole; v += step) {
-    load2(from_ptr + v, a, b);
-    in_order ? store2_in_order(out_ptr + v, a, b) : store2(out_ptr + v, a, b);
-  }
-  if (whole == length) return;
-  T tail[step];
-  load2(from_ptr + whole, a, b);
-  in_order ? store2_in_order(tail, a, b) : store2(tail, a, b);
-  for (int v = whole; v < length; ++v) out_ptr[v] = tail[v - whole];
-}
-
-RL4LLM_INLINE int64_t size_of(LogitsType type) {
-  return type == LogitsType::fp64 ? 8 : type == LogitsType::fp32 ? 4 : 2;
-}
-
-// `length` logits from column v, and −inf up to a whole step.
-void widen(const void* row_ptr, LogitsType type, int64_t v, int length, bool in_order, float* out_ptr) {
-  const void* ptr = (const char*)row_ptr + v * size_of(type);
-  if (type == LogitsType::fp32) return widen_to_fp32((const float*)ptr, length, in_order, out_ptr);
-  if (type == LogitsType::bf16) {
-    if (in_order) return widen_to_fp32((const bf16*)ptr, length, true, out_ptr);
-    return widen_to_fp32((const bf16*)ptr, length, false, out_ptr);
-  }
-  return widen_to_fp32((const fp16*)ptr, length, in_order, out_ptr);
-}
-void widen(const void* row_ptr, LogitsType type, int64_t v, int length, bool, double* out_ptr) {
-  if (type == LogitsType::fp64) {
-    for (int i = 0; i < length; ++i) out_ptr[i] = ((const double*)row_ptr)[v + i];
-    return;
-  }
-  alignas(64) float narrow[length_of_block(double())];
-  widen(row_ptr, type, v, length, true, narrow);
-  for (int i = 0; i < length; ++i) out_ptr[i] = narrow[i];
-}
-
-void narrow(const float* from_ptr, LogitsType type, int64_t v, int length, bool in_order, void* row_ptr) {
-  void* ptr = (char*)row_ptr + v * size_of(type);
-  if (type == LogitsType::fp32) return narrow_from_fp32(from_ptr, length, in_order, (float*)ptr);
-  if (type == LogitsType::bf16) {
-    if (in_order) return narrow_from_fp32(from_ptr, length, true, (bf16*)ptr);
-    return narrow_from_fp32(from_ptr, length, false, (bf16*)ptr);
-  }
-  narrow_from_fp32(from_ptr, length, in_order, (fp16*)ptr);
-}
-void narrow(const double* from_ptr, LogitsType type, int64_t v, int length, bool, void* row_ptr) {
-  if (type == LogitsType::fp64) {
-    for (int i = 0; i < length; ++i) ((double*)row_ptr)[v + i] = from_ptr[i];
-    return;
-  }
-  constexpr int most = length_of_block(double());
-  alignas(64) float single[most];
-  for (int i = 0; i < most; ++i) single[i] = i < length ? float(from_ptr[i]) : 0.0f;
-  narrow(single, type, v, length, true, row_ptr);
-}
-
-// Calls work(block, its first column, its logits, the same rounded up to a step).
-template <class A, class Work>
-RL4LLM_INLINE void for_each_block(const KlPart<A>& part, const Work& work) {
-  constexpr int step = kVecs * VecOf<A>::type::width;
-  Block<A> block;
-  const bool in_order = part.type != part.other_type;
-  constexpr int most = length_of_block(A());
-  for (int64_t v = 0; v < part.length; v += most) {
-    const int length = int(part.length - v < most ? part.length - v : most);
-    const int padded = (length + step - 1) / step * step;
-    // What a step has beyond widen()'s own padding.
-    for (int i = padded - step; i < padded; ++i) block.z[i] = block.w[i] = -infinity(A());
-    widen(part.logits_ptr, part.type, v, length, in_order, block.z);
-    widen(part.other_ptr, part.other_type, v, length, in_order, block.w);
-    work(block, v, length, padded);
-  }
-}
 
 // --- formulas
 
@@ -245,7 +125,41 @@ void maxima(const KlPart<A>& part, KlMaxima<A>* out) {
 }
 
 template <bool kSoftcap, class A>
-void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* out) {
+A anchor_kernel(const KlPart<A>& part, double temperature, A top) {
+  typedef typename VecOf<A>::type F;
+  const Scale<A> scale = scale_of(part, temperature);
+  const F none = F::of(-infinity(A())), zero = F::of(0);
+  F found = none;
+  for_each_block(
+      part, [&](const Block<A>& block, int64_t, int, int padded) __attribute__((always_inline)) {
+        for (int v = 0; v < padded; v += 2 * F::width) {
+          F z[2], w[2];
+          load2(block.z + v, z[0], z[1]);
+          load2(block.w + v, w[0], w[1]);
+          for (int i = 0; i < 2; ++i) {
+            const F other = shifted_logit<kSoftcap>(w[i], scale.softcap, A(0));
+            found = max(select_less(distance<kSoftcap>(z[i], scale, top), zero, none, other), found);
+          }
+        }
+      });
+  return max_of(found);
+}
+
+template <class A>
+A anchor(const KlPart<A>& part, double temperature, A top) {
+  return part.softcap != A(0) ? anchor_kernel<true>(part, temperature, top)
+                              : anchor_kernel<false>(part, temperature, top);
+}
+
+// x − y as a term of gsum: a row of them still has a finite sum.
+template <class F>
+RL4LLM_INLINE F bounded_difference(F x, F y) {
+  const F bound = F::of(1e36f), difference = x - y;
+  return max(select_less(difference, bound, difference, bound), F::of(-1e36f));
+}
+
+template <bool kSoftcap, class A>
+void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* out) {
   typedef typename VecOf<A>::type F;
   constexpr int step = kVecs * F::width;
   const Scale<A> scale = scale_of(part, temperature);
@@ -253,12 +167,12 @@ void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>&
   // Where a side holds nothing, all its terms are 0 (or NaN), whatever the origin.
   const A origin = maxima.max == -infinity(A()) ? A(0) : maxima.max;
   const A other_origin = maxima.other_max == -infinity(A()) ? A(0) : maxima.other_max;
-  KlSum row = {0, 0, 0, false};
+  KlSum row = {0, 0, 0, 0, false};
 
   for_each_block(
       part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
-        F sum[kVecs], other_sum[kVecs], dsum[kVecs], other_low = F::of(0);
-        for (int i = 0; i < kVecs; ++i) sum[i] = other_sum[i] = dsum[i] = F::of(0);
+        F sum[kVecs], other_sum[kVecs], dsum[kVecs], gsum[kVecs], other_low = F::of(0);
+        for (int i = 0; i < kVecs; ++i) sum[i] = other_sum[i] = dsum[i] = gsum[i] = F::of(0);
         for (int v = 0; v < length; v += step) {
           F z[kVecs], w[kVecs];
           for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
@@ -272,12 +186,14 @@ void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>&
             sum[i] = sum[i] + e;
             other_sum[i] = other_sum[i] + power(max(least, y * F::of(scale.k)));
             dsum[i] = fma(e, x - y, dsum[i]);
+            gsum[i] = fma(e, bounded_difference(x, distance<kSoftcap>(w[i], scale, anchor)), gsum[i]);
           }
         }
         if (max_of(F::of(0) - other_low) == infinity(A())) row.infinite |= has_hole<F>(block.z, block.w, length);
         row.sum += sum4(sum);
         row.other_sum += sum4(other_sum);
         row.dsum += sum4(dsum);
+        row.gsum += sum4(gsum);
       });
   *out = row;
 }
@@ -287,11 +203,11 @@ void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& 
   typedef typename VecOf<A>::type F;
   constexpr int step = kVecs * F::width;
   const Scale<A> scale = scale_of(part, temperature);
-  JsdSum total = {0, 0};
+  JsdSum total = {0, 0, 0};
   for_each_block(
       part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
-        F p_sum[kVecs], q_sum[kVecs];
-        for (int i = 0; i < kVecs; ++i) p_sum[i] = q_sum[i] = F::of(0);
+        F p_sum[kVecs], q_sum[kVecs], weight[kVecs];
+        for (int i = 0; i < kVecs; ++i) p_sum[i] = q_sum[i] = weight[i] = F::of(0);
         for (int v = 0; v < length; v += step) {
           F z[kVecs], w[kVecs];
           for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
@@ -301,10 +217,12 @@ void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& 
                                   log_p(distance<kSoftcap>(w[i], scale, row.q.max), scale.k, row.q.log_sum), row);
             p_sum[i] = fma(at.p, at.p_over_m, p_sum[i]);
             q_sum[i] = fma(at.q, at.q_over_m, q_sum[i]);
+            weight[i] = weight[i] + at.p;
           }
         }
         total.p_sum += sum4(p_sum);
         total.q_sum += sum4(q_sum);
+        total.weight += sum4(weight);
       });
   *out = total;
 }
@@ -314,21 +232,17 @@ RL4LLM_INLINE F dlogit(F z, F w, Scale<A> scale, const KlGrad<A>& grad) {
   const JsdRow<A>& row = grad.row;
   const F x = distance<kSoftcap>(z, scale, row.p.max), y = distance<kSoftcap>(w, scale, row.q.max);
   const F a = log_p(x, scale.k, row.p.log_sum);
-  const F slope = F::of(grad.slope), intercept = F::of(grad.intercept);
   F du;
-  if constexpr (kDirection == KlDirection::reverse) {
-    // Only a z of weight 0 lies so far below: 0 times whatever comes of it must stay 0.
-    const F d = max(F::of(-1e30), x - y);
-    du = power(a) * ((d - F::of(grad.mean)) * slope);
+  if constexpr (kDirection == KlDirection::forward) {
+    du = power(a) - power(log_p(y, scale.k, row.q.log_sum));
+  } else if constexpr (kDirection == KlDirection::reverse) {
+    du = power(a) * (bounded_difference(x, y) - F::of(grad.mean));
   } else {
-    const F b = log_p(y, scale.k, row.q.log_sum);
-    if constexpr (kDirection == KlDirection::forward) {
-      du = (power(a) - power(b)) * intercept;
-    } else {
-      const Jsd<F> at = jsd(a, b, row);
-      du = at.p * fma(at.p_over_m, slope, intercept);
-    }
+    const Jsd<F> at = jsd(a, log_p(y, scale.k, row.q.log_sum), row);
+    // A token that holds all of p (no other has log p = 0) has the mean itself, but for its rounding.
+    du = select_less(a, F::of(0), at.p * (at.p_over_m - F::of(grad.mean)), F::of(0));
   }
+  du = du * F::of(grad.slope);
   if constexpr (kSoftcap) {
     F shifted, t;
     softcap(z, scale.softcap, A(0), shifted, t);
@@ -361,9 +275,9 @@ void kl_bwd_kernel(const KlPart<A>& part, double temperature, const KlGrad<A>& r
 }
 
 template <class A>
-void kl(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, KlSum* sum) {
-  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, maxima, sum)
-                       : kl_fwd_kernel<false>(part, temperature, maxima, sum);
+void kl(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* sum) {
+  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, maxima, anchor, sum)
+                       : kl_fwd_kernel<false>(part, temperature, maxima, anchor, sum);
 }
 
 template <class A>
@@ -393,8 +307,8 @@ void bwd(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void*
 }  // namespace
 
 extern const KlKernels kl_kernels;
-const KlKernels kl_kernels = {{&maxima<float>, &kl<float>, &jsd<float>, &bwd<float>},
-                              {&maxima<double>, &kl<double>, &jsd<double>, &bwd<double>}};
+const KlKernels kl_kernels = {{&maxima<float>, &anchor<float>, &kl<float>, &jsd<float>, &bwd<float>},
+                              {&maxima<double>, &anchor<double>, &kl<double>, &jsd<double>, &bwd<double>}};
 
 }  // namespace RL4LLM_ISA
 }  // namespace rl4llm

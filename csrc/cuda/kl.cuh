@@ -14,16 +14,23 @@ __device__ __forceinline__ bool is_live(const KlRows& rows, int64_t row) {
   return !rows.mask_ptr || rows.mask_ptr[row];
 }
 
-// log2(m/p) and log2(q/p) of m = β·q + (1−β)·p; finite also where p or q is 0. read_number gives β > 0 or NaN.
+// x − y, as a term of a sum that makes the gradient: hundreds of them still have a finite sum.
+__device__ __forceinline__ float bounded_difference(float x, float y) {
+  constexpr float kBound = 1e36f;
+  return fminf(fmaxf(x - y, -kBound), kBound);
+}
+
+// log2(p/m) and log2(q/m) of m = β·q + (1−β)·p; finite also where p or q is 0. read_number gives β > 0 or NaN.
 struct Ratios {
-  float m_over_p, q_over_p;
+  float p_over_m, q_over_m;
 };
 
 __device__ __forceinline__ Ratios log2_ratios(float log2_p, float log2_q, float beta) {
   const float delta = fmaxf(log2_q, kLog2Zero) - fmaxf(log2_p, kLog2Zero);
   const float smaller = exp2_fast(-fabsf(delta));  // the ratio of the smaller to the larger: nothing overflows
-  const float mixed = delta <= 0 ? (1 - beta) + beta * smaller : beta + (1 - beta) * smaller;
-  return {log2f(mixed) + fmaxf(delta, 0.0f), delta};
+  const float mixed = log2f(delta <= 0 ? (1 - beta) + beta * smaller : beta + (1 - beta) * smaller);
+  // Not one from the other: where they are far apart, the smaller one's rounding would be in both.
+  return {fminf(-delta, 0.0f) - mixed, fminf(delta, 0.0f) - mixed};
 }
 
 __device__ __forceinline__ float read_beta(const Number& number) {

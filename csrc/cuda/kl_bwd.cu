@@ -12,39 +12,41 @@ constexpr int64_t kBwdGroup = int64_t(kThreads) * kBwdChunks * kChunk<T, R>;  //
 
 // What every thread of a block needs of its row to make the gradient; one thread reads and divides.
 struct GradOfRow {
-  float max, log_sum, ref_max, ref_log_sum, inner, inverse_tau, softcap, beta;
+  float max, log2_sum, ref_max, ref_log2_sum, inner, k, inverse_tau, softcap, beta;
   float grad;  // upstream, over τ
 };
 
 __device__ GradOfRow grad_of_row(const KlRows& rows, const KlGrads& grads, int64_t row) {
   const float inverse_tau = 1.0f / read_number(rows.temperature, row);
   return {grads.logits.row_max_ptr[row],
-          grads.logits.log_sum_ptr[row],
+          grads.logits.log_sum_ptr[row] * float(kLog2E),
           grads.ref.row_max_ptr[row],
-          grads.ref.log_sum_ptr[row],
+          grads.ref.log_sum_ptr[row] * float(kLog2E),
           grads.inner_ptr[row],
+          float(kLog2E) * inverse_tau,
           inverse_tau,
           rows.has_softcap ? read_number(rows.softcap, 0) : 0.0f,
           rows.direction == Divergence::jsd ? read_beta(rows.beta) : 0.0f,
           grads.grad_ptr[row] * inverse_tau};
 }
 
-// dKL/du_v from softcapped logits of both sides.
+// dKL/du_v from softcapped logits of both sides. The logarithms are made as in the forward kernels: what rounding does
+// to a whole row then cancels, where 1/τ would blow it up.
 template <Divergence DIRECTION>
 __device__ __forceinline__ float shifted_grad(const GradOfRow& row, float z, float w) {
-  const float log_p = (z - row.max) * row.inverse_tau - row.log_sum;
-  const float log_q = (w - row.ref_max) * row.inverse_tau - row.ref_log_sum;
-  const float log2_p = log_p * float(kLog2E), log2_q = log_q * float(kLog2E);
+  const float x = z - row.max, y = w - row.ref_max;
+  const float log2_p = x * row.k - row.log2_sum, log2_q = y * row.k - row.ref_log2_sum;
   const float p = exp2_fast(log2_p);
   if (DIRECTION == Divergence::forward) return p - exp2_fast(log2_q);
   if (DIRECTION == Divergence::jsd) {
-    return (1 - row.beta) * p * (-float(kLn2) * log2_ratios(log2_p, log2_q, row.beta).m_over_p - row.inner);
+    if (log2_p == 0.0f) return 0.0f;  // a token that holds all of p has the mean itself, but for its rounding
+    return (1 - row.beta) * p * (float(kLn2) * log2_ratios(log2_p, log2_q, row.beta).p_over_m - row.inner);
   }
-  // p = 0 has no term, and both logarithms may be −inf there.
-  return p * ((p == 0 ? 0.0f : log_p - log_q) - row.inner);
+  // p = 0 has no term, and both logits may be −inf there.
+  return p * ((p == 0 ? 0.0f : bounded_difference(x, y)) - row.inner) * row.inverse_tau;
 }
 
-// Computes: du = p·((log p − log q) − KL), p − q or (1−β)·p·(log(p/m) − KL(p‖m)); dz = g·du/τ·(1 − (z'/c)²)
+// Computes: du = p·((x − y) − Σ p·(x − y))/τ, p − q or (1−β)·p·(log(p/m) − KL(p‖m)); dz = g·du/τ·(1 − (z'/c)²)
 // Grid: (N·ceil((V + kVec − 1)/kBwdGroup),), block -> (row, columns); blocks know nothing of each other
 // Traffic: V·(2·sizeof(T) + sizeof(R)), and 28 bytes of the row's data per block, from the cache
 // Numerics: built in fp32, rounded once; −inf logits and dead rows exactly 0, whatever else is NaN

@@ -11,41 +11,61 @@ constexpr int kFwdColumns = 16;  // columns of both sides that a thread holds at
 template <class A, class B>
 constexpr int kFwdChunks = kFwdColumns / kChunk<A, B>;
 constexpr int64_t kFwdGroup = int64_t(kThreads) * kFwdColumns;
-constexpr int kPartial = 6;
+constexpr int kPartial = 8, kJsdPartial = 3;
 
 // Stands for −inf where it is multiplied by a weight that is exactly 0.
 constexpr float kLowest = -3.40282347e38f;
 
-// A part of a pair of rows, z of the distribution a and w of b: x_v = z'_v − max, y_v = w'_v − other_max. dsum is in
-// units of the logits, before k = log2(e)/τ: logits of finfo.min, which libraries write for masked tokens, do not
-// overflow there.
+// A part of a pair of rows, z of the distribution a and w of b: x_v = z'_v − max, y_v = w'_v − other_max. Differences
+// are in units of the logits, before k = log2(e)/τ: logits of finfo.min, which libraries write for masked tokens, do
+// not overflow there. They are summed twice: dsum makes the value, gsum the gradient. The likeliest token counts 0 in
+// gsum, so what a peaked row is off by does not drown the little that is left of p·(log p − log q − KL).
 struct Sums {
   float max, sum;              // of z: max z', Σ 2^(x_v·k)
   float dsum;                  // Σ 2^(x_v·k)·(x_v − y_v)
   float other_max, other_sum;  // of w: max w', Σ 2^(y_v·k)
+  float anchor, gsum;          // w' where z' is largest, Σ 2^(x_v·k)·(x_v − (w'_v − anchor))
   bool infinite;               // somewhere w is −inf and z is not
 };
 
-__device__ __forceinline__ Sums no_sums() { return {-infinity(0.0f), 0.0f, 0.0f, -infinity(0.0f), 0.0f, false}; }
+__device__ __forceinline__ Sums no_sums() {
+  const float none = -infinity(0.0f);
+  return {none, 0.0f, 0.0f, none, 0.0f, none, 0.0f, false};
+}
 
 // Where every logit so far is −inf, subtract 0, so that −inf stays −inf.
 __device__ __forceinline__ float reference(float max) { return max == -infinity(0.0f) ? 0.0f : max; }
 
-// The same sums, relative to new maxima >= the old.
-__device__ __forceinline__ Sums rebase_fast(Sums part, float new_max, float new_other_max, float k) {
+// The same sums, relative to new maxima >= the old and to the anchor at the new one.
+__device__ __forceinline__ Sums rebase_fast(Sums part, float new_max, float new_other_max, float new_anchor, float k) {
   const float shift = fmaxf(part.max - reference(new_max), kLowest);
   const float other_shift = fmaxf(part.other_max - reference(new_other_max), kLowest);
   const float scale = exp2_fast(shift * k);
   // What no longer counts may be infinite: 0·inf must not arise. NaN must stay, so the sums are multiplied.
-  const float dsum = scale == 0.0f ? 0.0f : scale * (part.dsum + part.sum * (shift - other_shift));
-  return {new_max, part.sum * scale, dsum, new_other_max, part.other_sum * exp2_fast(other_shift * k), part.infinite};
+  const bool gone = scale == 0.0f;
+  const float dsum = gone ? 0.0f : scale * (part.dsum + part.sum * (shift - other_shift));
+  const float gsum = gone ? 0.0f : scale * (part.gsum + part.sum * bounded_difference(shift, part.anchor - new_anchor));
+  return {new_max, part.sum * scale, dsum, new_other_max, part.other_sum * exp2_fast(other_shift * k), new_anchor,
+          gsum,    part.infinite};
+}
+
+// The anchor of a part where its maximum is the row's.
+__device__ __forceinline__ float anchor_at(const Sums& part, float max) {
+  return part.max == max ? part.anchor : -infinity(0.0f);
 }
 
 // The sums of 32 lanes as one, the same bits in every lane.
 __device__ __forceinline__ Sums warp_merge(Sums part, float k) {
-  part = rebase_fast(part, warp_max(part.max), warp_max(part.other_max), k);
-  return {part.max,       warp_sum(part.sum),       warp_sum(part.dsum),
-          part.other_max, warp_sum(part.other_sum), __any_sync(kAllLanes, part.infinite) != 0};
+  const float max = warp_max(part.max);
+  part = rebase_fast(part, max, warp_max(part.other_max), warp_max(anchor_at(part, max)), k);
+  return {part.max,
+          warp_sum(part.sum),
+          warp_sum(part.dsum),
+          part.other_max,
+          warp_sum(part.other_sum),
+          part.anchor,
+          warp_sum(part.gsum),
+          __any_sync(kAllLanes, part.infinite) != 0};
 }
 
 // A pair of rows, the part of them that this block reads, and the numbers that shift and scale them.
@@ -114,7 +134,10 @@ __device__ __forceinline__ Sums add_columns(Sums sums, Columns<A, kChunk<A, B>> 
 #pragma unroll
     for (int i = 0; i < kFwdColumns; ++i) sums.infinite |= w[i] == -infinity(0.0f) && z[i] != -infinity(0.0f);
   }
-  sums = rebase_fast(sums, new_max, new_other_max, k);
+  float anchor = anchor_at(sums, new_max);  // of equally likely tokens, the largest of the other side
+#pragma unroll
+  for (int i = 0; i < kFwdColumns; ++i) anchor = z[i] == new_max ? fmaxf(anchor, w[i]) : anchor;
+  sums = rebase_fast(sums, new_max, new_other_max, anchor, k);
   const float zero = reference(new_max), other_zero = reference(new_other_max);
 #pragma unroll
   for (int i = 0; i < kFwdColumns; ++i) {
@@ -124,30 +147,38 @@ __device__ __forceinline__ Sums add_columns(Sums sums, Columns<A, kChunk<A, B>> 
     sums.sum += weight;
     sums.other_sum += exp2_fast(y * k);
     sums.dsum += weight * (fmaxf(x, kLowest) - fmaxf(y, kLowest));
+    sums.gsum += weight * bounded_difference(x, w[i] - anchor);
   }
   return sums;
 }
 
-// Writes a row's results from its sums; a and b are the norms of the leading and the other side.
-__device__ void finish_row(const KlResults& results, const KlNorms& a, const KlNorms& b, int64_t row, bool live,
-                           Sums sums, float tau) {
+// Writes a row's results from its sums; a and b are the norms of the leading and the other side. For the gradient of
+// the reverse KL the other side is counted from the anchor, not from its maximum.
+__device__ void finish_row(const KlRows& rows, const KlResults& results, const KlNorms& a, const KlNorms& b,
+                           int64_t row, bool live, Sums sums, float tau) {
   const float a_log_sum = log_sum(RowSum<float>{sums.max, sums.sum, 0.0f});
-  const float b_log_sum = log_sum(RowSum<float>{sums.other_max, sums.other_sum, 0.0f});
+  float b_log_sum = log_sum(RowSum<float>{sums.other_max, sums.other_sum, 0.0f});
+  const float bad = 0.0f * (a_log_sum + b_log_sum);  // a bad row on either side is NaN all over
   // The logarithm of the ratio, not the difference of the logarithms: near KL = 0 all of it would be rounding.
-  const float finite = sums.dsum / sums.sum / tau + natural_log(sums.other_sum / sums.sum);
-  // A token that only the other distribution cannot draw; a bad row on either side is NaN all the same.
-  const float kl = (sums.infinite ? infinity(0.0f) : finite) + 0.0f * (a_log_sum + b_log_sum);
-  results.kl_ptr[row] = live ? kl : 0.0f;
-  results.inner_ptr[row] = live ? kl : 0.0f;
+  const float kl = sums.dsum / sums.sum / tau + natural_log(sums.other_sum / sums.sum);
+  const float mean = sums.gsum / sums.sum;
+  float origin = sums.other_max;
+  if (rows.direction == Divergence::reverse && !sums.infinite) {
+    origin = sums.anchor;
+    b_log_sum += (sums.other_max - origin) / tau;
+  }
+  // infinite: a token that only the other distribution cannot draw
+  results.kl_ptr[row] = live ? (sums.infinite ? infinity(0.0f) : kl) + bad : 0.0f;
+  results.inner_ptr[row] = live ? (sums.infinite ? infinity(0.0f) : mean) + bad : 0.0f;
   a.row_max_ptr[row] = live ? sums.max : 0.0f;
   a.log_sum_ptr[row] = live ? a_log_sum : 0.0f;
-  b.row_max_ptr[row] = live ? sums.other_max : 0.0f;
+  b.row_max_ptr[row] = live ? origin : 0.0f;
   b.log_sum_ptr[row] = live ? b_log_sum : 0.0f;
 }
 
 // Computes: KL(a‖b) = Σ 2^x_v·((z'_v − max z') − (w'_v − max w'))/(s·τ) + log(s_b/s), s = Σ 2^x_v
 // Grid: (N·parts,), block -> (row, part); V alone decides the cut, kl_divergence_merge_kernel joins the parts
-// Traffic: V·(sizeof(A) + sizeof(B)) read, 24 bytes written (24·parts more each way when the row is cut)
+// Traffic: V·(sizeof(A) + sizeof(B)) read, 24 bytes written (32·parts more each way when the row is cut)
 // Numerics: fp32; per-thread online maxima, threads joined in one tree; a_v = 0: 0; only b_v = 0: inf; bad row: NaN
 // Gradient: kl_divergence_bwd_kernel, from the maxima and log-sums of both sides
 template <class A, class B, bool SOFTCAP>
@@ -169,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
   sums = warp_merge(threadIdx.x < kWarps ? warp_sums[threadIdx.x] : no_sums(), pair.k);
   if (threadIdx.x > 0) return;
   if (parts == 1) {
-    finish_row(results, a_norms, b_norms, pair.row, pair.live, sums, pair.tau);
+    finish_row(rows, results, a_norms, b_norms, pair.row, pair.live, sums, pair.tau);
   } else {
     float* partial_ptr = results.partial_ptr + int64_t(blockIdx.x) * kPartial;
     partial_ptr[0] = sums.max;
@@ -177,13 +208,15 @@ __global__ void __launch_bounds__(kThreads)
     partial_ptr[2] = sums.dsum;
     partial_ptr[3] = sums.other_max;
     partial_ptr[4] = sums.other_sum;
-    partial_ptr[5] = sums.infinite ? 1.0f : 0.0f;
+    partial_ptr[5] = sums.anchor;
+    partial_ptr[6] = sums.gsum;
+    partial_ptr[7] = sums.infinite ? 1.0f : 0.0f;
   }
 }
 
 // Computes: both maxima over the parts, every sum scaled by 2^((m_j − max)·k); then as kl_divergence_fwd_kernel
 // Grid: (ceil(N/256),), thread -> row
-// Traffic: 24·parts bytes read, 24 written
+// Traffic: 32·parts bytes read, 24 written
 // Numerics: fp32; the parts of a row are joined from the left; a part of −inf only weighs 0
 // Gradient: kl_divergence_bwd_kernel
 __global__ void __launch_bounds__(kThreads)
@@ -194,22 +227,25 @@ __global__ void __launch_bounds__(kThreads)
   Sums sums = no_sums();
   for (int part = 0; part < parts; ++part) {
     const float* partial_ptr = results.partial_ptr + (row * parts + part) * kPartial;
-    Sums next = {partial_ptr[0], partial_ptr[1], partial_ptr[2], partial_ptr[3], partial_ptr[4], partial_ptr[5] > 0};
+    Sums next = {partial_ptr[0], partial_ptr[1], partial_ptr[2], partial_ptr[3],
+                 partial_ptr[4], partial_ptr[5], partial_ptr[6], partial_ptr[7] > 0};
     const float max = fmaxf(sums.max, next.max), other_max = fmaxf(sums.other_max, next.other_max);
-    sums = rebase_fast(sums, max, other_max, k);
-    next = rebase_fast(next, max, other_max, k);
+    const float anchor = fmaxf(anchor_at(sums, max), anchor_at(next, max));
+    sums = rebase_fast(sums, max, other_max, anchor, k);
+    next = rebase_fast(next, max, other_max, anchor, k);
     sums.sum += next.sum;
     sums.dsum += next.dsum;
+    sums.gsum += next.gsum;
     sums.other_sum += next.other_sum;
     sums.infinite |= next.infinite;
   }
-  finish_row(results, a_norms, b_norms, row, is_live(rows, row), sums, tau);
+  finish_row(rows, results, a_norms, b_norms, row, is_live(rows, row), sums, tau);
 }
 
 // Computes: KL(p‖m) = Σ p·log(p/m) and KL(q‖m) = Σ q·log(q/m), m = β·q + (1−β)·p, from the norms of both sides
 // Grid: (N·parts,), block -> (row, part); kl_divergence_jsd_merge_kernel adds the parts
-// Traffic: V·(sizeof(T) + sizeof(R)) read once more, 8·parts bytes written
-// Numerics: fp32; from log2(q/p), so that nothing overflows and p = q gives about 0; p = 0 and q = 0 weigh 0
+// Traffic: V·(sizeof(T) + sizeof(R)) read once more, 12·parts bytes written
+// Numerics: fp32; from log2(q/p), so that nothing overflows and p = q gives 0; p = 0 and q = 0 weigh 0
 // Gradient: kl_divergence_bwd_kernel
 template <class T, class R, bool SOFTCAP>
 __global__ void __launch_bounds__(kThreads)
@@ -219,7 +255,7 @@ __global__ void __launch_bounds__(kThreads)
   const float max = results.logits.row_max_ptr[pair.row], ref_max = results.ref.row_max_ptr[pair.row];
   const float log2_sum = results.logits.log_sum_ptr[pair.row] * float(kLog2E);
   const float ref_log2_sum = results.ref.log_sum_ptr[pair.row] * float(kLog2E);
-  float p_sum = 0.0f, q_sum = 0.0f;
+  float p_sum = 0.0f, q_sum = 0.0f, total = 0.0f;
   const auto add = [&](Columns<T, kChunk<T, R>>(&z)[kFwdChunks<T, R>], Columns<R, kChunk<T, R>>(&w)[kFwdChunks<T, R>]) {
 #pragma unroll
     for (int i = 0; i < kFwdColumns; ++i) {
@@ -228,42 +264,48 @@ __global__ void __launch_bounds__(kThreads)
       const float log2_p = (shifted_logit<SOFTCAP>(own, pair.softcap) - max) * pair.k - log2_sum;
       const float log2_q = (shifted_logit<SOFTCAP>(other, pair.softcap) - ref_max) * pair.k - ref_log2_sum;
       const Ratios ratios = log2_ratios(log2_p, log2_q, beta);
-      p_sum -= exp2_fast(log2_p) * ratios.m_over_p;
-      q_sum += exp2_fast(log2_q) * (ratios.q_over_p - ratios.m_over_p);
+      const float p = exp2_fast(log2_p);
+      p_sum += p * ratios.p_over_m;
+      total += p;
+      q_sum += exp2_fast(log2_q) * ratios.q_over_m;
     }
   };
   for_columns(pair, add);
 
-  __shared__ float p_sums[kWarps], q_sums[kWarps];
-  p_sum = warp_sum(p_sum), q_sum = warp_sum(q_sum);
-  if (threadIdx.x % kWarp == 0) p_sums[threadIdx.x / kWarp] = p_sum, q_sums[threadIdx.x / kWarp] = q_sum;
+  __shared__ float warp_sums[kJsdPartial][kWarps];
+  const float sums[kJsdPartial] = {warp_sum(p_sum) * float(kLn2), warp_sum(q_sum) * float(kLn2), warp_sum(total)};
+  if (threadIdx.x % kWarp == 0) {
+    for (int i = 0; i < kJsdPartial; ++i) warp_sums[i][threadIdx.x / kWarp] = sums[i];
+  }
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
-  p_sum = warp_sum(threadIdx.x < kWarps ? p_sums[threadIdx.x] : 0.0f);
-  q_sum = warp_sum(threadIdx.x < kWarps ? q_sums[threadIdx.x] : 0.0f);
-  if (threadIdx.x > 0) return;
-  results.partial_ptr[2 * int64_t(blockIdx.x)] = p_sum * float(kLn2);
-  results.partial_ptr[2 * int64_t(blockIdx.x) + 1] = q_sum * float(kLn2);
+  for (int i = 0; i < kJsdPartial; ++i) {
+    const float sum = warp_sum(threadIdx.x < kWarps ? warp_sums[i][threadIdx.x] : 0.0f);
+    if (threadIdx.x == 0) results.partial_ptr[kJsdPartial * int64_t(blockIdx.x) + i] = sum;
+  }
 }
 
-// Computes: JSD = β·KL(q‖m) + (1−β)·KL(p‖m), inner = KL(p‖m)
+// Computes: JSD = β·KL(q‖m) + (1−β)·KL(p‖m), inner = KL(p‖m)/Σ p
 // Grid: (ceil(N/256),), thread -> row
-// Traffic: 8·parts bytes read, 8 written
+// Traffic: 12·parts bytes read, 8 written
 // Numerics: fp32; the parts are added from the left
 // Gradient: kl_divergence_bwd_kernel
 __global__ void __launch_bounds__(kThreads) kl_divergence_jsd_merge_kernel(KlRows rows, KlResults results, int parts) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows.N) return;
-  float p_term = 0.0f, q_term = 0.0f;
+  float p_term = 0.0f, q_term = 0.0f, total = 0.0f;
   for (int64_t part = row * parts; part < (row + 1) * parts; ++part) {
-    p_term += results.partial_ptr[2 * part];
-    q_term += results.partial_ptr[2 * part + 1];
+    const float* partial_ptr = results.partial_ptr + part * kJsdPartial;
+    p_term += partial_ptr[0];
+    q_term += partial_ptr[1];
+    total += partial_ptr[2];
   }
   const bool live = is_live(rows, row);
   const float beta = read_beta(rows.beta);
   results.kl_ptr[row] = live ? beta * q_term + (1 - beta) * p_term : 0.0f;
-  // Where only q is bad, fmaxf has dropped its NaN from the terms of p.
-  results.inner_ptr[row] = live ? p_term + 0.0f * q_term : 0.0f;
+  // Over the sum of the p as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ would
+  // blow up what is left. Where only q is bad, fmaxf has dropped its NaN from the terms of p.
+  results.inner_ptr[row] = live ? p_term / total + 0.0f * q_term : 0.0f;
 }
 
 template <class A, class B>
@@ -299,7 +341,7 @@ int64_t kl_divergence_fwd_programs(const KlRows& rows) { return rows.N * row_par
 
 int64_t kl_divergence_partials(int64_t N, int64_t V, Divergence direction) {
   const int64_t parts = row_parts(V);
-  return N * parts * (parts > 1 ? kPartial : direction == Divergence::jsd ? 2 : 0);
+  return N * parts * (parts > 1 ? kPartial : direction == Divergence::jsd ? kJsdPartial : 0);
 }
 
 cudaError_t kl_divergence_fwd(const KlRows& rows, const KlResults& results, cudaStream_t stream) {
