@@ -10,6 +10,7 @@ import torch
 import rl4llm_fast as rf
 from rl4llm_fast import dispatch
 from rl4llm_fast.testing import assert_as_good_as_eager
+from tests.kl_cases import KINDS, hard_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +73,18 @@ def test_options_and_every_pair_of_dtypes(backend, direction, dtype, ref_dtype, 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3), (0,), (2, 0)])
 def test_leading_shapes(backend, lead):
     check(torch.randn(*lead, 9_000), torch.randn(*lead, 9_000), backend=backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_rows(backend, direction, kind):
+    if kind == "saturated" and direction == "jsd":
+        pytest.skip("a known limit (docs/numerics.md), whose bound tests/test_kl_divergence.py holds")
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        for vocabulary in (127, 4_097, 70_000):
+            logits, ref, temperature = hard_rows(kind, vocabulary, generator)
+            check(logits, ref, backend=backend, direction=direction, temperature=temperature)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

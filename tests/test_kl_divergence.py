@@ -10,6 +10,7 @@ import torch
 
 import rl4llm_fast as rf
 from rl4llm_fast.testing import assert_as_good_as_eager
+from tests.kl_cases import KINDS, hard_rows
 
 INF = math.inf
 # In Triton's interpreter (tests/test_triton_interpret.py) the same tests hold the Triton kernels to the oracle.
@@ -153,26 +154,9 @@ def test_the_lowest_finite_logit_is_no_minus_infinity(backend, options, temperat
     torch.testing.assert_close(grad[rows], oracle_grad[rows].float(), rtol=1e-5, atol=1e-6)
 
 
-def hard_rows(kind, vocabulary, generator):
-    """(logits, reference, temperature): what rounds badly on its way through p·(log p − log q − KL)/τ."""
-    z, ref = 3 * torch.randn(2, 8, vocabulary, generator=generator)
-    if kind == "peaked":
-        return 10 * z, 10 * ref, 1.0
-    if kind == "offset":
-        return z + 1e4, ref - 1e4, 1.0
-    if kind == "cold":
-        return 1e-3 * z, 1e-3 * ref, 1e-3
-    if kind == "saturated":  # one token holds all of p, or all but 1e-7 to 1e-2 of it; the KL is hundreds of nats
-        ref = 0.3 * ref
-        z[:, 1] = z.amax(-1) + torch.logspace(-2.2, -1, len(z))
-        return z, ref, 1e-3
-    z = 1e-3 * z  # flat, and what the reference thinks of the likeliest token is far off
-    return z, ref.scatter(-1, z.argmax(-1, keepdim=True), -40.0), 1.0
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", DIRECTIONS, ids=lambda o: o["direction"])
-@pytest.mark.parametrize("kind", ["peaked", "offset", "cold", "saturated", "outlier"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hard_rows(backend, options, kind):
     for seed in range(3 if INTERPRETED else 12):
         generator = torch.Generator().manual_seed(seed)
