@@ -171,12 +171,10 @@ class KlForward {
       row.max = std::max(row.max, parts[i].max);
       row.other_max = std::max(row.other_max, parts[i].other_max);
     }
-    A anchor = row.other_max;
-    if (args.direction == KlDirection::reverse) {
-      int64_t i = 0;
-      while (i < args.cut.parts - 1 && parts[i].max != row.max) ++i;
-      anchor = functions<A>().anchor(args.part<A>(n, i, false), args.temperature[n], row.max);
-    }
+    if (args.direction != KlDirection::reverse) return;
+    int64_t i = 0;
+    while (i < args.cut.parts - 1 && parts[i].max != row.max) ++i;
+    const A anchor = functions<A>().anchor(args.part<A>(n, i, false), args.temperature[n], row.max);
     anchor_ptr()[n] = anchor == -infinity(A()) ? row.other_max : anchor;
   }
 
@@ -184,7 +182,7 @@ class KlForward {
     KlSum result;
     const Norms row = norms(args, n);
     functions<A>().kl(args.part<A>(n, i, ref_first(args)), args.temperature[n], {row.max, row.other_max},
-                      anchor_ptr()[n], &result);
+                      args.direction == KlDirection::reverse ? anchor_ptr() + n : nullptr, &result);
     return result;
   }
 

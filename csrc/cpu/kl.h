@@ -73,8 +73,8 @@ struct KlFunctions {
   void (*maxima)(const KlPart<A>& part, KlMaxima<A>* maxima);
   // The other side's softcapped logit where the first side's is `top`, its maximum; of several, the largest.
   A (*anchor)(const KlPart<A>& part, double temperature, A top);
-  // KL of the first side from the other, relative to the maxima of the rows.
-  void (*kl)(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* sum);
+  // KL of the first side from the other, relative to the maxima of the rows; gsum is 0 without an anchor.
+  void (*kl)(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, const A* anchor_ptr, KlSum* sum);
   void (*jsd)(const KlPart<A>& part, double temperature, const JsdRow<A>& row, JsdSum* sum);
   // The policy comes first. dlogits_ptr (length,), of its type, may be its logits themselves.
   void (*bwd)(const KlPart<A>& part, double temperature, const KlGrad<A>& grad, void* dlogits_ptr);

@@ -158,7 +158,7 @@ RL4LLM_INLINE F bounded_difference(F x, F y) {
   return max(select_less(difference, bound, difference, bound), F::of(-1e36f));
 }
 
-template <bool kSoftcap, class A>
+template <bool kSoftcap, bool kAnchored, class A>
 void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* out) {
   typedef typename VecOf<A>::type F;
   constexpr int step = kVecs * F::width;
@@ -186,7 +186,9 @@ void kl_fwd_kernel(const KlPart<A>& part, double temperature, const KlMaxima<A>&
             sum[i] = sum[i] + e;
             other_sum[i] = other_sum[i] + power(max(least, y * F::of(scale.k)));
             dsum[i] = fma(e, x - y, dsum[i]);
-            gsum[i] = fma(e, bounded_difference(x, distance<kSoftcap>(w[i], scale, anchor)), gsum[i]);
+            if constexpr (kAnchored) {
+              gsum[i] = fma(e, bounded_difference(x, distance<kSoftcap>(w[i], scale, anchor)), gsum[i]);
+            }
           }
         }
         if (max_of(F::of(0) - other_low) == infinity(A())) row.infinite |= has_hole<F>(block.z, block.w, length);
@@ -274,10 +276,16 @@ void kl_bwd_kernel(const KlPart<A>& part, double temperature, const KlGrad<A>& r
       });
 }
 
+template <bool kSoftcap, class A>
+void kl_with(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, const A* anchor_ptr, KlSum* sum) {
+  anchor_ptr ? kl_fwd_kernel<kSoftcap, true>(part, temperature, maxima, *anchor_ptr, sum)
+             : kl_fwd_kernel<kSoftcap, false>(part, temperature, maxima, A(0), sum);
+}
+
 template <class A>
-void kl(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, A anchor, KlSum* sum) {
-  part.softcap != A(0) ? kl_fwd_kernel<true>(part, temperature, maxima, anchor, sum)
-                       : kl_fwd_kernel<false>(part, temperature, maxima, anchor, sum);
+void kl(const KlPart<A>& part, double temperature, const KlMaxima<A>& maxima, const A* anchor_ptr, KlSum* sum) {
+  part.softcap != A(0) ? kl_with<true>(part, temperature, maxima, anchor_ptr, sum)
+                       : kl_with<false>(part, temperature, maxima, anchor_ptr, sum);
 }
 
 template <class A>
