@@ -176,8 +176,9 @@ def _cpu_linear() -> Iterator[Case]:
     for op, dtype, variant, speedup, memory in rows:
         targets = (_faster(speedup, "eager"), Target("memory", memory, "eager"))
         case = Case(op, op, BOTH, dtype, shape, suites, targets, variant)
-        chunks = dataclasses.replace(case, variant="").name
-        yield dataclasses.replace(case, repeats=chunks) if variant == "one chunk" else case
+        if variant == "one chunk":
+            case = dataclasses.replace(case, repeats=dataclasses.replace(case, variant="").name)
+        yield case
     # The size at which its rivals' chunked losses are known: faster than each of them, with less memory than any.
     op, rivals = "linear_policy_loss", ("trl", "liger", "cce")
     beyond = [target for rival in rivals for target in (_faster(1, rival), Target("memory", 1, rival))]

@@ -225,8 +225,8 @@ def vtrace(
     given = _tokens("vtrace", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
     r, v, now, rollout = given.tensors
     kernel: Any = reference_returns if given.backend == "eager" else dispatch.ops(given.backend)
-    discounts = (checks.discount(name, value, r) for name, value in (("gamma", gamma), ("lam", lam)))
-    bounds = (checks.number(name, value, r) for name, value in (("rho_max", rho_max), ("c_max", c_max)))
+    discounts = checks.discount("gamma", gamma, r), checks.discount("lam", lam, r)
+    bounds = checks.number("rho_max", rho_max, r), checks.number("c_max", c_max, r)
     advantages, targets = kernel.vtrace(
         now, rollout, r, v, given.mask, given.cu_seqlens, given.bootstrap, *discounts, *bounds, mask_mode
     )
@@ -363,8 +363,9 @@ def _gae(
     """(advantages, returns), the first for ``gae`` only."""
     tokens = rewards if kl is None else kl
     chosen = given.backend
-    gamma, lam = (checks.discount(n, x, tokens) for n, x in zip(("gamma", "lam"), gamma_lam_beta[:2], strict=True))
-    beta = checks.number("beta", gamma_lam_beta[2], tokens)
+    gamma, lam, beta = gamma_lam_beta
+    gamma, lam = checks.discount("gamma", gamma, tokens), checks.discount("lam", lam, tokens)
+    beta = checks.number("beta", beta, tokens)
     mask, offsets, last = given.mask, given.cu_seqlens, given.bootstrap
     if chosen == "eager":
         return reference_returns.gae(rewards, values, mask, offsets, last, kl, gamma, lam, beta, mask_mode)
