@@ -204,9 +204,16 @@ def _build_tables() -> None:
 _build_tables()
 
 
+_VARIABLE = "RL4LLM_FAST_BACKEND"
+# Asked at every call: os.environ raises two exceptions to say no, 45 µs from a cold cache; the dict behind it takes 3.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_variable_there = os.environ.encodekey(_VARIABLE) if _environment is not os.environ else _VARIABLE
+
+
 def named(backend: str | None) -> str | None:
     """The backend asked for by name, by the argument, ``use_backend`` or the environment; None: the choice is ours."""
-    return backend or _override or os.environ.get("RL4LLM_FAST_BACKEND") or None
+    asked = backend or _override
+    return os.environ[_VARIABLE] or None if not asked and _variable_there in _environment else asked
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:

@@ -1,5 +1,5 @@
-// Sums over live elements, and what is made of them, on a part of a tensor: called by whiten.cpp and token_loss.cpp,
-// computed in moments.isa.cpp.
+// Sums over live elements, and what is made of them, on a part of a tensor: called by whiten.cpp, token_loss.cpp and
+// preference.cpp, computed in moments.isa.cpp.
 #pragma once
 
 #include <stdint.h>
@@ -18,6 +18,8 @@ struct MomentFunctions {
   // (x − mean)·scale + shift, and 0 for what is not live.
   void (*normalise)(int64_t count, const S* x_ptr, const uint8_t* mask_ptr, double mean, double scale, double shift,
                     S* out_ptr);
+  // x, and 0 for what is not live.
+  void (*fill)(int64_t count, S x, const uint8_t* mask_ptr, S* out_ptr);
 };
 
 struct MomentKernels {

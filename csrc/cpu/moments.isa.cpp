@@ -1,7 +1,7 @@
 // Sums over live elements on vectors of one instruction set. isa.h says how such a file is written.
 //
-// Everything is computed in fp64, a vector of doubles at a time; fp32 is widened behind its load and rounded before its
-// store.
+// What is computed is computed in fp64, a vector of doubles at a time; fp32 is widened behind its load and rounded
+// before its store.
 #include "cpu/moments.h"
 
 #include "cpu/scan_lanes.h"
@@ -105,6 +105,18 @@ void normalise(int64_t count, const S* x_ptr, const uint8_t* mask_ptr, double me
   }
 }
 
+template <class S>
+void fill(int64_t count, S x, const uint8_t* mask_ptr, S* out_ptr) {
+  typedef Lanes<S> Own;
+  const typename Own::F all = constant<Own>(x);
+  for (int64_t i = 0; i < count; i += Own::width) {
+    const int lanes = count - i < Own::width ? int(count - i) : Own::width;
+    LiveLanes<Own> live;
+    live_lanes<Own>(mask_ptr ? mask_ptr + i : nullptr, lanes, live);
+    store<Own>(out_ptr + i, lanes, only(live, all));
+  }
+}
+
 // How many tokens are live.
 int64_t live_count(int64_t length, const uint8_t* mask_ptr) {
   typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
@@ -125,7 +137,7 @@ int64_t live_count(int64_t length, const uint8_t* mask_ptr) {
 }
 
 template <class S>
-constexpr MomentFunctions<S> functions = {sum<S>, difference<S>, squares<S>, normalise<S>};
+constexpr MomentFunctions<S> functions = {sum<S>, difference<S>, squares<S>, normalise<S>, fill<S>};
 
 }  // namespace
 

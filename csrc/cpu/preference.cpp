@@ -1,12 +1,11 @@
-// preference_loss and its backward on the CPU: checks, pairs and threads around preference.isa.cpp.
+// preference_loss and its backward on the CPU: checks, pairs and threads around the passes over an answer's tokens.
 //
 // A thread takes whole pairs, so the result depends neither on the number of threads nor on the other pairs; what is
 // made of their losses is a few hundred numbers, in fp64 and in order.
-#include "cpu/preference.h"
-
 #include <algorithm>
 #include <vector>
 
+#include "cpu/moments.h"
 #include "cpu/offsets.h"
 #include "cpu/scalar_maths.h"
 #include "cpu/tensor_args.h"
@@ -36,8 +35,8 @@ const PairFormula& find_formula(const std::string& name) {
 }
 
 template <class S>
-const PreferenceFunctions<S>& functions() {
-  return kernels_for<S>(preference_kernels());
+const MomentFunctions<S>& functions() {
+  return kernels_for<S>(moment_kernels());
 }
 
 // One side of all pairs: rows (B, T), or packed tokens with the offsets of every answer.
@@ -84,31 +83,32 @@ struct Sum {
 };
 
 template <class S>
-Sum sum_of(const Answers<S>& side, int64_t i) {
-  const int64_t n = side.begin(i);
-  Sum out;
-  functions<S>().sum(side.length(i), side.logp_ptr + n, side.ref_ptr ? side.ref_ptr + n : nullptr, side.mask_at(i),
-                     &out.sum, &out.length);
-  out.length = std::max<int64_t>(out.length, 1);
-  return out;
-}
-
-// slope at the live tokens of answer i, 0 at the others
-template <class S>
-void spread(const Answers<S>& side, int64_t i, S slope, S* grad_ptr) {
-  functions<S>().spread(side.length(i), slope, side.mask_at(i), grad_ptr + side.begin(i));
+int64_t live_tokens(const Answers<S>& side, int64_t i) {
+  const uint8_t* mask_ptr = side.mask_at(i);
+  const int64_t length = side.length(i);
+  return std::max<int64_t>(1, mask_ptr ? moment_kernels().live_count(length, mask_ptr) : length);
 }
 
 template <class S>
 int64_t live_tokens(const Answers<S>& side) {
   int64_t total = 0;
-  for (int64_t i = 0; i < side.B; ++i) {
-    const uint8_t* mask_ptr = side.mask_at(i);
-    const int64_t length = side.length(i);
-    total += std::max<int64_t>(
-        1, mask_ptr ? std::count_if(mask_ptr, mask_ptr + length, [](uint8_t m) { return m; }) : length);
-  }
+  for (int64_t i = 0; i < side.B; ++i) total += live_tokens(side, i);
   return total;
+}
+
+template <class S>
+Sum sum_of(const Answers<S>& side, int64_t i) {
+  const int64_t n = side.begin(i), length = side.length(i);
+  const double sum = side.ref_ptr
+                         ? functions<S>().difference(length, side.logp_ptr + n, side.ref_ptr + n, side.mask_at(i))
+                         : functions<S>().sum(length, side.logp_ptr + n, side.mask_at(i));
+  return {sum, live_tokens(side, i)};
+}
+
+// slope at the live tokens of answer i, 0 at the others
+template <class S>
+void spread(const Answers<S>& side, int64_t i, S slope, S* grad_ptr) {
+  functions<S>().fill(side.length(i), slope, side.mask_at(i), grad_ptr + side.begin(i));
 }
 
 template <class F>
