@@ -26,6 +26,23 @@ RL4LLM_HD double power_of_e(double x) { return __builtin_exp(x); }
 RL4LLM_HD float natural_log(float x) { return __builtin_logf(x); }
 RL4LLM_HD double natural_log(double x) { return __builtin_log(x); }
 
+// What a policy loss adds up over live tokens, and the two numbers of which it takes the least and the largest.
+enum PolicySum {
+  sum_count,
+  sum_loss,
+  sum_clipped_low,
+  sum_clipped_high,
+  sum_ratio,
+  sum_k1,
+  sum_k3,
+  sum_kl,
+  sum_entropy,
+  num_sums,
+  least_ratio = num_sums,
+  largest_ratio,
+  num_partials
+};
+
 // A part of a row of logits, summed up; z' are the softcapped logits, x_v = (z'_v - max)·k, k = log2(e)/τ.
 // A part of −inf only has max = −inf and sum = 0, or sum = NaN if there was a NaN in it.
 template <class A>

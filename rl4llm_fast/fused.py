@@ -13,7 +13,7 @@ from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
 from .heads import check_chunk, check_dtypes, check_linear, product_dtype
-from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
+from .logprobs import check_ids, check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
 from .schemas import accumulation_dtype
 from .sequences import sequences
@@ -135,6 +135,8 @@ def linear_policy_loss_and_logprobs(
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     kept = token_ids != ignore_index
     mask = kept if mask is None else kept & mask
+    if tp_group is None:
+        check_ids(token_ids, mask, ignore_index, hidden, weight.shape[0])
     tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
     head: dict[str, Any] = {

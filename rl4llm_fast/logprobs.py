@@ -121,8 +121,8 @@ def token_logprobs(
         return_entropy=return_entropy,
         inplace_backward=inplace_backward and not overlapping and not torch.compiler.is_compiling(),
     )
-    if chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
-        _check_ids_on_device(token_ids, mask, ignore_index, logits, logits.shape[-1])
+    if chosen != "cpu" and checks.debug():
+        check_ids(token_ids, mask, ignore_index, logits, logits.shape[-1])
     logp, entropy = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         rows,
         flat_ids(token_ids, logits),
@@ -273,8 +273,8 @@ def linear_token_logprobs(
     if group:
         ids = dispatch.ops(chosen).vocab_parallel_ids(ids, flat_mask, weight.detach(), ignore_index, -100, group)
         ignore_index = -100
-    elif chosen != "cpu" and checks.debug() and not torch.compiler.is_compiling():
-        _check_ids_on_device(token_ids, mask, ignore_index, hidden, weight.shape[0])
+    else:
+        check_ids(token_ids, mask, ignore_index, hidden, weight.shape[0])
     options = LinearTokenLogprobsOptions(
         backend=chosen,
         ignore_index=ignore_index,
@@ -353,9 +353,10 @@ def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
     return tau
 
 
-def _check_ids_on_device(
-    token_ids: Tensor, mask: Tensor | None, ignore_index: int, rows: Tensor, vocabulary: int
-) -> None:
+def check_ids(token_ids: Tensor, mask: Tensor | None, ignore_index: int, rows: Tensor, vocabulary: int) -> None:
+    """IndexError for the first live id outside [0, V), at its position as the caller counts: ops see flat rows."""
+    if torch.compiler.is_compiling() or not (token_ids.device.type == "cpu" or checks.debug()):
+        return
     one_id = token_ids.dim() < rows.dim()
     live = token_ids != ignore_index
     if mask is not None:

@@ -327,7 +327,7 @@ def test_liger(loss_type):
         (TypeError, "bias: wanted", {"bias": torch.zeros(7).double()}),
         (ValueError, "token_ids: wanted", {"token_ids": torch.zeros(2, 4, dtype=torch.long)}),
         (TypeError, "token_ids: wanted", {"token_ids": torch.zeros(2, 3)}),
-        (IndexError, "token_ids: 9 at position", {"token_ids": torch.full((2, 3), 9)}),
+        (IndexError, r"token_ids: 9 at position \(1, 2\)", {"token_ids": torch.tensor([[0, 0, 0], [0, 0, 9]])}),
         (ValueError, "kind: wanted one of", {"kind": "dpo"}),
         (ValueError, "epsilon: not a knob", {"epsilon": 0.1}),
         (ValueError, "entropy: made here", {"entropy": torch.zeros(2, 3)}),

@@ -242,7 +242,7 @@ def test_chunk_rule_keeps_its_bound():
         (TypeError, "bias", {"bias": torch.zeros(7, dtype=torch.float64)}),
         (TypeError, "hidden", {"hidden": torch.zeros(2, 3, 8, dtype=torch.long)}),
         (ValueError, "token_ids", {"token_ids": torch.zeros(2, 4, dtype=torch.long)}),
-        (IndexError, "token_ids: 7 at position", {"token_ids": torch.full((2, 3), 7)}),
+        (IndexError, r"token_ids: 7 at position \(1, 0\)", {"token_ids": torch.tensor([[0, 0, 0], [7, 0, 0]])}),
         (ValueError, "chunk_tokens", {"chunk_tokens": 0}),
         (TypeError, "chunk_tokens", {"chunk_tokens": 1.5}),
         (TypeError, "ignore_index", {"ignore_index": None}),

@@ -180,12 +180,12 @@ std::vector<S> mean_log_ratios(int64_t B, int64_t T, const S* logp_ptr, const S*
 template <class S>
 void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& sums, const std::vector<double>& scale,
             const PolicyLossResult& out) {
-  std::vector<double> total(num_sums, 0.0), row_loss(size_t(cut.B));
+  std::vector<double> total(num_partials, 0.0), row_loss(size_t(cut.B));
   total[least_ratio] = infinity(1.0), total[largest_ratio] = -infinity(1.0);
   for (int64_t job = 0; job < cut.jobs; ++job) {
-    const double* part = &sums[size_t(job) * num_sums];
+    const double* part = &sums[size_t(job) * num_partials];
     row_loss[size_t(job / cut.segments)] += part[sum_loss];
-    for (int k = 0; k < num_sums; ++k) {
+    for (int k = 0; k < num_partials; ++k) {
       if (k == least_ratio) {
         total[k] = total[k] != total[k] || total[k] < part[k] ? total[k] : part[k];
       } else if (k == largest_ratio) {
@@ -204,7 +204,7 @@ void finish(const PolicyLossArgs& a, const Cut& cut, const std::vector<double>& 
   if (a.aggregation != "none") static_cast<S*>(out.loss.data_ptr())[0] = S(loss);
 
   const bool some = total[sum_count] > 0;
-  const auto mean = [&](Sum k) { return some ? total[k] / total[sum_count] : 0.0; };
+  const auto mean = [&](PolicySum k) { return some ? total[k] / total[sum_count] : 0.0; };
   double metrics[formulas::num_metrics];
   metrics[formulas::metric_clip_fraction_low] = mean(sum_clipped_low);
   metrics[formulas::metric_clip_fraction_high] = mean(sum_clipped_high);
@@ -253,7 +253,7 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
   if (makes_log_s) {
     own_log_s = mean_log_ratios(B, T, logp_ptr, old_ptr ? old_ptr : logp_ptr, mask_ptr, count);
   }
-  std::vector<double> sums(size_t(cut.jobs) * num_sums);
+  std::vector<double> sums(size_t(cut.jobs) * num_partials);
   cut.each([&](int64_t job, int64_t row, int64_t t, int64_t length) {
     alignas(64) S kl_values[kSegment], dkl_values[kSegment];
     const int64_t n = row * T + t;
@@ -283,7 +283,7 @@ void run_policy_loss(const PolicyLossArgs& a, const PolicyLossResult& out) {
     segment.loss_ptr = loss_ptr ? loss_ptr + n : nullptr;
     segment.dlogp_ptr = dlogp_ptr + n;
     segment.dentropy_ptr = dentropy_ptr ? dentropy_ptr + n : nullptr;
-    policy(segment, &sums[size_t(job) * num_sums]);
+    policy(segment, &sums[size_t(job) * num_partials]);
     if (loss_ptr && dp_size != 1) functions<S>().scale(length, dp_size, nullptr, loss_ptr + n, loss_ptr + n);
   });
   finish<S>(a, cut, sums, scale, out);

@@ -12,22 +12,6 @@ namespace rl4llm {
 // sums are the same whatever the batch around it.
 constexpr int64_t kSegment = 1024;
 
-// What is summed up over the live tokens of a segment (ratio_min, ratio_max: the least, the largest).
-enum Sum {
-  sum_count,
-  sum_loss,
-  sum_clipped_low,
-  sum_clipped_high,
-  sum_ratio,
-  least_ratio,
-  largest_ratio,
-  sum_k1,
-  sum_k3,
-  sum_kl,
-  sum_entropy,
-  num_sums
-};
-
 template <class S>
 struct PolicySegment {
   int64_t length;

@@ -280,7 +280,7 @@ void policy(const PolicySegment<typename M::S>& s, double* sums) {
     k3 += live ? token.k3 : zero;
   };
   each_vector<M>(s.length, vector);
-  const F totals[num_sums] = {count, loss_sum, low, high, ratio, zero, zero, k1, k3, kl_sum, entropy_sum};
+  const F totals[num_sums] = {count, loss_sum, low, high, ratio, k1, k3, kl_sum, entropy_sum};
   for (int k = 0; k < num_sums; ++k) sums[k] = sum_of<M>(totals[k]);
   double smallest = least[0], greatest = largest[0];
   for (int j = 1; j < M::width; ++j) {

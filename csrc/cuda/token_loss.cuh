@@ -11,22 +11,6 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 4;  // of each thread; loads of neighbouring threads are neighbours, whatever T is
 constexpr int kFinishThreads = 1024;
 
-enum Sum {
-  sum_count,
-  sum_loss,
-  sum_clipped_low,
-  sum_clipped_high,
-  sum_ratio,
-  sum_k1,
-  sum_k3,
-  sum_kl,
-  sum_entropy,
-  num_sums,
-  least_ratio = num_sums,
-  largest_ratio,
-  num_partials
-};
-
 // The maths of the formulas: one fp32 number a thread. NaN goes through every function.
 struct DeviceMaths {
   typedef float S;
