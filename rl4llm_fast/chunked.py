@@ -102,7 +102,7 @@ def _forward(
         total, weight.shape[0], compute_dtype, logits_dtype, hidden.device.type, chunk_tokens, bool(group)
     )
     live = live_rows(token_ids, mask, ignore_index)
-    check_ids(token_ids, live, ignore_index, slices[0].width if group else weight.shape[0])
+    reference.check_token_ids(token_ids, live, ignore_index, slices[0].width if group else weight.shape[0])
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     rows = rows._replace(hidden=x)
@@ -215,15 +215,6 @@ def _backward(
         vocab_parallel.all_reduce(gradients.hidden, group)
     grad_hidden, grad_weight, grad_bias = gradients.result(index, hidden)
     return grad_hidden, grad_weight if weight_room is None else w.new_empty(0), grad_bias
-
-
-def check_ids(token_ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """IndexError for a live id outside the vocabulary, where looking costs no synchronisation."""
-    if token_ids.device.type != "cpu":
-        return
-    wide_live = live if token_ids.dim() == 1 else live.unsqueeze(-1) & (token_ids != ignore_index)
-    invalid = wide_live & ((token_ids < 0) | (token_ids >= vocabulary))
-    reference.check_token_ids(token_ids, invalid, vocabulary)
 
 
 def register(library: torch.library.Library, namespace: str) -> None:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import schemas
-from .chunked import Rows, check_ids, chunks_of, live_rows, select_live
+from . import reference, schemas
+from .chunked import Rows, chunks_of, live_rows, select_live
 from .products import Gradients, Projection, cast, large_empty, scatter
 
 IGNORED = -100  # as an id: the token is not live
@@ -53,7 +53,7 @@ def _policy_loss(
 ) -> tuple[Tensor, ...]:
     total, vocabulary = hidden.shape[0], weight.shape[0]
     live = live_rows(token_ids, mask, IGNORED)
-    check_ids(token_ids, live, IGNORED, vocabulary)
+    reference.check_token_ids(token_ids, live, IGNORED, vocabulary)
     rows, index = select_live(Rows(hidden, token_ids, mask, temperature), live)
     x, w, b = cast(compute_dtype, rows.hidden, weight, bias)
     rows = rows._replace(hidden=x)
@@ -153,7 +153,7 @@ def loss_of_units(
     """
     hidden, order = rows.hidden, units.order
     live = live_rows(rows.token_ids, rows.mask, IGNORED)
-    check_ids(rows.token_ids, live, IGNORED, weight.shape[0])
+    reference.check_token_ids(rows.token_ids, live, IGNORED, weight.shape[0])
     logp = hidden.new_zeros(hidden.shape[0], dtype=schemas.accumulation_dtype(compute_dtype))
     entropy = torch.zeros_like(logp) if with_entropy else None
     dropped = hidden.device.type == "cpu"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch, formulas, tiles, user_losses
+from . import checks, chunked, dispatch, formulas, reference, tiles, user_losses
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Slopes, Units, loss_of_units, whole_units
 from .heads import check_chunk, check_dtypes, check_linear, product_dtype
-from .logprobs import check_ids, check_temperature, flat_ids, flat_rows, linear_token_logprobs
+from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .losses import aggregation_weights, formula_and_knobs, pack_params, policy_loss, rollout_weights
 from .schemas import accumulation_dtype
 from .sequences import sequences
@@ -136,7 +136,7 @@ def linear_policy_loss_and_logprobs(
     kept = token_ids != ignore_index
     mask = kept if mask is None else kept & mask
     if tp_group is None:
-        check_ids(token_ids, mask, ignore_index, hidden, weight.shape[0])
+        reference.check_token_ids(token_ids, mask, ignore_index, weight.shape[0])
     tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
     head: dict[str, Any] = {

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, chunked, dispatch, tiles
+from . import checks, chunked, dispatch, reference, tiles
 from .autograd_losses import PrecomputedGradients
 from .checks import Number
 from .chunked_losses import IGNORED, Units, loss_of_units, whole_units
 from .fused import check_reference, slopes_of
 from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .kl import check_like
-from .logprobs import check_ids, check_temperature, flat_ids, flat_rows, linear_token_logprobs
+from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
 from .preference import preference_loss
 from .schemas import accumulation_dtype
 from .sequences import packed_offsets
@@ -99,7 +99,7 @@ def linear_preference_loss(
     kept = token_ids != ignore_index
     mask = kept if mask is None else kept & mask
     if tp_group is None:
-        check_ids(token_ids, mask, ignore_index, hidden, weight.shape[0])
+        reference.check_token_ids(token_ids, mask, ignore_index, weight.shape[0])
     if ref_logp is not None:
         check_like("ref_logp", ref_logp, torch.zeros(lead, device=hidden.device))
     check_reference(hidden, weight, ref_logp, ref_hidden, ref_weight, ref_bias, tp_group is not None)

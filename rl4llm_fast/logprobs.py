@@ -122,7 +122,7 @@ def token_logprobs(
         inplace_backward=inplace_backward and not overlapping and not torch.compiler.is_compiling(),
     )
     if chosen != "cpu" and checks.debug():
-        check_ids(token_ids, mask, ignore_index, logits, logits.shape[-1])
+        reference.check_token_ids(token_ids, mask, ignore_index, logits.shape[-1])
     logp, entropy = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         rows,
         flat_ids(token_ids, logits),
@@ -274,7 +274,7 @@ def linear_token_logprobs(
         ids = dispatch.ops(chosen).vocab_parallel_ids(ids, flat_mask, weight.detach(), ignore_index, -100, group)
         ignore_index = -100
     else:
-        check_ids(token_ids, mask, ignore_index, hidden, weight.shape[0])
+        reference.check_token_ids(token_ids, mask, ignore_index, weight.shape[0])
     options = LinearTokenLogprobsOptions(
         backend=chosen,
         ignore_index=ignore_index,
@@ -351,15 +351,3 @@ def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
     if isinstance(temperature, Tensor) and on_host and not torch.compiler.is_compiling() and not bool((tau > 0).all()):
         raise ValueError("temperature: wanted values > 0 in every row")
     return tau
-
-
-def check_ids(token_ids: Tensor, mask: Tensor | None, ignore_index: int, rows: Tensor, vocabulary: int) -> None:
-    """IndexError for the first live id outside [0, V), at its position as the caller counts: ops see flat rows."""
-    if torch.compiler.is_compiling() or not (token_ids.device.type == "cpu" or checks.debug()):
-        return
-    one_id = token_ids.dim() < rows.dim()
-    live = token_ids != ignore_index
-    if mask is not None:
-        live = live & (mask if one_id else mask.unsqueeze(-1))
-    invalid = live & ((token_ids < 0) | (token_ids >= vocabulary))
-    reference.check_token_ids(token_ids, invalid, vocabulary)

@@ -32,9 +32,9 @@ def token_logprobs(
     live = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
     if one_id:
         live = live & (token_ids != ignore_index)
-    ids_live = live.unsqueeze(-1) & (ids != ignore_index)
-    invalid = ids_live & ((ids < 0) | (ids >= vocabulary))
-    check_token_ids(ids, invalid, vocabulary)
+    check_token_ids(token_ids, live, ignore_index, vocabulary)
+    ids_live = live_ids(ids, live, ignore_index)
+    invalid = _outside(ids, ids_live, vocabulary)
     ids = ids.masked_fill(~ids_live | invalid, 0)
 
     shifted, log_sum = _shifted_log_softmax(logits, live, temperature, softcap)
@@ -141,14 +141,27 @@ def _without_gradient_at_minus_inf(log_p: Tensor) -> Tensor:
     return log_p.masked_fill(impossible, 0.0).masked_fill(impossible, -math.inf)
 
 
-def check_token_ids(ids: Tensor, invalid: Tensor, vocabulary: int) -> None:
+def live_ids(token_ids: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:
+    """Which ids (...) or (..., K) count, from the mask (...) of their rows."""
+    kept = token_ids != ignore_index
+    if mask is None:
+        return kept
+    return kept & (mask if mask.dim() == token_ids.dim() else mask.unsqueeze(-1))
+
+
+def _outside(token_ids: Tensor, live: Tensor, vocabulary: int) -> Tensor:
+    return live & ((token_ids < 0) | (token_ids >= vocabulary))
+
+
+def check_token_ids(token_ids: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> None:
     """IndexError for the first live id outside [0, V): always on the CPU; elsewhere it would cost a synchronisation."""
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or checks.debug()):
+    if torch.compiler.is_compiling() or not (token_ids.device.type == "cpu" or checks.debug()):
         return
+    invalid = _outside(token_ids, live_ids(token_ids, mask, ignore_index), vocabulary)
     if bool(invalid.any()):
         position = tuple(invalid.nonzero()[0].tolist())
         raise IndexError(
-            f"token_ids: {int(ids[position])} at position {position} is outside the vocabulary [0, {vocabulary})"
+            f"token_ids: {int(token_ids[position])} at position {position} is outside the vocabulary [0, {vocabulary})"
         )
 
 

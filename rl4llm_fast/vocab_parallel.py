@@ -51,11 +51,8 @@ def local_ids(
     sizes = shapes[:, 0]
     start = sizes[: resolve(group).rank()].sum()
     total = sizes.sum()
-    kept = token_ids != ignore_index
-    live = kept if mask is None else kept & (mask if token_ids.dim() == 1 else mask.unsqueeze(-1))
-    invalid = live & ((token_ids < 0) | (token_ids >= total))
     if look:
-        reference.check_token_ids(token_ids, invalid, int(total))
+        reference.check_token_ids(token_ids, mask, ignore_index, int(total))
     return tiles.ids_of_slice(token_ids, start, rows, total, ignore_index, ignored)
 
 
