@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .kl_math import bounded_difference, load_beta, log2_ratios
+from .kl_math import bounded_difference, load_beta, load_mixture, log2_ratios
 from .rows import check_grid, check_pair, number_or_pointer, on_device, row_pointer, row_strides
 from .tl_math import LN2, LOG2E, capped, load_number, row_is_live
 
@@ -21,7 +21,7 @@ def kl_divergence_bwd_kernel(
     softcap,  # number or None
     beta_ptr,  # () or None
     beta,  # number, or None where the direction has none
-    inner_ptr,  # (N,): Σ p·(x − y), KL(p‖m), or anything for the forward KL
+    inner_ptr,  # (N, 2): Σ p·(x − y), KL(p‖κm) in bits, or anything for the forward KL; then κ
     row_max_ptr,  # (N,)
     log_sum_ptr,  # (N,)
     ref_row_max_ptr,  # (N,): what y is counted from; for the reverse KL the anchor of kl_math.py
@@ -42,9 +42,9 @@ def kl_divergence_bwd_kernel(
 ):
     """dL/dlogits from the upstream gradient g of the divergence, in one read of both sides and one write.
 
-    Computes: du = p·((x − y) − Σ p·(x − y))/τ, p − q or (1−β)·p·(log(p/m) − KL(p‖m)); dz = g·du/τ·(1 − (z'/c)²)
+    Computes: du = p·((x − y) − Σ p·(x − y))/τ, p − q or (1−β)·p·(log(p/κm) − KL(p‖κm)); dz = g·du/τ·(1 − (z'/c)²)
     Grid: (N·ceil(V/BLOCK_V),), program -> (row, block of columns); blocks know nothing of each other
-    Traffic: V·(2·sizeof(logit) + sizeof(ref)), and 24 bytes of the row's data per block, from the cache
+    Traffic: V·(2·sizeof(logit) + sizeof(ref)), and 36 bytes of the row's data per block, from the cache
     Numerics: built in fp32, rounded once; −inf logits and dead rows exactly 0, whatever else is NaN
     Gradient: dKL/du_v of docs/math.md section 3; the reference has none
     """
@@ -74,17 +74,19 @@ def kl_divergence_bwd_kernel(
     x, ref_x = z - tl.load(row_max_ptr + row), ref_z - tl.load(ref_row_max_ptr + row)
     log2_p = x * k - tl.load(log_sum_ptr + row) * LOG2E
     log2_q = ref_x * k - tl.load(ref_log_sum_ptr + row) * LOG2E
-    p, inner = tl.exp2(log2_p), tl.load(inner_ptr + row)
+    p, inner = tl.exp2(log2_p), tl.load(inner_ptr + 2 * row.to(tl.int64))
+    mean = inner.to(tl.float32)
     if DIRECTION == "reverse":
         # p = 0 has no term, and both logits may be −inf there.
-        du = p * (tl.where(p == 0.0, 0.0, bounded_difference(x, ref_x)) - inner) * inverse_tau
+        du = p * (tl.where(p == 0.0, 0.0, bounded_difference(x, ref_x)) - mean) * inverse_tau
     elif DIRECTION == "forward":
         du = p - tl.exp2(log2_q)
     else:
         weight = load_beta(beta_ptr, beta)
-        p_over_m, _ = log2_ratios(log2_p, log2_q, weight)
-        du = (1.0 - weight) * p * (LN2 * p_over_m - inner)
-        du = tl.where(log2_p == 0.0, 0.0, du)  # a token that holds all of p has the mean itself, but for its rounding
+        p_weight, q_weight = load_mixture(weight, inner_ptr, row)
+        p_over_m, _ = log2_ratios(log2_p, log2_q, p_weight, q_weight)
+        rest = (inner - mean).to(tl.float32)  # of the mean, rounded
+        du = (1.0 - weight) * LN2 * p * ((p_over_m - mean) - rest)
     dz = du * (tl.load(grad_ptr + row) * inverse_tau)
     if HAS_SOFTCAP:
         dz = dz * (1.0 - ratio * ratio)

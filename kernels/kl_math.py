@@ -3,7 +3,9 @@
 Differences of the logits are summed in their own units, before k: finfo.min, which libraries write for masked tokens,
 does not overflow there. They are summed twice. d = Σ 2^x·((z' − m) − (y' − m_y)) makes the value. g = Σ 2^x·((z' − m) −
 (y' − c)), with c the other side's logit where z' is largest, makes the gradient: the likeliest token counts 0 in it, so
-what a peaked row is off by does not drown the little that is left of p·(log p − log q − KL).
+what a peaked row is off by does not drown the little that is left of p·(log p − log q − KL). For the same reason the
+mixture m of the JSD is counted as κ·m, with κ = p/m at the likeliest token where q is not above p: log p/(κm) is about
+0 there. κ is 1 where p = q.
 """
 
 import triton
@@ -94,25 +96,58 @@ def load_pair(row_ptr, other_row_ptr, columns, last, softcap, HAS_SOFTCAP: tl.co
 
 
 @triton.jit
-def log2_ratios(log2_p, log2_q, beta):
-    """log2(p/m) and log2(q/m) of the mixture m = β·q + (1−β)·p; finite also where p or q is 0."""
+def log2_ratios(log2_p, log2_q, p_weight, q_weight):
+    """log2(p/κm) and log2(q/κm) of the mixture κm = q_weight·q + p_weight·p; finite also where p or q is 0."""
     delta = tl.maximum(log2_q, LOG2_ZERO) - tl.maximum(log2_p, LOG2_ZERO)
     smaller = tl.exp2(-tl.abs(delta))  # the ratio of the smaller to the larger: nothing overflows
-    mixed = tl.log2(tl.where(delta <= 0, (1.0 - beta) + beta * smaller, beta + (1.0 - beta) * smaller))
+    lead, other = tl.where(delta <= 0, p_weight, q_weight), tl.where(delta <= 0, q_weight, p_weight)
+    total = tl.fma(other, smaller, lead)
+    mixed = log2_of_sum(total, tl.fma(other, smaller, lead - total))
     # Not one from the other: where they are far apart, the smaller one's rounding would be in both.
     return tl.minimum(-delta, 0.0) - mixed, tl.minimum(delta, 0.0) - mixed
 
 
 @triton.jit
-def load_beta(ptr, number):
-    """β of the JSD; NaN outside (0, 1)."""
-    beta = load_number(ptr, number, 0)
-    return tl.where(beta < 1.0, beta, float("nan"))
+def log2_of_sum(x, rest):
+    """log2(x + rest) of a normal x > 0, rest below an ulp of x: around 1, where it counts, x − 1 is exact.
+
+    x = m·2^e, 2/3 <= m < 4/3; the polynomial is that of csrc/hd.h.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F2AAAAB) >> 23
+    f = ((bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0) + tl.where(e == 0, rest, 0.0)
+    p = 0.202784181 * f - 0.222221166
+    p = p * f + 0.201799735
+    p = p * f - 0.236786529
+    p = p * f + 0.28871128
+    p = p * f - 0.360789567
+    p = p * f + 0.480895966
+    p = p * f - 0.721346557
+    p = p * f + 1.44269502
+    return p * f + e.to(tl.float32) + (x - x)  # the bits of a NaN give some number
 
 
 @triton.jit
-def finish_row(row, live, m, s, other_m, other_s, d, lost, anchor, g, tau, kl_ptr, inner_ptr, row_max_ptr, log_sum_ptr,
-               other_row_max_ptr, other_log_sum_ptr, ANCHORED: tl.constexpr):  # fmt: skip
+def load_beta(ptr, number):
+    """β of the JSD; NaN outside (0, 1); 0 for the other directions, which have none."""
+    if ptr is None and number is None:
+        beta = 0.0
+    else:
+        beta = load_number(ptr, number, 0)
+        beta = tl.where(beta < 1.0, beta, float("nan"))
+    return beta
+
+
+@triton.jit
+def load_mixture(beta, inner_ptr, row):
+    """The weights of p and q in κm."""
+    scale = tl.load(inner_ptr + 2 * row.to(tl.int64) + 1).to(tl.float32)
+    return (1.0 - beta) * scale, beta * scale
+
+
+@triton.jit
+def finish_row(row, live, m, s, other_m, other_s, d, lost, anchor, g, tau, beta, kl_ptr, inner_ptr, row_max_ptr,
+               log_sum_ptr, other_row_max_ptr, other_log_sum_ptr, ANCHORED: tl.constexpr):  # fmt: skip
     """Writes a row's results from its sums. All 0 where the row is not live.
 
     ANCHORED: the other side is counted from c, not from its maximum, as the gradient of the reverse KL wants it.
@@ -124,6 +159,8 @@ def finish_row(row, live, m, s, other_m, other_s, d, lost, anchor, g, tau, kl_pt
     # The logarithm of the ratio, not the difference of the logarithms: near KL = 0 all of it would be rounding.
     kl = d / s / tau + tl.log(other_s / s)
     mean = g / s
+    q_over_p = (anchor - other_m) / tau - other_log_sum + log_sum  # its logarithm at the likeliest token
+    scale = tl.where(q_over_p <= 0, 1.0 / ((1.0 - beta) + beta * tl.exp(q_over_p)), 1.0)
     if ANCHORED:
         anchor = tl.where(lost > 0, other_m, anchor)
         other_log_sum += (other_m - anchor) / tau
@@ -131,7 +168,9 @@ def finish_row(row, live, m, s, other_m, other_s, d, lost, anchor, g, tau, kl_pt
         anchor = other_m
     # lost: a token that only the other distribution cannot draw
     tl.store(kl_ptr + row, tl.where(live, tl.where(lost > 0, float("inf"), kl) + bad, 0.0))
-    tl.store(inner_ptr + row, tl.where(live, tl.where(lost > 0, float("inf"), mean) + bad, 0.0))
+    inner_row_ptr = inner_ptr + 2 * row.to(tl.int64)
+    tl.store(inner_row_ptr, tl.where(live, tl.where(lost > 0, float("inf"), mean) + bad, 0.0))
+    tl.store(inner_row_ptr + 1, tl.where(live, scale, 0.0))
     tl.store(row_max_ptr + row, tl.where(live, m, 0.0))
     tl.store(log_sum_ptr + row, tl.where(live, log_sum, 0.0))
     tl.store(other_row_max_ptr + row, tl.where(live, anchor, 0.0))

@@ -131,14 +131,19 @@ def kept_empty(like: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def kl_divergence_results(like: Tensor, rows: int, acc: torch.dtype) -> tuple[Tensor, ...]:
+    kl, *norms = (like.new_empty((rows,), dtype=acc) for _ in range(5))
+    return kl, like.new_empty((rows, 2), dtype=torch.float64), *norms
+
+
 def kl_divergence_fwd(logits: Tensor, ref_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     acc = wider_accumulation(logits.dtype, ref_logits.dtype)
-    return tuple(logits.new_empty((logits.shape[0] * logits.shape[1],), dtype=acc) for _ in range(6))
+    return kl_divergence_results(logits, logits.shape[0] * logits.shape[1], acc)
 
 
 def linear_kl_divergence_fwd(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
     acc = wider_accumulation(*args[-4:-2])
-    return tuple(hidden.new_empty((hidden.shape[0],), dtype=acc) for _ in range(6))
+    return kl_divergence_results(hidden, hidden.shape[0], acc)
 
 
 def linear_kl_divergence_bwd(

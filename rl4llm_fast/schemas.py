@@ -112,9 +112,10 @@ OPS: dict[str, Op] = {
     # Memory without contents on like's device; on the CPU from the blocks that large results are kept in.
     "kept_empty": Op("(Tensor like, int[] shape, ScalarType dtype) -> Tensor", fakes.kept_empty),
     # logits, ref_logits (B, T, V) of possibly different dtypes; mask (N,); temperature 0-d or (N,); softcap, beta 0-d;
-    # direction "reverse"|"forward"|"jsd". -> kl, inner (what the backend's own gradient subtracts, whatever that is),
-    # then row_max and log_sum of both sides as in token_logprobs_fwd, but in the reverse direction the reference's may
-    # count from its logit at the policy's likeliest token; all (N,)
+    # direction "reverse"|"forward"|"jsd". -> kl (N,); inner (N, 2) fp64: what the backend's own gradient subtracts,
+    # whatever that is, and what it multiplies the JSD's mixture by; then row_max and log_sum (N,) of both sides as in
+    # token_logprobs_fwd, but in the reverse direction the reference's may count from its logit at the policy's
+    # likeliest token.
     "kl_divergence_fwd": Op(
         "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor temperature, Tensor? softcap, str direction, "
         "Tensor beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

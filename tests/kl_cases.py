@@ -3,8 +3,6 @@
 import torch
 
 KINDS = ["peaked", "offset", "cold", "saturated", "outlier"]
-# Where the JSD's gradient is held to eps/tau, and not to what autograd's formula happens to lose on the same rows.
-JSD_LIMITED = ("cold", "saturated")
 
 
 def hard_rows(kind, vocabulary, generator):

@@ -10,7 +10,7 @@ import torch
 import rl4llm_fast as rf
 from rl4llm_fast import dispatch
 from rl4llm_fast.testing import assert_as_good_as_eager
-from tests.kl_cases import JSD_LIMITED, KINDS, hard_rows
+from tests.kl_cases import KINDS, hard_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -78,8 +78,6 @@ def test_leading_shapes(backend, lead):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hard_rows(backend, direction, kind):
-    if kind in JSD_LIMITED and direction == "jsd":
-        pytest.skip("a known limit (docs/numerics.md), whose bound tests/test_kl_divergence.py holds")
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         for vocabulary in (127, 4_097, 70_000):
@@ -167,7 +165,7 @@ def test_hyperparameters_on_the_device_that_are_out_of_range(backend):
     for beta in (0.0, 1.0, -0.5):
         kl, inner, *_ = ops.kl_divergence_fwd(logits, ref, None, ONE, None, "jsd", torch.tensor(beta).cuda())
         assert kl.isnan().all()
-        assert inner.isnan().all()
+        assert inner[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

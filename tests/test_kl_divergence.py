@@ -10,7 +10,7 @@ import torch
 
 import rl4llm_fast as rf
 from rl4llm_fast.testing import assert_as_good_as_eager
-from tests.kl_cases import JSD_LIMITED, KINDS, hard_rows
+from tests.kl_cases import KINDS, hard_rows
 
 INF = math.inf
 # In Triton's interpreter (tests/test_triton_interpret.py) the same tests hold the Triton kernels to the oracle.
@@ -163,17 +163,7 @@ def test_hard_rows(backend, options, kind):
         for vocabulary in (127, 1500):
             logits, ref, temperature = hard_rows(kind, vocabulary, generator)
             options = {**options, "backend": backend, "temperature": temperature}
-            if kind not in JSD_LIMITED or options["direction"] != "jsd":
-                check(logits, ref, **options)
-                continue
-            # Known limit (docs/numerics.md): log p/m is rounded where it nearly equals its mean; autograd's may cancel.
-            grad = torch.randn(len(logits), generator=generator)
-            kl, dlogits = run(logits, ref, grad=grad, **options)
-            oracle, exact = run(logits.double(), ref.double(), grad=grad, **options | {"backend": "eager"})
-            torch.testing.assert_close(kl, oracle.to(kl), rtol=1e-6, atol=1e-6)
-            assert_as_good_as_eager(kl, oracle, run(logits, ref, grad=grad, **options | {"backend": "eager"})[0])
-            bound = torch.finfo(torch.float32).eps / temperature * grad.abs().unsqueeze(-1)
-            assert ((dlogits.double() - exact).abs() <= bound).all()
+            check(logits, ref, **options)
 
 
 @compiled_backend

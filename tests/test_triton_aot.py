@@ -17,9 +17,10 @@ V = 151_936
 POINTERS = {
     "token_ids_ptr": "*i64",
     "mask_ptr": "*i1",
+    "inner_ptr": "*fp64",
     **dict.fromkeys(
         ["temperature_ptr", "softcap_ptr", "partial_ptr", "logp_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr",
-         "grad_logp_ptr", "grad_entropy_ptr", "kl_ptr", "inner_ptr", "other_row_max_ptr", "other_log_sum_ptr",
+         "grad_logp_ptr", "grad_entropy_ptr", "kl_ptr", "other_row_max_ptr", "other_log_sum_ptr",
          "ref_row_max_ptr", "ref_log_sum_ptr", "beta_ptr", "grad_ptr"], "*fp32"
     ),
 }  # fmt: skip
@@ -83,6 +84,8 @@ def kl_case(name, dtype, ref_dtype, case):
     """(kernel, constants, warps, budget) as the launcher would start it."""
     name, *direction = name.split()
     constants = CASES[case] | {"beta_ptr": None, "ANCHORED": True}
+    if name in ("fwd", "merge") or (direction and direction != ["jsd"]):
+        constants |= {"beta": None}
     kernel = getattr(kl_bwd if direction else kl, f"kl_divergence_{name}_kernel")
     if "merge" in name:
         parts = triton.cdiv(V, configs.part_columns(V))
@@ -93,9 +96,7 @@ def kl_case(name, dtype, ref_dtype, case):
     constants |= {"BLOCK_V": block}
     if not direction:
         constants |= {"VEC": configs.vector(narrow)}
-    elif direction != ["jsd"]:
-        constants |= {"beta": None}
-    if direction:
+    else:
         constants |= {"DIRECTION": direction[0]}
     return kernel, constants, warps, configs.LAUNCHES[launch, wide].registers
 

@@ -83,11 +83,12 @@ struct KlArguments {
 };
 
 template <class A>
-JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, A ref_log_sum) {
+JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, A ref_log_sum, double scale) {
+  const KlMixture mixture = mixture_of(args.beta, scale);
   return {{row_max, A(double(log_sum) / ln_base(A()))},
           {ref_row_max, A(double(ref_log_sum) / ln_base(A()))},
-          A(args.beta),
-          A(1 - args.beta)};
+          A(mixture.p),
+          A(mixture.q)};
 }
 
 // The forward pass in stages (maxima, sums, and for the JSD its terms), each by parts: on all threads, or for one row
@@ -95,7 +96,9 @@ JsdRow<A> jsd_row(const KlArguments& args, A row_max, A log_sum, A ref_row_max, 
 template <class A>
 class KlForward {
  public:
-  A *kl_ptr, *inner_ptr, *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr;  // (N,)
+  A* kl_ptr;
+  KlInner* inner_ptr;
+  A *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr;  // all (N,)
 
   void run(const KlArguments& args) const {
     if (args.cut.whole_rows) {
@@ -141,11 +144,12 @@ class KlForward {
   }
 
   void clear(int64_t n) const {
-    kl_ptr[n] = inner_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = 0;
+    kl_ptr[n] = row_max_ptr[n] = log_sum_ptr[n] = ref_row_max_ptr[n] = ref_log_sum_ptr[n] = 0;
+    inner_ptr[n] = {0, 0};
   }
 
-  // What the other side is counted from in gsum, until `finish` writes the row's result there.
-  A* anchor_ptr() const { return inner_ptr; }
+  // The other side's logit at the policy's likeliest token, until `finish` writes the row's results there.
+  A anchor(int64_t n) const { return A(inner_ptr[n].mean); }
 
   static bool ref_first(const KlArguments& args) { return args.direction == KlDirection::forward; }
 
@@ -171,18 +175,20 @@ class KlForward {
       row.max = std::max(row.max, parts[i].max);
       row.other_max = std::max(row.other_max, parts[i].other_max);
     }
-    if (args.direction != KlDirection::reverse) return;
+    if (args.direction == KlDirection::forward) return;
     int64_t i = 0;
     while (i < args.cut.parts - 1 && parts[i].max != row.max) ++i;
     const A anchor = functions<A>().anchor(args.part<A>(n, i, false), args.temperature[n], row.max);
-    anchor_ptr()[n] = anchor == -infinity(A()) ? row.other_max : anchor;
+    const bool none = anchor == -infinity(A()) && args.direction == KlDirection::reverse;
+    inner_ptr[n].mean = none ? row.other_max : anchor;
   }
 
   KlSum sum(const KlArguments& args, int64_t n, int64_t i) const {
     KlSum result;
     const Norms row = norms(args, n);
+    const A origin = anchor(n);
     functions<A>().kl(args.part<A>(n, i, ref_first(args)), args.temperature[n], {row.max, row.other_max},
-                      args.direction == KlDirection::reverse ? anchor_ptr() + n : nullptr, &result);
+                      args.direction == KlDirection::reverse ? &origin : nullptr, &result);
     return result;
   }
 
@@ -204,18 +210,24 @@ class KlForward {
     const bool infinite = sums.infinite && kl == kl;
     double other_log_sum = second;
     if (args.direction == KlDirection::reverse && !infinite) {  // counted from the anchor, as its gradient wants it
-      other_log_sum += (double(row.other_max) - double(anchor_ptr()[n])) / args.temperature[n];
-      row.other_max = anchor_ptr()[n];
+      other_log_sum += (double(row.other_max) - double(anchor(n))) / args.temperature[n];
+      row.other_max = anchor(n);
+    }
+    double scale = 1;
+    if (args.direction == KlDirection::jsd) {
+      const double ref_at_anchor = (double(anchor(n)) - double(row.other_max)) / args.temperature[n];
+      scale = mixture_scale(args.beta, ref_at_anchor - second + first);
     }
     row.log_sum = A(first);
     row.other_log_sum = A(other_log_sum);
     kl_ptr[n] = infinite ? infinity(A()) : A(kl);
-    inner_ptr[n] = infinite ? infinity(A()) : A(sums.gsum / sums.sum);
+    inner_ptr[n] = {infinite ? infinity(1.0) : sums.gsum / sums.sum, scale};
   }
 
   JsdSum jsd_sum(const KlArguments& args, int64_t n, int64_t i) const {
     JsdSum result;
-    const JsdRow<A> row = jsd_row(args, row_max_ptr[n], log_sum_ptr[n], ref_row_max_ptr[n], ref_log_sum_ptr[n]);
+    const JsdRow<A> row =
+        jsd_row(args, row_max_ptr[n], log_sum_ptr[n], ref_row_max_ptr[n], ref_log_sum_ptr[n], inner_ptr[n].scale);
     functions<A>().jsd(args.part<A>(n, i, false), args.temperature[n], row, &result);
     return result;
   }
@@ -225,12 +237,14 @@ class KlForward {
     for (int64_t i = 1; i < args.cut.parts; ++i) {
       row.p_sum += parts[i].p_sum;
       row.q_sum += parts[i].q_sum;
-      row.weight += parts[i].weight;
+      row.p_total += parts[i].p_total;
+      row.q_total += parts[i].q_total;
     }
-    kl_ptr[n] = A(ln_base(A()) * (args.beta * row.q_sum + (1 - args.beta) * row.p_sum));
-    // Over the sum of the p as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ
+    // Over the sums of p and q as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ
     // would blow up what is left.
-    inner_ptr[n] = A(row.p_sum / row.weight);
+    const double p_mean = row.p_sum / row.p_total, q_mean = row.q_sum / row.q_total;
+    kl_ptr[n] = A(ln_base(A()) * (args.beta * q_mean + (1 - args.beta) * p_mean) + natural_log(inner_ptr[n].scale));
+    inner_ptr[n].mean = p_mean;
   }
 };
 
@@ -240,10 +254,15 @@ SixTensors kl_divergence_fwd(Tensor logits, Tensor ref_logits, std::optional<Ten
                              std::optional<Tensor> softcap, std::string direction, Tensor beta) {
   const KlArguments args(logits, ref_logits, mask, temperature, softcap, direction, beta);
   const auto per_row = [&] { return empty_like_of(logits, {args.policy.N}, args.acc); };
-  const SixTensors out{per_row(), per_row(), per_row(), per_row(), per_row(), per_row()};
+  const Tensor inner = empty_like_of(logits, {args.policy.N, 2}, ScalarType::Double);
+  const SixTensors out{per_row(), inner, per_row(), per_row(), per_row(), per_row()};
   const auto run = [&](auto a) {
     using A = decltype(a);
-    std::apply([&](const auto&... t) { KlForward<A>{static_cast<A*>(t.data_ptr())...}.run(args); }, out);
+    const auto at = [](const Tensor& t) { return static_cast<A*>(t.data_ptr()); };
+    KlForward<A>{at(std::get<0>(out)), static_cast<KlInner*>(inner.data_ptr()),
+                 at(std::get<2>(out)), at(std::get<3>(out)),
+                 at(std::get<4>(out)), at(std::get<5>(out))}
+        .run(args);
   };
   args.acc == ScalarType::Double ? run(double()) : run(float());
   return out;
@@ -251,7 +270,8 @@ SixTensors kl_divergence_fwd(Tensor logits, Tensor ref_logits, std::optional<Ten
 
 template <class A>
 struct KlSaved {
-  const A *inner_ptr, *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr, *grad_ptr;  // (N,)
+  const KlInner* inner_ptr;
+  const A *row_max_ptr, *log_sum_ptr, *ref_row_max_ptr, *ref_log_sum_ptr, *grad_ptr;  // all (N,)
 };
 
 template <class A>
@@ -260,14 +280,17 @@ KlGrad<A> kl_grad(const KlArguments& args, const KlSaved<A>& saved, int64_t n) {
   const double tau = args.temperature[n], g = double(canonical(saved.grad_ptr[n])) / tau;
   KlGrad<A> grad;
   grad.direction = args.direction;
-  grad.row = jsd_row(args, saved.row_max_ptr[n], log_sum, saved.ref_row_max_ptr[n], ref_log_sum);
+  grad.row =
+      jsd_row(args, saved.row_max_ptr[n], log_sum, saved.ref_row_max_ptr[n], ref_log_sum, saved.inner_ptr[n].scale);
   grad.bad = log_sum != log_sum || ref_log_sum != ref_log_sum;
-  grad.mean = canonical(saved.inner_ptr[n]);
+  const double mean = canonical(saved.inner_ptr[n].mean);
+  grad.mean = A(mean);
+  grad.rest = A(mean - double(grad.mean));
   double slope = g;  // d_v is in nats in fp64; in fp32 in the logits' units, or a logarithm of base 2
   if (args.direction == KlDirection::reverse && sizeof(A) != sizeof(double)) slope /= tau;
   if (args.direction == KlDirection::jsd) slope *= (1 - args.beta) * ln_base(A());
   grad.slope = A(slope);
-  if (grad.bad) grad.slope = grad.mean = not_a_number(A());
+  if (grad.bad) grad.slope = grad.mean = grad.rest = not_a_number(A());
   return grad;
 }
 
@@ -296,7 +319,7 @@ void run_bwd(const Tensor& dlogits, const KlArguments& args, const Tensor& inner
   const auto run = [&](auto a) {
     using A = decltype(a);
     const int64_t N = args.policy.N;
-    const KlSaved<A> saved{data_of<A>(inner, "inner", N),
+    const KlSaved<A> saved{reinterpret_cast<const KlInner*>(data_of<double>(inner, "inner", 2 * N)),
                            data_of<A>(row_max, "row_max", N),
                            data_of<A>(log_sum, "log_sum", N),
                            data_of<A>(ref_row_max, "ref_row_max", N),

@@ -44,27 +44,28 @@ struct KlSum {
   bool infinite;  // somewhere w is −inf and z is not
 };
 
-// A row of the JSD against m = βq + (1−β)p: its sums are Σ p·log(p/m) and Σ q·log(q/m), over ln_base, and Σ p.
+// A row of the JSD against κ·m = q_weight·q + p_weight·p (hd.h). Its sums are Σ p·log(p/κm) and Σ q·log(q/κm), over
+// ln_base, Σ p and Σ q.
 template <class A>
 struct JsdRow {
   LogitsNorm<A> p, q;
-  A beta, beta_complement;  // β and 1 − β
+  A p_weight, q_weight;
 };
 struct JsdSum {
-  double p_sum, q_sum, weight;
+  double p_sum, q_sum, p_total, q_total;
 };
 
 enum class KlDirection { reverse, forward, jsd };
 
 // What the gradient of a row's logits needs (docs/math.md section 3), with g the upstream gradient over τ:
 //   reverse  dL/dz'_v = p_v·(d_v − mean)·slope       d_v = x_v − (w'_v − anchor) of KlSum, mean = Σ p·d
-//   jsd      the same                                d_v = log(p_v/m_v)/ln_base, mean = Σ p·d / Σ p
+//   jsd      p_v·((d_v − mean) − rest)·slope          d_v = log(p_v/κm_v)/ln_base, mean + rest = Σ p·d / Σ p
 //   forward  dL/dz'_v = (p_v − q_v)·slope
 template <class A>
 struct KlGrad {
   KlDirection direction;
   JsdRow<A> row;
-  A slope, mean;
+  A slope, mean, rest;
   bool bad;  // the row holds NaN, +inf or nothing but −inf on either side
 };
 

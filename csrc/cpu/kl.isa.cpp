@@ -8,8 +8,8 @@
 //           left (fp64 on either side: fp64 throughout). Differences are made in the logits' own units, where they are
 //           nearly exact for close distributions. For the gradient of the reverse KL they are counted from the
 //           likeliest token, which so adds 0: what a peaked row is off by does not drown the little that is left of d −
-//           Σ p·d. −inf on both sides adds exactly 0; on the other side alone it is looked for in the logits: finite
-//           ones may overflow on the way.
+//           Σ p·d (the JSD's: KlMixture in hd.h). −inf on both sides adds exactly 0; on the other side alone it is
+//           looked for in the logits: finite ones may overflow on the way.
 // Gradient: KlGrad in kl.h, the softcap's chain, rounded once; exactly 0 at a policy logit of −inf.
 #include "cpu/kl_blocks.h"
 
@@ -39,8 +39,9 @@ RL4LLM_INLINE Scale<A> scale_of(const KlPart<A>& part, double temperature) {
 // b^x and log_b x, b = e^ln_base.
 RL4LLM_INLINE Vec power(Vec x) { return exp2(x); }
 RL4LLM_INLINE Vec64 power(Vec64 x) { return {__builtin_exp(x.v)}; }
-RL4LLM_INLINE Vec log(Vec x) { return log2(x); }
-RL4LLM_INLINE Vec64 log(Vec64 x) { return {__builtin_log(x.v)}; }
+// Of x + rest, rest below an ulp of x; fp64 has digits to spare.
+RL4LLM_INLINE Vec log(Vec x, Vec rest) { return log2(x, rest); }
+RL4LLM_INLINE Vec64 log(Vec64 x, Vec64) { return {__builtin_log(x.v)}; }
 
 // log p_v, held where p_v is 0 anyway.
 template <class F, class A>
@@ -48,18 +49,19 @@ RL4LLM_INLINE F log_p(F distance, A k, A log_sum) {
   return max(F::of(kLeast<F>), fma(distance, F::of(k), F::of(-log_sum)));
 }
 
-// p_v, q_v, log(p_v/m_v), log(q_v/m_v) from a = log p_v and b = log q_v, all over ln_base. The larger of p and q leads,
-// so that m is that one times a sum s of 1 at the most; nothing cancels where p and q are close.
+// p_v, q_v, log(p_v/κm_v), log(q_v/κm_v) from a = log p_v and b = log q_v, all over ln_base. The larger of p and q
+// leads, so that κm is that one times a sum s, κ at the most; nothing cancels where p and q are close.
 template <class F>
 struct Jsd {
   F p, q, p_over_m, q_over_m;
 };
 template <class F, class A>
 RL4LLM_INLINE Jsd<F> jsd(F a, F b, const JsdRow<A>& row) {
-  const F beta = F::of(row.beta), complement = F::of(row.beta_complement), zero = F::of(0), one = F::of(1);
+  const F p_weight = F::of(row.p_weight), q_weight = F::of(row.q_weight), zero = F::of(0), one = F::of(1);
   const F diff = a - b, lead = power(max(a, b)), t = power(zero - abs(diff));
-  const F s = fma(select_less(a, b, complement, beta), t, select_less(a, b, beta, complement));
-  const F log_s = log(s);
+  const F weight = select_less(a, b, p_weight, q_weight), lead_weight = select_less(a, b, q_weight, p_weight);
+  const F s = fma(weight, t, lead_weight);
+  const F log_s = log(s, fma(weight, t, lead_weight - s));
   return {lead * select_less(a, b, t, one), lead * select_less(b, a, t, one), select_less(a, b, diff, zero) - log_s,
           select_less(b, a, zero - diff, zero) - log_s};
 }
@@ -205,11 +207,11 @@ void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& 
   typedef typename VecOf<A>::type F;
   constexpr int step = kVecs * F::width;
   const Scale<A> scale = scale_of(part, temperature);
-  JsdSum total = {0, 0, 0};
+  JsdSum total = {0, 0, 0, 0};
   for_each_block(
       part, [&](const Block<A>& block, int64_t, int, int length) __attribute__((always_inline)) {
-        F p_sum[kVecs], q_sum[kVecs], weight[kVecs];
-        for (int i = 0; i < kVecs; ++i) p_sum[i] = q_sum[i] = weight[i] = F::of(0);
+        F p_sum[kVecs], q_sum[kVecs], p_total[kVecs], q_total[kVecs];
+        for (int i = 0; i < kVecs; ++i) p_sum[i] = q_sum[i] = p_total[i] = q_total[i] = F::of(0);
         for (int v = 0; v < length; v += step) {
           F z[kVecs], w[kVecs];
           for (int i = 0; i < kVecs; i += 2) load2(block.z + v + i * F::width, z[i], z[i + 1]);
@@ -219,12 +221,14 @@ void jsd_fwd_kernel(const KlPart<A>& part, double temperature, const JsdRow<A>& 
                                   log_p(distance<kSoftcap>(w[i], scale, row.q.max), scale.k, row.q.log_sum), row);
             p_sum[i] = fma(at.p, at.p_over_m, p_sum[i]);
             q_sum[i] = fma(at.q, at.q_over_m, q_sum[i]);
-            weight[i] = weight[i] + at.p;
+            p_total[i] = p_total[i] + at.p;
+            q_total[i] = q_total[i] + at.q;
           }
         }
         total.p_sum += sum4(p_sum);
         total.q_sum += sum4(q_sum);
-        total.weight += sum4(weight);
+        total.p_total += sum4(p_total);
+        total.q_total += sum4(q_total);
       });
   *out = total;
 }
@@ -241,8 +245,7 @@ RL4LLM_INLINE F dlogit(F z, F w, Scale<A> scale, const KlGrad<A>& grad) {
     du = power(a) * (bounded_difference(x, y) - F::of(grad.mean));
   } else {
     const Jsd<F> at = jsd(a, log_p(y, scale.k, row.q.log_sum), row);
-    // A token that holds all of p (no other has log p = 0) has the mean itself, but for its rounding.
-    du = select_less(a, F::of(0), at.p * (at.p_over_m - F::of(grad.mean)), F::of(0));
+    du = at.p * (at.p_over_m - F::of(grad.mean) - F::of(grad.rest));
   }
   du = du * F::of(grad.slope);
   if constexpr (kSoftcap) {

@@ -8,11 +8,13 @@
 //                  load2_in_order, store2_in_order: in memory's order, for any of fp32's types
 //   exp2           2^x for x >= kLeast, relative error 1e-7; exactly 1 at 0, exactly 0 below −150, NaN for NaN
 //   exp2_or_0      the same for any x, −inf included
-//   log2           of normal numbers > 0 (Vec only)
+//   log2           of normal numbers > 0, or of such a sum (Vec only)
 //   softcap        c·tanh(z/c) − origin and tanh(z/c)
 #pragma once
 
 #include <stdint.h>
+
+#include "hd.h"
 
 namespace rl4llm {
 
@@ -70,22 +72,30 @@ RL4LLM_INLINE Vec exp2(Vec x) {
 // The same for any x, −inf included.
 RL4LLM_INLINE Vec exp2_or_0(Vec x) { return exp2(kExp2TakesAll ? x : max(Vec::of(kLeast<Vec>), x)); }
 
-// log2 of a normal x > 0 by x = m·2^e: f = m − 1 times a minimax polynomial of degree 8, relative error 5e-8 around 1
-// too, exactly 0 at 1; NaN for NaN.
+// log2 of a normal x > 0 by x = m·2^e, f = m − 1; exactly 0 at 1; NaN for NaN.
+RL4LLM_INLINE Vec log2_of_parts(Vec f, Vec e, Vec x) {
+  Vec p = Vec::of(kLog2Curve8);
+  p = fma(p, f, Vec::of(kLog2Curve7));
+  p = fma(p, f, Vec::of(kLog2Curve6));
+  p = fma(p, f, Vec::of(kLog2Curve5));
+  p = fma(p, f, Vec::of(kLog2Curve4));
+  p = fma(p, f, Vec::of(kLog2Curve3));
+  p = fma(p, f, Vec::of(kLog2Curve2));
+  p = fma(p, f, Vec::of(kLog2Curve1));
+  p = fma(p, f, Vec::of(kLog2Curve0));
+  return fma(p, f, e) + (x - x);  // the bits of a NaN give some number
+}
 RL4LLM_INLINE Vec log2(Vec x) {
   Vec m, e;
   split_exponent(x, m, e);
-  const Vec f = m - Vec::of(1.0f);
-  Vec p = Vec::of(0.202784181f);
-  p = fma(p, f, Vec::of(-0.222221166f));
-  p = fma(p, f, Vec::of(0.201799735f));
-  p = fma(p, f, Vec::of(-0.236786529f));
-  p = fma(p, f, Vec::of(0.28871128f));
-  p = fma(p, f, Vec::of(-0.360789567f));
-  p = fma(p, f, Vec::of(0.480895966f));
-  p = fma(p, f, Vec::of(-0.721346557f));
-  p = fma(p, f, Vec::of(1.44269502f));
-  return fma(p, f, e) + (x - x);  // the bits of a NaN give some number
+  return log2_of_parts(m - Vec::of(1.0f), e, x);
+}
+// log2 of x + rest, where rest is below an ulp of x: only around 1 does it count.
+RL4LLM_INLINE Vec log2(Vec x, Vec rest) {
+  Vec m, e;
+  split_exponent(x, m, e);
+  const Vec zero = Vec::of(0.0f), counts = select_less(zero, abs(e), zero, rest);
+  return log2_of_parts((m - Vec::of(1.0f)) + counts, e, x);
 }
 
 // What tanh a = a + a·curve(a²) is near 0: a minimax polynomial for |a| < 0.9, relative error of tanh 2e-9.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "hd.h"
 
 namespace rl4llm {
 
@@ -35,12 +36,12 @@ struct KlNorms {
 struct KlResults {
   float* partial_ptr;  // kl_divergence_partials(N, V, direction) floats
   float* kl_ptr;       // (N,)
-  float* inner_ptr;    // (N,)
+  KlInner* inner_ptr;  // (N,)
   KlNorms logits, ref;
 };
 
 struct KlGrads {
-  const float* inner_ptr;  // (N,), the forward's results
+  const KlInner* inner_ptr;  // (N,), the forward's results
   KlNorms logits, ref;
   const float* grad_ptr;       // (N,)
   void* dlogits_ptr;           // (B, T, V), last stride 1; may be the logits

@@ -54,12 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fwd(Tensor logits, Te
   check_programs(kOp, kl_divergence_fwd_programs(rows));
   const DeviceGuard guard(logits.get_device_index());
   const auto fresh = [&](int64_t size) { return empty_like_of(logits, {size}, ScalarType::Float); };
-  const Tensor kl = fresh(rows.N), inner = fresh(rows.N), row_max = fresh(rows.N), log_sum = fresh(rows.N);
+  const Tensor kl = fresh(rows.N), row_max = fresh(rows.N), log_sum = fresh(rows.N);
+  const Tensor inner = empty_like_of(logits, {rows.N, 2}, ScalarType::Double);
   const Tensor ref_row_max = fresh(rows.N), ref_log_sum = fresh(rows.N);
   const Tensor partial = fresh(kl_divergence_partials(rows.N, rows.V, rows.direction));
   const KlResults results = {floats(partial),
                              floats(kl),
-                             floats(inner),
+                             static_cast<KlInner*>(inner.data_ptr()),
                              {floats(row_max), floats(log_sum)},
                              {floats(ref_row_max), floats(ref_log_sum)}};
   check_launch(kOp, kl_divergence_fwd(rows, results, current_stream(logits)));
@@ -75,7 +76,7 @@ void bwd_into(const Tensor& dlogits, const Tensor& logits, const Tensor& ref_log
   const KlRows rows = rows_of(logits, ref_logits, mask, temperature, softcap, direction, beta);
   check_programs(kOp, kl_divergence_bwd_programs(rows));
   const KlGrads grads = {
-      data_of<float>(inner, "inner", rows.N),
+      reinterpret_cast<const KlInner*>(data_of<double>(inner, "inner", 2 * rows.N)),
       {data_of<float>(row_max, "row_max", rows.N), data_of<float>(log_sum, "log_sum", rows.N)},
       {data_of<float>(ref_row_max, "ref_row_max", rows.N), data_of<float>(ref_log_sum, "ref_log_sum", rows.N)},
       data_of<float>(grad, "grad", rows.N),

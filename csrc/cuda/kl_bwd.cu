@@ -12,43 +12,45 @@ constexpr int64_t kBwdGroup = int64_t(kThreads) * kBwdChunks * kChunk<T, R>;  //
 
 // What every thread of a block needs of its row to make the gradient; one thread reads and divides.
 struct GradOfRow {
-  float max, log2_sum, ref_max, ref_log2_sum, inner, k, inverse_tau, softcap, beta;
-  float grad;  // upstream, over τ
+  float max, log2_sum, ref_max, ref_log2_sum, mean, rest, k, inverse_tau, softcap;
+  Mixture mixture;
+  float grad;  // upstream, over τ; of the JSD times 1 − β and in bits
 };
 
 __device__ GradOfRow grad_of_row(const KlRows& rows, const KlGrads& grads, int64_t row) {
   const float inverse_tau = 1.0f / read_number(rows.temperature, row);
+  const bool mixed = rows.direction == Divergence::jsd;
+  const float beta = mixed ? read_beta(rows.beta) : 0.0f, mean = float(grads.inner_ptr[row].mean);
   return {grads.logits.row_max_ptr[row],
           grads.logits.log_sum_ptr[row] * float(kLog2E),
           grads.ref.row_max_ptr[row],
           grads.ref.log_sum_ptr[row] * float(kLog2E),
-          grads.inner_ptr[row],
+          mean,
+          float(grads.inner_ptr[row].mean - mean),
           float(kLog2E) * inverse_tau,
           inverse_tau,
           rows.has_softcap ? read_number(rows.softcap, 0) : 0.0f,
-          rows.direction == Divergence::jsd ? read_beta(rows.beta) : 0.0f,
-          grads.grad_ptr[row] * inverse_tau};
+          read_mixture(beta, grads.inner_ptr[row]),
+          grads.grad_ptr[row] * inverse_tau * (mixed ? (1 - beta) * float(kLn2) : 1.0f)};
 }
 
-// dKL/du_v from softcapped logits of both sides. The logarithms are made as in the forward kernels: what rounding does
-// to a whole row then cancels, where 1/τ would blow it up.
+// dKL/du_v from softcapped logits of both sides, but for the constant factor of the JSD. The logarithms are made as in
+// the forward kernels: what rounding does to a whole row then cancels, where 1/τ would blow it up.
 template <Divergence DIRECTION>
 __device__ __forceinline__ float shifted_grad(const GradOfRow& row, float z, float w) {
   const float x = z - row.max, y = w - row.ref_max;
   const float log2_p = x * row.k - row.log2_sum, log2_q = y * row.k - row.ref_log2_sum;
   const float p = exp2_fast(log2_p);
   if (DIRECTION == Divergence::forward) return p - exp2_fast(log2_q);
-  if (DIRECTION == Divergence::jsd) {
-    if (log2_p == 0.0f) return 0.0f;  // a token that holds all of p has the mean itself, but for its rounding
-    return (1 - row.beta) * p * (float(kLn2) * log2_ratios(log2_p, log2_q, row.beta).p_over_m - row.inner);
-  }
+  if (DIRECTION == Divergence::jsd)
+    return p * ((log2_ratios(log2_p, log2_q, row.mixture).p_over_m - row.mean) - row.rest);
   // p = 0 has no term, and both logits may be −inf there.
-  return p * ((p == 0 ? 0.0f : bounded_difference(x, y)) - row.inner) * row.inverse_tau;
+  return p * ((p == 0 ? 0.0f : bounded_difference(x, y)) - row.mean) * row.inverse_tau;
 }
 
-// Computes: du = p·((x − y) − Σ p·(x − y))/τ, p − q or (1−β)·p·(log(p/m) − KL(p‖m)); dz = g·du/τ·(1 − (z'/c)²)
+// Computes: du = p·((x − y) − Σ p·(x − y))/τ, p − q or (1−β)·p·(log(p/κm) − KL(p‖κm)); dz = g·du/τ·(1 − (z'/c)²)
 // Grid: (N·ceil((V + kVec − 1)/kBwdGroup),), block -> (row, columns); blocks know nothing of each other
-// Traffic: V·(2·sizeof(T) + sizeof(R)), and 28 bytes of the row's data per block, from the cache
+// Traffic: V·(2·sizeof(T) + sizeof(R)), and 40 bytes of the row's data per block, from the cache
 // Numerics: built in fp32, rounded once; −inf logits and dead rows exactly 0, whatever else is NaN
 // Gradient: dKL/du_v of docs/math.md section 3; the reference has none
 template <class T, class R, bool SOFTCAP, Divergence DIRECTION>

@@ -11,7 +11,7 @@ constexpr int kFwdColumns = 16;  // columns of both sides that a thread holds at
 template <class A, class B>
 constexpr int kFwdChunks = kFwdColumns / kChunk<A, B>;
 constexpr int64_t kFwdGroup = int64_t(kThreads) * kFwdColumns;
-constexpr int kPartial = 8, kJsdPartial = 3;
+constexpr int kPartial = 8, kJsdPartial = 4;
 
 // Stands for −inf where it is multiplied by a weight that is exactly 0.
 constexpr float kLowest = -3.40282347e38f;
@@ -162,6 +162,9 @@ __device__ void finish_row(const KlRows& rows, const KlResults& results, const K
   // The logarithm of the ratio, not the difference of the logarithms: near KL = 0 all of it would be rounding.
   const float kl = sums.dsum / sums.sum / tau + natural_log(sums.other_sum / sums.sum);
   const float mean = sums.gsum / sums.sum;
+  const bool mixed = rows.direction == Divergence::jsd;
+  const float q_over_p = (sums.anchor - sums.other_max) / tau - b_log_sum + a_log_sum;  // its logarithm, at the anchor
+  const double scale = mixed ? mixture_scale(read_beta(rows.beta), q_over_p) : 1;
   float origin = sums.other_max;
   if (rows.direction == Divergence::reverse && !sums.infinite) {
     origin = sums.anchor;
@@ -169,7 +172,7 @@ __device__ void finish_row(const KlRows& rows, const KlResults& results, const K
   }
   // infinite: a token that only the other distribution cannot draw
   results.kl_ptr[row] = live ? (sums.infinite ? infinity(0.0f) : kl) + bad : 0.0f;
-  results.inner_ptr[row] = live ? (sums.infinite ? infinity(0.0f) : mean) + bad : 0.0f;
+  results.inner_ptr[row] = {live ? (sums.infinite ? infinity(0.0f) : mean) + bad : 0.0f, live ? scale : 0.0};
   a.row_max_ptr[row] = live ? sums.max : 0.0f;
   a.log_sum_ptr[row] = live ? a_log_sum : 0.0f;
   b.row_max_ptr[row] = live ? origin : 0.0f;
@@ -178,7 +181,7 @@ __device__ void finish_row(const KlRows& rows, const KlResults& results, const K
 
 // Computes: KL(a‖b) = Σ 2^x_v·((z'_v − max z') − (w'_v − max w'))/(s·τ) + log(s_b/s), s = Σ 2^x_v
 // Grid: (N·parts,), block -> (row, part); V alone decides the cut, kl_divergence_merge_kernel joins the parts
-// Traffic: V·(sizeof(A) + sizeof(B)) read, 24 bytes written (32·parts more each way when the row is cut)
+// Traffic: V·(sizeof(A) + sizeof(B)) read, 36 bytes written (32·parts more each way when the row is cut)
 // Numerics: fp32; per-thread online maxima, threads joined in one tree; a_v = 0: 0; only b_v = 0: inf; bad row: NaN
 // Gradient: kl_divergence_bwd_kernel, from the maxima and log-sums of both sides
 template <class A, class B, bool SOFTCAP>
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Computes: both maxima over the parts, every sum scaled by 2^((m_j − max)·k); then as kl_divergence_fwd_kernel
 // Grid: (ceil(N/256),), thread -> row
-// Traffic: 32·parts bytes read, 24 written
+// Traffic: 32·parts bytes read, 36 written
 // Numerics: fp32; the parts of a row are joined from the left; a part of −inf only weighs 0
 // Gradient: kl_divergence_bwd_kernel
 __global__ void __launch_bounds__(kThreads)
@@ -242,20 +245,20 @@ __global__ void __launch_bounds__(kThreads)
   finish_row(rows, results, a_norms, b_norms, row, is_live(rows, row), sums, tau);
 }
 
-// Computes: KL(p‖m) = Σ p·log(p/m) and KL(q‖m) = Σ q·log(q/m), m = β·q + (1−β)·p, from the norms of both sides
+// Computes: Σ p·log2(p/κm), Σ q·log2(q/κm), m = β·q + (1−β)·p, Σ p and Σ q, from the norms of both sides
 // Grid: (N·parts,), block -> (row, part); kl_divergence_jsd_merge_kernel adds the parts
-// Traffic: V·(sizeof(T) + sizeof(R)) read once more, 12·parts bytes written
+// Traffic: V·(sizeof(T) + sizeof(R)) read once more, 16·parts bytes written
 // Numerics: fp32; from log2(q/p), so that nothing overflows and p = q gives 0; p = 0 and q = 0 weigh 0
 // Gradient: kl_divergence_bwd_kernel
 template <class T, class R, bool SOFTCAP>
 __global__ void __launch_bounds__(kThreads)
     kl_divergence_jsd_kernel(KlRows rows, KlResults results, int parts, int64_t part_columns) {
   const Pair<T, R> pair = find_pair<T, R>(rows, rows.logits, rows.ref, parts, part_columns);
-  const float beta = read_beta(rows.beta);
+  const Mixture mixture = read_mixture(read_beta(rows.beta), results.inner_ptr[pair.row]);
   const float max = results.logits.row_max_ptr[pair.row], ref_max = results.ref.row_max_ptr[pair.row];
   const float log2_sum = results.logits.log_sum_ptr[pair.row] * float(kLog2E);
   const float ref_log2_sum = results.ref.log_sum_ptr[pair.row] * float(kLog2E);
-  float p_sum = 0.0f, q_sum = 0.0f, total = 0.0f;
+  float p_sum = 0.0f, q_sum = 0.0f, p_total = 0.0f, q_total = 0.0f;
   const auto add = [&](Columns<T, kChunk<T, R>>(&z)[kFwdChunks<T, R>], Columns<R, kChunk<T, R>>(&w)[kFwdChunks<T, R>]) {
 #pragma unroll
     for (int i = 0; i < kFwdColumns; ++i) {
@@ -263,17 +266,18 @@ __global__ void __launch_bounds__(kThreads)
       const float other = to_float(w[i / kChunk<T, R>][i % kChunk<T, R>]);
       const float log2_p = (shifted_logit<SOFTCAP>(own, pair.softcap) - max) * pair.k - log2_sum;
       const float log2_q = (shifted_logit<SOFTCAP>(other, pair.softcap) - ref_max) * pair.k - ref_log2_sum;
-      const Ratios ratios = log2_ratios(log2_p, log2_q, beta);
-      const float p = exp2_fast(log2_p);
+      const Ratios ratios = log2_ratios(log2_p, log2_q, mixture);
+      const float p = exp2_fast(log2_p), q = exp2_fast(log2_q);
       p_sum += p * ratios.p_over_m;
-      total += p;
-      q_sum += exp2_fast(log2_q) * ratios.q_over_m;
+      q_sum += q * ratios.q_over_m;
+      p_total += p;
+      q_total += q;
     }
   };
   for_columns(pair, add);
 
   __shared__ float warp_sums[kJsdPartial][kWarps];
-  const float sums[kJsdPartial] = {warp_sum(p_sum) * float(kLn2), warp_sum(q_sum) * float(kLn2), warp_sum(total)};
+  const float sums[kJsdPartial] = {warp_sum(p_sum), warp_sum(q_sum), warp_sum(p_total), warp_sum(q_total)};
   if (threadIdx.x % kWarp == 0) {
     for (int i = 0; i < kJsdPartial; ++i) warp_sums[i][threadIdx.x / kWarp] = sums[i];
   }
@@ -285,27 +289,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Computes: JSD = β·KL(q‖m) + (1−β)·KL(p‖m), inner = KL(p‖m)/Σ p
+// Computes: JSD = β·KL(q‖κm)/Σ q + (1−β)·KL(p‖κm)/Σ p + log κ, inner = KL(p‖κm)/Σ p in bits, κ
 // Grid: (ceil(N/256),), thread -> row
-// Traffic: 12·parts bytes read, 8 written
-// Numerics: fp32; the parts are added from the left
+// Traffic: 16·(parts + 1) bytes read, 12 written
+// Numerics: fp32; the parts are added from the left; fp64 from the sums on
 // Gradient: kl_divergence_bwd_kernel
 __global__ void __launch_bounds__(kThreads) kl_divergence_jsd_merge_kernel(KlRows rows, KlResults results, int parts) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows.N) return;
-  float p_term = 0.0f, q_term = 0.0f, total = 0.0f;
+  float p_sum = 0.0f, q_sum = 0.0f, p_total = 0.0f, q_total = 0.0f;
   for (int64_t part = row * parts; part < (row + 1) * parts; ++part) {
     const float* partial_ptr = results.partial_ptr + part * kJsdPartial;
-    p_term += partial_ptr[0];
-    q_term += partial_ptr[1];
-    total += partial_ptr[2];
+    p_sum += partial_ptr[0];
+    q_sum += partial_ptr[1];
+    p_total += partial_ptr[2];
+    q_total += partial_ptr[3];
   }
   const bool live = is_live(rows, row);
   const float beta = read_beta(rows.beta);
-  results.kl_ptr[row] = live ? beta * q_term + (1 - beta) * p_term : 0.0f;
-  // Over the sum of the p as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ would
-  // blow up what is left. Where only q is bad, fmaxf has dropped its NaN from the terms of p.
-  results.inner_ptr[row] = live ? p_term / total + 0.0f * q_term : 0.0f;
+  // Over the sums of p and q as they are rounded, 1 but for that: then the gradients of a row add up to 0, where 1/τ
+  // would blow up what is left. Where only q is bad, fmaxf has dropped its NaN from the terms of p.
+  const double p_mean = double(p_sum) / p_total + 0.0 * q_sum, q_mean = double(q_sum) / q_total;
+  const double kl = kLn2 * (beta * q_mean + (1 - beta) * p_mean) + natural_log(results.inner_ptr[row].scale);
+  results.kl_ptr[row] = live ? float(kl) : 0.0f;
+  results.inner_ptr[row].mean = live ? p_mean : 0.0;
 }
 
 template <class A, class B>

@@ -12,6 +12,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -182,5 +183,7 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, unsigned shift) 
 #define __any_sync(mask, predicate) emulator::any(predicate)
 #define __ldcs(ptr) (*(ptr))
 #define __stcs(ptr, value) (*(ptr) = (value))
+#define __float_as_int std::bit_cast<int, float>
+#define __int_as_float std::bit_cast<float, int>
 #define __funnelshift_r emulator::funnel_shift_right
 #define cudaGetLastError() cudaSuccess

@@ -170,7 +170,8 @@ def kl_rows_of(logits, ref, mask, temperature, softcap, direction, beta):
 
 def kl_fwd(logits, *arguments):
     N, rows = logits.shape[0] * logits.shape[1], kl_rows_of(logits, *arguments)
-    kl, inner, *norms = (fresh(N) for _ in range(6))
+    kl, *norms = (fresh(N) for _ in range(5))
+    inner = fresh(N, 2, dtype=torch.float64)
     partial = fresh(library.kl_divergence_partials(ctypes.byref(rows)))
     policy, ref = (KlNorms(*map(pointer, pair)) for pair in (norms[:2], norms[2:]))
     results = KlResults(*map(pointer, (partial, kl, inner)), policy, ref)
