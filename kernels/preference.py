@@ -13,7 +13,7 @@ from rl4llm_fast.pair_formulas import FORMULAS, MAX_KNOBS, METRICS, PARAMS
 
 from .configs import COMPILE
 from .pair_formulas_gen import PAIR
-from .rows import check_grid, on_device
+from .rows import check_grid, numbers_or_pointer, on_device
 from .token_loss import check_rows
 
 BETA = tl.constexpr(PARAMS.index("beta"))
@@ -29,12 +29,12 @@ FINISH_REGISTERS = {"maxnreg": 128} if torch.version.hip is None else {}
 
 
 @triton.jit
-def param(params_ptr, params, INDEX: tl.constexpr):
+def param(params_ptr, numbers, INDEX: tl.constexpr):
     """A number of the call, in fp64: read on the device where the user gave tensors there, else a launch argument."""
     if params_ptr is not None:
         value = tl.load(params_ptr + INDEX)
     else:
-        value = params[INDEX]
+        value = numbers[INDEX]
     return value.to(tl.float64)
 
 
@@ -114,7 +114,7 @@ def preference_finish_kernel(
     sums_ptr,  # (2·B, 2) fp64
     per_pair_ptr,  # (B,) or None
     params_ptr,  # (NUM_PARAMS + knobs,) fp64 or None
-    params,  # the same as numbers, or None
+    numbers,  # the same as numbers, or None; Triton's launcher has a variable named params
     loss_ptr,  # ()
     slopes_ptr,  # (2, B)
     rewards_ptr,  # (2, B)
@@ -134,11 +134,11 @@ def preference_finish_kernel(
     Numerics: fp64; without pairs all is 0
     Gradient: comes with the value from the generated formula, divided by B, and by |y| where x is a mean
     """
-    beta = param(params_ptr, params, BETA)
+    beta = param(params_ptr, numbers, BETA)
     knobs = (
-        param(params_ptr, params, NUM_PARAMS),
-        param(params_ptr, params, NUM_PARAMS + 1),
-        param(params_ptr, params, NUM_PARAMS + 2),
+        param(params_ptr, numbers, NUM_PARAMS),
+        param(params_ptr, numbers, NUM_PARAMS + 1),
+        param(params_ptr, numbers, NUM_PARAMS + 2),
     )
     pairs = tl.maximum(B, 1).to(tl.float64)
     nll_scale = pairs
@@ -167,7 +167,7 @@ def preference_finish_kernel(
         if AVERAGE:
             x = total / length
             y = y / other_length
-        per_pair = param(params_ptr, params, PER_PAIR)
+        per_pair = param(params_ptr, numbers, PER_PAIR)
         if per_pair_ptr is not None:
             per_pair = tl.load(per_pair_ptr + b, mask=inside, other=0.0).to(tl.float64)
         loss, d_chosen, d_rejected, d_nll = FORMULA(x, y, -total * nll_scale, per_pair, beta, knobs)
@@ -267,9 +267,6 @@ def preference_loss_fwd(
     slopes, rewards = chosen.new_empty((2, B)), chosen.new_empty((2, B))
     sums = chosen.new_empty((sides * B, 2), dtype=torch.float64)
     grid = check_grid("preference_loss_fwd", sides * B)
-    # On the CPU they are read here, without a synchronisation; on the device, when the kernels run.
-    host = params.device.type == "cpu"
-    params_ptr, numbers = (None, tuple(params.tolist())) if host else (params, None)
     with on_device(chosen):
         if B:
             preference_sums_kernel[grid](
@@ -278,9 +275,9 @@ def preference_loss_fwd(
                 **COMPILE,
             )  # fmt: skip
         preference_finish_kernel[(1,)](
-            sums, per_pair, params_ptr, numbers, loss, slopes, rewards, metrics, B, FORMULA=PAIR[formula],
-            TOKEN_NLL=FORMULAS[formula].token_nll, AVERAGE=average, PAIRS=rejected is not None, TILE=TILE_B,
-            num_warps=FINISH_WARPS, **FINISH_REGISTERS, **COMPILE,
+            sums, per_pair, *numbers_or_pointer(params), loss, slopes, rewards, metrics, B,
+            FORMULA=PAIR[formula], TOKEN_NLL=FORMULAS[formula].token_nll, AVERAGE=average,
+            PAIRS=rejected is not None, TILE=TILE_B, num_warps=FINISH_WARPS, **FINISH_REGISTERS, **COMPILE,
         )  # fmt: skip
     return loss, slopes, rewards, metrics, chosen.new_empty((0,)), chosen.new_empty((0,))
 

@@ -27,6 +27,11 @@ def number_or_pointer(hyperparameter: Tensor | None) -> tuple[Tensor | None, flo
     return hyperparameter, None
 
 
+def numbers_or_pointer(params: Tensor) -> tuple[Tensor | None, tuple[float, ...] | None]:
+    """The same for a vector of them."""
+    return (None, tuple(params.tolist())) if params.device.type == "cpu" else (params, None)
+
+
 def row_strides(x: Tensor) -> tuple[int, int]:
     """Strides of B and T. A dimension of one, whose stride means nothing, takes the other's, or V.
 

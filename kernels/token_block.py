@@ -25,12 +25,12 @@ assert MAX_KNOBS == 4, "block_of_tokens unpacks four knobs"
 
 
 @triton.jit
-def param(params_ptr, params, INDEX: tl.constexpr):
+def param(params_ptr, numbers, INDEX: tl.constexpr):
     """A hyperparameter: read on the device where the user gave tensors there, else one of the launch's numbers."""
     if params_ptr is not None:
         value = tl.load(params_ptr + INDEX).to(tl.float32)
     else:
-        value = params[INDEX]
+        value = numbers[INDEX]
     return value
 
 
@@ -54,18 +54,18 @@ def sum_live(live, value):
 
 
 @triton.jit
-def token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION: tl.constexpr):
+def token_omega(policy_weights_ptr, n, live, old, params_ptr, numbers, CORRECTION: tl.constexpr):
     """ω of tokens n, as it is given or made of the sampler's log-probabilities."""
     omega = tl.load(policy_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
     if CORRECTION is not None:
-        cap = param(params_ptr, params, ROLLOUT_CAP)
-        omega = CORRECTION(old - omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
+        cap = param(params_ptr, numbers, ROLLOUT_CAP)
+        omega = CORRECTION(old - omega, cap, param(params_ptr, numbers, ROLLOUT_FLOOR))
     return omega
 
 
 @triton.jit
 def block_of_tokens(
-    logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, params, loss_ptr, dlogp_ptr,
+    logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, numbers, loss_ptr, dlogp_ptr,
     dentropy_ptr, row, n, inside, live, log_s, omega, weight, one_slope,
     FORMULA: tl.constexpr, KL_FORMULA: tl.constexpr, CORRECTION: tl.constexpr, ONE_ADV: tl.constexpr,
 ):  # fmt: skip
@@ -82,10 +82,10 @@ def block_of_tokens(
     else:
         adv = tl.load(adv_ptr + n, mask=live, other=0.0).to(tl.float32)
     knobs = (
-        param(params_ptr, params, NUM_PARAMS),
-        param(params_ptr, params, NUM_PARAMS + 1),
-        param(params_ptr, params, NUM_PARAMS + 2),
-        param(params_ptr, params, NUM_PARAMS + 3),
+        param(params_ptr, numbers, NUM_PARAMS),
+        param(params_ptr, numbers, NUM_PARAMS + 1),
+        param(params_ptr, numbers, NUM_PARAMS + 2),
+        param(params_ptr, numbers, NUM_PARAMS + 3),
     )
     ref = logp
     if ref_ptr is not None:
@@ -94,7 +94,7 @@ def block_of_tokens(
         logp, old, ref, adv, tl.where(live, log_s, 0.0), knobs
     )
     if policy_weights_ptr is not None:
-        omega = token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION)
+        omega = token_omega(policy_weights_ptr, n, live, old, params_ptr, numbers, CORRECTION)
     loss *= omega
     slope = 0.0
     if one_slope is not None:
@@ -105,7 +105,7 @@ def block_of_tokens(
     kl_sum = 0.0
     if ref_ptr is not None:
         kl, dkl = KL_FORMULA(logp, ref, old)
-        kl_coef = param(params_ptr, params, KL_COEF)
+        kl_coef = param(params_ptr, numbers, KL_COEF)
         # With a coefficient of 0 an estimate that overflowed is a metric and nothing else.
         loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
         dlogp += tl.where(kl_coef != 0.0, kl_coef * dkl, 0.0)
@@ -113,14 +113,14 @@ def block_of_tokens(
     entropy_sum = 0.0
     if entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + n, mask=live, other=0.0).to(tl.float32)
-        entropy_coef = param(params_ptr, params, ENTROPY_COEF)
+        entropy_coef = param(params_ptr, numbers, ENTROPY_COEF)
         loss -= tl.where(entropy_coef != 0.0, entropy_coef * entropy, 0.0)
         entropy_sum = sum_live(live, entropy)
         if dentropy_ptr is not None:
             tl.store(dentropy_ptr + n, tl.where(live, -entropy_coef * weight, 0.0), mask=inside)
     loss = tl.where(live, loss * weight, 0.0)
     if loss_ptr is not None:
-        tl.store(loss_ptr + n, loss * param(params_ptr, params, DP_SIZE), mask=inside)
+        tl.store(loss_ptr + n, loss * param(params_ptr, numbers, DP_SIZE), mask=inside)
     dlogp *= weight
     if one_slope is not None:
         dlogp += slope

@@ -15,7 +15,7 @@ from rl4llm_fast import user_losses
 from rl4llm_fast.formulas import METRICS
 
 from .configs import COMPILE
-from .rows import DTYPES, check_grid, on_device
+from .rows import DTYPES, check_grid, numbers_or_pointer, on_device
 from .token_block import (
     DP_SIZE,
     MAX_LENGTH,
@@ -49,7 +49,7 @@ def policy_loss_fwd_kernel(
     token_weights_ptr,  # (B, T) or None
     log_s_ptr,  # (B, T) or (B, 1) or None
     params_ptr,  # (NUM_PARAMS + knobs,) or None
-    params,  # the same as numbers, or None
+    numbers,  # the same as numbers, or None; Triton's launcher has a variable named params
     loss_ptr,  # (B, T) or None
     dlogp_ptr,  # (B, T)
     dentropy_ptr,  # (B, T) or None
@@ -87,7 +87,7 @@ def policy_loss_fwd_kernel(
     if token_weights_ptr is not None:
         weight = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
     count, loss, low, high, ratio, k1, k3, kl, entropy, least, largest = block_of_tokens(
-        logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, params, loss_ptr, dlogp_ptr,
+        logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, policy_weights_ptr, params_ptr, numbers, loss_ptr, dlogp_ptr,
         dentropy_ptr, row, n, inside, live, log_s, 1.0, weight, None, FORMULA, KL_FORMULA, CORRECTION,
         ONE_ADV,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def row_sums(partial_ptr, INDEX: tl.constexpr, row0, B, segments, TILE_B: tl.con
 def policy_loss_finish_kernel(
     partial_ptr,  # (NUM_SUMS + 2, B·segments)
     params_ptr,  # (NUM_PARAMS + knobs,) or None
-    params,  # the same as numbers, or None
+    numbers,  # the same as numbers, or None; Triton's launcher has a variable named params
     loss_ptr,  # () or None
     scale_ptr,  # (B,)
     metrics_ptr,  # (len(METRICS),)
@@ -139,16 +139,16 @@ def policy_loss_finish_kernel(
     Gradient: token_loss_bwd_kernel multiplies by scale
     """
     count = joined(partial_ptr, 0, B, segments, TILE_B, TILE_S)
-    num_tokens = param(params_ptr, params, NUM_TOKENS)
+    num_tokens = param(params_ptr, numbers, NUM_TOKENS)
     num_tokens = tl.where(num_tokens >= 0.0, num_tokens, count)
     total = tl.zeros([TILE_B], tl.float32)
     for row0 in range(0, B, TILE_B):
         row = row0 + tl.arange(0, TILE_B)
         length = row_sums(partial_ptr, 0, row0, B, segments, TILE_B, TILE_S)
         weight = WEIGHT(
-            length, num_tokens, param(params_ptr, params, NUM_SEQUENCES), param(params_ptr, params, MAX_LENGTH)
+            length, num_tokens, param(params_ptr, numbers, NUM_SEQUENCES), param(params_ptr, numbers, MAX_LENGTH)
         )
-        scale = tl.zeros([TILE_B], tl.float32) + weight * param(params_ptr, params, DP_SIZE)
+        scale = tl.zeros([TILE_B], tl.float32) + weight * param(params_ptr, numbers, DP_SIZE)
         tl.store(scale_ptr + row, scale, mask=row < B)
         total += scale * row_sums(partial_ptr, 1, row0, B, segments, TILE_B, TILE_S)
     if loss_ptr is not None:
@@ -233,11 +233,6 @@ def check_rows(op: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor | Non
     for name, tensor in tensors.items():
         if tensor is not None and not (tensor.dtype in dtypes and tensor.is_contiguous()):
             raise TypeError(f"{op}: {name} must be contiguous and one of {dtypes} here, got {tensor.dtype}")
-
-
-def numbers_or_pointer(params: Tensor) -> tuple[Tensor | None, tuple[float, ...] | None]:
-    """On the CPU they are read here, without a synchronisation; on the device, when the kernels run."""
-    return (None, tuple(params.tolist())) if params.device.type == "cpu" else (params, None)
 
 
 def finish(

@@ -16,7 +16,7 @@ from torch import Tensor
 from rl4llm_fast.formulas import METRICS
 
 from .configs import COMPILE
-from .rows import DTYPES, check_grid, on_device
+from .rows import DTYPES, check_grid, numbers_or_pointer, on_device
 from .token_block import (
     MAX_LENGTH,
     NUM_PARTIALS,
@@ -31,7 +31,7 @@ from .token_block import (
     token_omega,
 )
 from .token_formulas_gen import CORRECTIONS, KL, WEIGHTS
-from .token_loss import SEGMENT, WARPS, check_rows, cut, finish, numbers_or_pointer, policy_formula
+from .token_loss import SEGMENT, WARPS, check_rows, cut, finish, policy_formula
 
 TILE_B = 1024  # lengths that a program looks at together for the longest
 # Left alone, some version of ptxas aims at 64 or 128, and spills a few bytes.
@@ -68,7 +68,7 @@ def policy_loss_sequences_kernel(
     token_weights_ptr,  # like logp, or None
     cu_ptr,  # (B+1,) where packed
     params_ptr,  # (NUM_PARAMS + knobs,) or None
-    params,  # the same as numbers, or None
+    numbers,  # the same as numbers, or None; Triton's launcher has a variable named params
     loss_ptr,  # like logp, or None
     dlogp_ptr,  # like logp
     dentropy_ptr,  # like logp, or None
@@ -130,20 +130,20 @@ def policy_loss_sequences_kernel(
                 if token_weights_ptr is not None:
                     share = tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
                 if OWN_OMEGA:
-                    share *= token_omega(policy_weights_ptr, n, live, old, params_ptr, params, CORRECTION)
+                    share *= token_omega(policy_weights_ptr, n, live, old, params_ptr, numbers, CORRECTION)
                 shares += sum_live(live, share)
     least_one = tl.maximum(tokens, 1.0)
     log_s = log_rho / least_one
     omega = 1.0
     if ONE_OMEGA:
-        cap = param(params_ptr, params, ROLLOUT_CAP)
-        omega = CORRECTION(log_omega, cap, param(params_ptr, params, ROLLOUT_FLOOR))
+        cap = param(params_ptr, numbers, ROLLOUT_CAP)
+        omega = CORRECTION(log_omega, cap, param(params_ptr, numbers, ROLLOUT_FLOOR))
     of_sequence = 1.0
     if WEIGHT is not None:
-        max_length = param(params_ptr, params, MAX_LENGTH)
+        max_length = param(params_ptr, numbers, MAX_LENGTH)
         if cu_ptr is not None:
             max_length = tl.where(max_length < 0.0, longest(cu_ptr, programs, TILE), max_length)
-        of_sequence = WEIGHT(tokens, 1.0, param(params_ptr, params, NUM_SEQUENCES), max_length)
+        of_sequence = WEIGHT(tokens, 1.0, param(params_ptr, numbers, NUM_SEQUENCES), max_length)
 
     count = 0.0
     loss = 0.0
@@ -166,7 +166,7 @@ def policy_loss_sequences_kernel(
             weight *= tl.load(token_weights_ptr + n, mask=live, other=0.0).to(tl.float32)
         found = block_of_tokens(
             logp_ptr, old_ptr, adv_ptr, ref_ptr, entropy_ptr, None if ONE_OMEGA else policy_weights_ptr, params_ptr,
-            params, loss_ptr, dlogp_ptr, dentropy_ptr, b, n, inside, live, log_s, omega, weight,
+            numbers, loss_ptr, dlogp_ptr, dentropy_ptr, b, n, inside, live, log_s, omega, weight,
             of_sequence * omega * shares / least_one if ONE_SLOPE else None, FORMULA, KL_FORMULA, CORRECTION, ONE_ADV,
         )  # fmt: skip
         count += found[0]

@@ -54,7 +54,7 @@ def kernel_cases():
     for name, formula in k.PAIR.items():
         nll = pair_formulas.FORMULAS[name].token_nll
         how = {"FORMULA": formula, "TOKEN_NLL": nll, "AVERAGE": True, "PAIRS": name != "kto", "TILE": k.TILE_B}
-        yield name, k.preference_finish_kernel, finish | {"params": numbers}, how, k.FINISH_WARPS, k.FINISH_REGISTERS
+        yield name, k.preference_finish_kernel, finish | {"numbers": numbers}, how, k.FINISH_WARPS, k.FINISH_REGISTERS
     on_device = finish | {"params_ptr": "*fp64"}
     yield "on device", k.preference_finish_kernel, on_device, how, k.FINISH_WARPS, k.FINISH_REGISTERS
     grads = dict.fromkeys(("grad_ptr", "slopes_ptr", "grad_chosen_ptr", "grad_rejected_ptr"), "*fp32")

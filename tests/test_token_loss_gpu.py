@@ -52,7 +52,7 @@ def kernel_cases():
     row = {"T": "i32", "segments": "i32"}
     everything = dict.fromkeys(("logp_ptr", "old_ptr", "adv_ptr", "ref_ptr", "entropy_ptr", "policy_weights_ptr",
                                 "token_weights_ptr", "dlogp_ptr", "dentropy_ptr", "partial_ptr"), FP32)  # fmt: skip
-    policy = everything | row | {"mask_ptr": "*i1", "params": numbers, "programs": "i32"}
+    policy = everything | row | {"mask_ptr": "*i1", "numbers": numbers, "programs": "i32"}
     choices = {
         "ONE_ADV": True,
         "ONE_LOG_S": True,
@@ -78,10 +78,10 @@ def kernel_cases():
             options = token_loss_sequences.REGISTERS
             yield f"sequences_{name}_{offsets}", kernel, types, constants, k.WARPS, SEQUENCE_REGISTERS, options
     finish = {"partial_ptr": FP32, "loss_ptr": FP32, "scale_ptr": FP32, "metrics_ptr": FP32, "B": "i32",
-              "segments": "i32", "params": numbers}  # fmt: skip
+              "segments": "i32", "numbers": numbers}  # fmt: skip
     tiles = {"WEIGHT": k.WEIGHTS["seq_mean_token_mean"], "TILE_B": 256, "TILE_S": 4}
     yield "finish", k.policy_loss_finish_kernel, finish, tiles, 8, REGISTERS, {}
-    on_device = {n: t for n, t in finish.items() if n != "params"} | {"params_ptr": "*fp64"}
+    on_device = {n: t for n, t in finish.items() if n != "numbers"} | {"params_ptr": "*fp64"}
     yield "finish_device", k.policy_loss_finish_kernel, on_device, tiles, 8, REGISTERS, {}
     names = ("grad_ptr", "scale_ptr", "dlogp_ptr", "dentropy_ptr", "grad_logp_ptr", "grad_entropy_ptr")
     grads = dict.fromkeys(names, FP32)
