@@ -141,7 +141,7 @@ Tensor empty_like_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRe
     }
   }
   // Not new_empty: from a cold cache the dispatcher takes twice as long to get there. Out of memory: torch says so.
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
