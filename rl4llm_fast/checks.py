@@ -7,6 +7,7 @@ leading shape and strides to rows (B, T, V).
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -126,6 +127,7 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
 
     A float becomes fp64 on the CPU; under Dynamo by an arithmetic that it keeps symbolic: no recompilation per value. A
     0-d tensor goes in as it is; one on the CPU that requires a gradient, or has more elements, is an error.
+    ``positive`` refuses what is not finite too: infinity is no temperature, and no cap is None.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0:
@@ -135,13 +137,14 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
         if value.device.type != "cpu":
             same_device(name, value, reference, "its op")
             return value.to(torch.float32)
-        if positive and not torch.compiler.is_compiling() and not bool(value > 0):
-            raise ValueError(f"{name}: wanted a number > 0, got {value.item()}")
+        if positive and not torch.compiler.is_compiling() and not 0 < value.item() < math.inf:
+            raise ValueError(f"{name}: wanted a finite number > 0, got {value.item()}")
         return value.to(torch.float64)
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
-    if positive and not value > 0:
-        raise ValueError(f"{name}: wanted a number > 0, got {value}")
+    # Of a number that Dynamo keeps symbolic only the sign is looked at.
+    if positive and not (value > 0 if torch.compiler.is_compiling() else 0 < value < math.inf):
+        raise ValueError(f"{name}: wanted a finite number > 0, got {value}")
     if type(value) in (float, int) and not torch.compiler.is_compiling():
         return _of_plain(value)
     return torch.ones((), dtype=torch.float64, device="cpu") * value

@@ -188,9 +188,11 @@ def linear_kl_estimate(
     """Sampled KL estimates straight from two pairs of hidden states and heads, without either set of logits.
 
     :func:`kl_estimate` of two :func:`linear_token_logprobs`, the reference's without gradient; arguments, results and
-    errors are theirs (survey (83), (84), §6.4).
+    errors are theirs (survey (83), (84), §6.4). ``mask`` is (...), one value a row; ids that are ``ignore_index`` are
+    not live.
     """
     _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    mask = checks.live_mask("mask", mask, hidden.shape[:-1], hidden, "hidden without D")
     settings: dict[str, Any] = {
         "temperature": temperature,
         "softcap": softcap,
@@ -204,8 +206,11 @@ def linear_kl_estimate(
     logp = linear_token_logprobs(hidden, weight, token_ids, bias, **settings)
     with torch.no_grad():
         ref_logp = linear_token_logprobs(ref_hidden, ref_weight, token_ids, ref_bias, **settings)
+    live = token_ids != ignore_index  # old_logp may hold anything at the others, as at masked rows
+    if mask is not None:
+        live = live & (mask if mask.dim() == live.dim() else mask.unsqueeze(-1))
     return kl_estimate(
-        logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp, clamp=clamp, mask=mask, backend=backend
+        logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp, clamp=clamp, mask=live, backend=backend
     )
 
 

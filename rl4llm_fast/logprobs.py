@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -92,7 +93,8 @@ def token_logprobs(
     of −inf only, gives NaN for that row and no other.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; temperature <= 0 (on a GPU tensor: NaN in that row).
+        TypeError, ValueError: a wrong dtype, shape or device; temperature or softcap <= 0 or not finite (not looked at
+            on a GPU: NaN in that row).
         IndexError: a token id outside [0, V) on the CPU, naming position and value. On a GPU that row gives NaN, or
             the same error where RL4LLM_FAST_DEBUG=1.
     """
@@ -114,12 +116,12 @@ def token_logprobs(
         return logp if entropy is None else (logp, entropy)
 
     rows = checks.as_rows(logits)
-    overlapping = any(stride == 0 and size > 1 for stride, size in zip(rows.stride(), rows.shape, strict=True))
+    in_place = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(rows)
     options = TokenLogprobsOptions(
         backend=chosen,
         ignore_index=ignore_index,
         return_entropy=return_entropy,
-        inplace_backward=inplace_backward and not overlapping and not torch.compiler.is_compiling(),
+        inplace_backward=in_place,
     )
     if chosen != "cpu" and checks.debug():
         reference.check_token_ids(token_ids, mask, ignore_index, logits.shape[-1])
@@ -336,6 +338,20 @@ def belongs_to_a_leaf(logits: Tensor) -> bool:
     return owner.is_leaf and owner.requires_grad
 
 
+def _overlaps(rows: Tensor) -> bool:
+    """Whether two of its elements may share memory, as in ``expand`` and ``unfold``: then no gradient fits in there.
+
+    Not where each stride steps beyond all that the smaller ones reach; other layouts count as overlapping.
+    """
+    reach = 0
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
     """τ as a 0-d tensor, or one value per row (...)."""
     if not isinstance(temperature, Tensor) or temperature.dim() == 0:
@@ -347,7 +363,7 @@ def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
         if temperature.requires_grad:
             raise ValueError("temperature: gets no gradient, but came as a tensor that requires one")
         tau = temperature.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
-    on_host = tau.device.type == "cpu" or checks.debug()
-    if isinstance(temperature, Tensor) and on_host and not torch.compiler.is_compiling() and not bool((tau > 0).all()):
-        raise ValueError("temperature: wanted values > 0 in every row")
+    looked_at = (tau.device.type == "cpu" or checks.debug()) and not torch.compiler.is_compiling()
+    if isinstance(temperature, Tensor) and looked_at and not bool(((tau > 0) & (tau < math.inf)).all()):
+        raise ValueError("temperature: wanted finite values > 0 in every row")
     return tau

@@ -235,7 +235,8 @@ def _last_live(layout: Sequences, live: Tensor) -> Tensor:
     if layout.cu_seqlens is None:
         last, start = place.amax(1).long() - 1, torch.arange(rows, device=live.device) * length
         return torch.where(last >= 0, last + start, -1)
-    last = place[0].cummax(0).values[(layout.cu_seqlens[1:] - 1).clamp(min=0)].long() - 1
+    # By the number of tokens up to each end: no token stands before the end of a leading empty sequence.
+    last = torch.nn.functional.pad(place[0].cummax(0).values, (1, 0))[layout.cu_seqlens[1:]].long() - 1
     return torch.where(last >= layout.cu_seqlens[:-1], last, -1)
 
 

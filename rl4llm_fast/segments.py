@@ -58,7 +58,7 @@ def segment_sums(
     if layout.cu_seqlens is None:
         sums = parts.sum(1)
     elif layout.count == 0:
-        sums = parts.new_zeros(segments.shape[:2])
+        sums = parts[:0]  # (0, K), in the graph as in Sequences.sums
     else:
         offsets = layout.cu_seqlens
         sums = torch.segment_reduce(parts, "sum", offsets=offsets, axis=0, initial=0, unsafe=True)

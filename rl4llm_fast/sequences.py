@@ -45,7 +45,7 @@ class Sequences:
         if self.cu_seqlens is None:
             return rows.sum(-1)
         if self.count == 0:
-            return rows.new_zeros(0)
+            return rows[0, :0]  # in the graph, so that a loss of nothing has gradients: zeros
         # unsafe skips a check of the offsets that would synchronise; they were checked where that is free.
         return torch.segment_reduce(rows[0], "sum", offsets=self.cu_seqlens, axis=0, initial=0, unsafe=True)
 

@@ -150,6 +150,23 @@ class TestEntropy:
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(grads[0][2], grads[1][2], rtol=8 * eps, atol=max(8 * eps, 1e-6))
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_a_logit_of_minus_infinity(self, dtype: torch.dtype, temperature: float) -> None:
+        logits = torch.randn(1, 3, 9).to(dtype)
+        logits[0, 0, 3] = logits[0, 1, 1:] = float("-inf")
+        leaf, index = logits.clone().requires_grad_(), torch.zeros(1, 3, dtype=torch.long)
+        _, entropy = ours.selective_log_softmax_and_entropy(leaf, index, True, temperature)
+        entropy.sum().backward()
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+        logp = (logits[0, 0, logits[0, 0] > float("-inf")] / temperature).log_softmax(-1)
+        tight = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(entropy[0, 0], -(logp.exp() * logp).sum(), rtol=tight, atol=tight)
+        assert entropy[0, 1] == 0
+        if temperature == 1.0:
+            assert torch.equal(ours.entropy_from_logits(logits), entropy)
+
     def test_without_gradient(self) -> None:
         leaf = torch.randn(2, 9, requires_grad=True)
         logp, entropy = ours.selective_log_softmax_and_entropy(leaf, torch.tensor([1, 2]), False)

@@ -245,6 +245,26 @@ def test_linear_kl_estimate_is_the_estimate_of_the_logprobs(backend):
     assert torch.equal(got, rf.kl_estimate(logp, ref, "k2", backend=backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_kl_estimate_does_not_look_at_ignored_ids(backend, k, masked):
+    weight, ids = torch.randn(31, 8), torch.randint(31, (2, 3) if k is None else (2, 3, k))
+    ids[(0, 1) if k is None else (0, 1, 0)] = -100
+    live, mask = ids != -100, None
+    if masked:
+        mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+        live = live & (mask == 1 if k is None else (mask == 1).unsqueeze(-1))
+    old = torch.where(live, torch.randn(ids.shape), math.nan)
+    hidden = torch.randn(2, 3, 8, requires_grad=True)
+    options = {"gradient": "importance", "old_logp": old, "mask": mask, "backend": backend}
+    kl = rf.linear_kl_estimate(hidden, weight, 2 * hidden, weight, ids, **options)
+    kl.sum().backward()
+    assert (kl[~live] == 0).all()
+    assert (kl[live] > 0).all()
+    assert torch.isfinite(hidden.grad).all()
+
+
 @pytest.mark.parametrize(
     ("error", "name", "arguments"),
     [

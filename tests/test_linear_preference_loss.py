@@ -141,6 +141,19 @@ def test_compiles_without_graph_breaks(backend):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "simpo", "orpo"])
+def test_packed_without_an_answer(backend, kind):
+    (_, weight, bias), *_ = inputs()
+    leaves = [torch.zeros(0, D).double().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    ids, offsets = torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+    how = {"cu_seqlens": offsets, "kind": kind, "ref_logp": torch.zeros(0) if kind == "dpo" else None}
+    loss, _ = rf.linear_preference_loss(leaves[0], leaves[1], ids, leaves[2], backend=backend, **how)
+    loss.backward()
+    assert loss == 0
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "cpo", "orpo"])
 def test_liger(kind):

@@ -194,10 +194,24 @@ def test_empty(backend):
                 assert loss == 0
             elif kind == "dpo":
                 assert loss.item() == pytest.approx(math.log(2))
-    nothing = torch.zeros(0)
-    offsets = torch.zeros(1, dtype=torch.int32)
-    packed = {"cu_seqlens_chosen": offsets, "cu_seqlens_rejected": offsets}
-    assert rf.preference_loss(nothing, nothing, nothing, nothing, backend=backend, **packed)[0] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "knobs"), KINDS, ids=IDS)
+def test_packed_without_an_answer(backend, kind, knobs):
+    logp = [torch.zeros(0, requires_grad=True) for _ in range(2)]
+    refs = (None, None) if kind in NO_REFERENCE else (torch.zeros(0),) * 2
+    packed = dict.fromkeys(("cu_seqlens_chosen", "cu_seqlens_rejected"), torch.zeros(1, dtype=torch.int32))
+    knobs = {name: value for name, value in knobs.items() if name not in ("prob", "segments", "margin")}
+    if kind == "2d_dpo":
+        knobs |= dict.fromkeys(("segments_chosen", "segments_rejected"), torch.zeros(0, 1, 2, dtype=torch.long))
+    if kind == "bradley_terry":
+        packed = {}  # rewards, one an answer
+    loss, metrics = rf.preference_loss(*logp, *refs, kind=kind, backend=backend, **packed, **knobs)
+    loss.backward()
+    assert loss == 0
+    assert all(value == 0 for value in metrics.values())
+    assert all(torch.equal(x.grad, torch.zeros(0)) for x in logp)
 
 
 @pytest.mark.parametrize("backend", FUSED)

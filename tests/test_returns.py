@@ -111,6 +111,21 @@ class TestByHand:
         outside = rf.gae(shaped, values, mask=mask, backend=backend)
         torch.testing.assert_close(inside, outside)
 
+    @pytest.mark.parametrize(
+        ("offsets", "mask", "expected"),
+        [
+            ([0, 0, 3, 4], None, [0, 0, 20, 30]),
+            ([0, 0, 0, 4], None, [0, 0, 0, 30]),
+            ([0, 0, 3, 4], [1, 0, 0, 1], [20, 0, 0, 30]),
+            ([0, 3, 3, 4], None, [0, 0, 10, 30]),
+            ([0, 3, 4, 4], [0, 0, 0, 1], [0, 0, 0, 20]),
+        ],
+    )
+    def test_the_score_of_an_empty_sequence_goes_nowhere(self, offsets, mask, expected):
+        mask, offsets = None if mask is None else torch.tensor(mask), torch.tensor(offsets)
+        scores = torch.tensor([10.0, 20.0, 30.0])
+        assert rf.shape_rewards(scores, torch.zeros(4), beta=0.1, mask=mask, cu_seqlens=offsets).tolist() == expected
+
 
 class TestErrorRule:
     @each_kernel

@@ -135,3 +135,29 @@ def test_any_layout(lengths, seed, live, mode, name):
             flat = torch.cat([result[place] for place in places])
             torch.testing.assert_close(flat, exact, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(packed, exact, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 3), min_size=1, max_size=7).filter(lambda x: sum(x) != len(x)),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_packed_rewards_are_shaped_as_a_loop_does(lengths, masked, seed):
+    """Empty sequences anywhere; with as many tokens as sequences the scores would be those of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(lengths)
+    offsets = [0, *itertools.accumulate(lengths)]
+    scores, kl, values = (torch.randn(n, generator=generator) for n in (len(lengths), count, count))
+    mask = torch.rand(count, generator=generator) < 0.6 if masked else None
+    wanted = [0.0] * count
+    for score, start, end in zip(scores.tolist(), offsets, offsets[1:], strict=False):
+        live = [t for t in range(start, end) if mask is None or mask[t]]
+        for t in live:
+            wanted[t] = -0.3 * kl[t].item() + (score if t == live[-1] else 0.0)
+    packed = {"mask": mask, "cu_seqlens": torch.tensor(offsets)}
+    shaped = rf.shape_rewards(scores, kl, beta=0.3, **packed)
+    torch.testing.assert_close(shaped, torch.tensor(wanted))
+    for backend in ("eager", *KERNELS):
+        inside = rf.gae(scores, values, kl=kl, beta=0.3, backend=backend, **packed)
+        torch.testing.assert_close(inside, rf.gae(shaped, values, backend=backend, **packed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -285,6 +286,35 @@ class TestInplaceBackward:
             grads += torch.autograd.grad(logp.sum(), leaf)
         assert torch.equal(*grads)
 
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize(
+        ("size", "view"),
+        [
+            (17, lambda z: z.unfold(0, 9, 4)),  # rows that share part of their memory
+            (21, lambda z: z.as_strided((2, 3, 9), (4, 4, 1))),  # and leading dimensions that do
+            (24, lambda z: z.as_strided((2, 3, 8), (0, 8, 1))),
+            (48, lambda z: z.as_strided((2, 3, 8), (8, 16, 1))),  # these do not
+        ],
+    )
+    def test_logits_that_overlap_are_left_alone(self, backend, size, view):
+        values, grads = torch.randn(size), []
+        ids = torch.randint(8, view(values).shape[:-1])
+        for inplace in (False, True):
+            leaf = values.clone().requires_grad_()
+            logp = rf.token_logprobs(view(leaf * 1), ids, inplace_backward=inplace, backend=backend)
+            grads += torch.autograd.grad(logp.sum(), leaf)
+        assert torch.equal(*grads)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_logits_that_overlap_compile(self, backend):
+        def loss(z):
+            ids = torch.zeros(3, dtype=torch.long)
+            return rf.token_logprobs((z * 1).unfold(0, 9, 4), ids, inplace_backward=True, backend=backend).sum()
+
+        leaf = torch.randn(17, requires_grad=True)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(*(torch.autograd.grad(f(leaf), leaf) for f in (loss, compiled)))
+
     def test_second_backward_and_other_consumers_raise(self):
         if "cpu" not in BACKENDS:
             pytest.skip("no compiled backend here")
@@ -316,11 +346,28 @@ class TestBadInput:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize(
         "temperature",
-        [0, -1.0, torch.tensor(0.0), torch.tensor([[1.0, 1, 1], [1, -1, 1]]), math.nan, torch.tensor(math.nan)],
+        [
+            *(0, -1.0, torch.tensor(0.0), torch.tensor([[1.0, 1, 1], [1, -1, 1]]), math.nan, torch.tensor(math.nan)),
+            *(INF, torch.tensor(INF), torch.tensor([[1.0, 1, 1], [1, INF, 1]])),
+        ],
     )
     def test_temperature(self, backend, temperature):
-        with pytest.raises(ValueError, match="temperature"):
+        with pytest.raises(ValueError, match=r"temperature: wanted (a finite number|finite values) > 0"):
             rf.token_logprobs(self.logits, self.ids, temperature=temperature, backend=backend)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("bad", [INF, math.nan])
+    def test_numbers_that_are_not_finite(self, backend, bad):
+        hidden, weight = torch.randn(2, 3, 4), torch.randn(7, 4)
+        for number, name in itertools.product((bad, torch.tensor(bad)), ("temperature", "softcap")):
+            how = {name: number, "backend": backend}
+            message = f"{name}: wanted a finite number > 0, got {bad}"
+            with pytest.raises(ValueError, match=message):
+                rf.token_logprobs(self.logits, self.ids, **how)
+            with pytest.raises(ValueError, match=message):
+                rf.linear_token_logprobs(hidden, weight, self.ids, **how)
+            with pytest.raises(ValueError, match=message):
+                rf.kl_divergence(self.logits, self.logits, **how)
 
     @pytest.mark.parametrize(
         ("error", "name", "arguments"),

@@ -98,5 +98,7 @@ def _torch_entropy(logits: Tensor, rows_at_a_time: int) -> Tensor:
     pieces = []
     for chunk in logits.reshape(-1, logits.shape[-1]).split(rows_at_a_time):
         logp = chunk.log_softmax(-1)
-        pieces.append(-(logp.exp() * logp).sum(-1))
+        p = logp.exp()
+        # 0·log 0 counts as 0; a product with any other log p keeps its bits.
+        pieces.append(-(p * logp).masked_fill(p == 0, 0.0).sum(-1))
     return torch.cat(pieces).reshape(logits.shape[:-1])
