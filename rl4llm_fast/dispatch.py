@@ -40,7 +40,7 @@ _LINEAR_LOSS = (
     "linear_policy_loss_fwd", "token_logprobs_fwd", "token_logprobs_bwd_", "policy_loss_fwd", "token_loss_bwd"
 )  # fmt: skip
 
-# What must be registered with torch.library before a public op can use a backend.
+# What must be registered with torch.library before a public op can use a backend; (): plain PyTorch on every device.
 OP_KERNELS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("token_logprobs_fwd", "token_logprobs_bwd"),
     "token_entropy": ("token_logprobs_fwd", "token_logprobs_bwd"),
@@ -53,6 +53,7 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "lambda_returns": ("gae_fwd", "gae_bwd"),
     "n_step_returns": ("n_step_returns",),
     "vtrace": ("vtrace",),
+    "shape_rewards": (),
     "process_advantages": ("process_advantages",),
     "whiten": ("whiten_stats", "whiten_apply"),
     "kl_estimate": ("kl_estimate_fwd", "token_loss_bwd"),
@@ -78,6 +79,7 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
     "preference_loss": ("preference_loss_fwd", "preference_loss_bwd"),
     "kto_loss": ("preference_loss_fwd", "preference_loss_bwd"),
     "reward_model_loss": ("preference_loss_fwd", "preference_loss_bwd"),
+    "ranked_reward_loss": (),
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,10 +165,10 @@ _load_triton()
 
 def _probe(op: str, backend: str, device: str) -> str | None:
     """Why ``backend`` cannot run ``op`` on a device type; None where it can."""
-    if op not in OP_KERNELS:
-        return None if backend == "eager" else f"{op} exists as plain PyTorch only"
     if backend == "eager":
         return None
+    if not OP_KERNELS[op]:
+        return f"{op} exists as plain PyTorch only"
     if backend == "triton":
         if _triton_error:
             return _triton_error

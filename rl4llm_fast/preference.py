@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, pair_formulas, reference_preference
+from . import checks, dispatch, pair_formulas, reference_preference
 from .answers import Answers, run_pairs
 from .checks import Number
 from .schemas import accumulation_dtype
@@ -225,7 +225,7 @@ def reward_model_loss(
     return preference_loss(chosen, rejected, kind="bradley_terry", margin=margin, backend=backend)[0]
 
 
-def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor) -> Tensor:
+def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor, *, backend: str | None = None) -> Tensor:
     """Bradley–Terry loss over all pairs of K ranked answers to a prompt (survey (13), (38); Ouyang et al. 2022, eq. 1).
 
     The mean of −log σ(s_better − s_worse) over the pairs of each prompt, then over the prompts that have a pair. Plain
@@ -236,12 +236,13 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor) -> Ten
         scores: (B,), the reward model's. Differentiable.
         ranks: (B,) integers, 0 is best; only their order within a prompt counts, equal ranks make no pair.
         prompt_ids: (B,) integers, in any order: which answers belong together.
+        backend: "eager" or None: plain PyTorch on every device.
 
     Returns:
         The loss, 0-d in fp32 (fp64 for fp64 input); 0 without a pair.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device.
+        TypeError, ValueError: wrong dtype, shape or device. BackendError: any other backend that is asked for by name.
     """
     checks.is_float("scores", scores)
     if scores.dim() != 1:
@@ -250,6 +251,7 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor) -> Ten
         checks.is_integer(name, tensor)
         checks.has_shape(name, tensor, checks.shape(scores), "scores")
         checks.same_device(name, tensor, scores, "scores")
+    dispatch.choose("ranked_reward_loss", scores, backend)
     count = scores.shape[0]
     if count == 0:
         return scores.to(accumulation_dtype(scores.dtype)).sum()

@@ -240,6 +240,7 @@ def shape_rewards(
     beta: Number,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Per-token rewards with a KL penalty, r_t = −β·kl_t, the score coming on top of it (survey (7), (81)).
 
@@ -251,12 +252,13 @@ def shape_rewards(
         beta: β, a number or a 0-d tensor.
         mask: like ``kl``, True for a live token; others get 0.
         cu_seqlens: (B+1,), as in :func:`gae`.
+        backend: "eager" or None: plain PyTorch on every device. Any other that is asked for by name raises.
 
     Returns:
         Rewards like ``kl``, fp32 (fp64 for fp64 input). No gradient flows. A sequence without a live token gets no
         score.
     """
-    score, (penalty,), given = _shaped("shape_rewards", scores, {"kl": kl}, mask, cu_seqlens, None, "skip", "eager")
+    score, (penalty,), given = _shaped("shape_rewards", scores, {"kl": kl}, mask, cu_seqlens, None, "skip", backend)
     return reference_returns.shape_rewards(
         score, penalty, checks.number("beta", beta, penalty), given.mask, given.cu_seqlens
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_every_kernel_of_the_public_ops_exists_in_the_extension():
     if dispatch.extension is None:
         pytest.skip("the C++ extension is not built here")
     for op, kernels in dispatch.OP_KERNELS.items():
-        assert dispatch.why_not(op, "cpu", "cpu") is None
+        assert dispatch.why_not(op, "cpu", "cpu") is None or not kernels
         assert set(kernels) <= set(schemas.OPS)
 
 
@@ -156,3 +158,33 @@ class TestChoice:
         with pytest.raises(KeyError), rf.use_backend("eager"):
             raise KeyError
         assert dispatch._override is None
+
+    def test_every_function_that_takes_a_backend_is_listed(self):
+        functions = {name: f for name in rf.__all__ if inspect.isfunction(f := getattr(rf, name))}
+        taking = {name for name, f in functions.items() if "backend" in inspect.signature(f).parameters}
+        assert taking - {"use_backend"} == set(rf.backends())
+
+    def test_plain_pytorch_refuses_other_backends(self, monkeypatch):
+        x, ids = torch.tensor([2.0, 1.0]), torch.arange(2)
+        calls = {
+            "shape_rewards": lambda **how: rf.shape_rewards(x, torch.zeros(2, 3), beta=0.1, **how),
+            "ranked_reward_loss": lambda **how: rf.ranked_reward_loss(x, ids, 0 * ids, **how),
+        }
+        for op, call in calls.items():
+            assert rf.backends()[op] == ["eager"]
+            assert torch.equal(call(), call(backend="eager"))
+            for name in ("cpu", "triton", "cuda"):
+                message = f"backend '{name}' cannot run {op}: {op} exists as plain PyTorch only"
+                with pytest.raises(rf.BackendError, match=message):
+                    call(backend=name)
+                with rf.use_backend(name):
+                    with pytest.raises(rf.BackendError, match=message):
+                        call()
+                    call(backend="eager")
+                monkeypatch.setenv("RL4LLM_FAST_BACKEND", name)
+                with pytest.raises(rf.BackendError, match=message):
+                    call()
+                call(backend="eager")
+                monkeypatch.delenv("RL4LLM_FAST_BACKEND")
+            with pytest.raises(ValueError, match="backend: wanted one of eager"):
+                call(backend="tpu")
