@@ -53,6 +53,11 @@ def orders() -> list[Order]:
     trainers = f"--trainers {','.join(_TRAINERS)} --resume --minutes 9"
     return [
         Order(
+            "python -m pytest -m gpu -n 8 --dist worksteal",
+            "every op against the oracle, graphs, synchronisations, bits: what fails is mended before it is timed",
+            lambda: "in all about 8 minutes",
+        ),
+        Order(
             "python -m bench.run --suite gpu --resume --minutes 9",
             "every op beside its peers, judged by its targets, before anything is changed",
             lambda: f"in all about {verify.SUITE_MINUTES:.0f} minutes",

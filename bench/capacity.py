@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import ops, peers, report, run
+from . import ops, peers, report, run, timing
 from .cases import BOTH, Case
 
 WIDTH, VOCABULARY = 4_096, 131_072
@@ -47,7 +47,9 @@ def fits(name: str, tokens: int) -> bool:
         made.run(made.prepare())
         torch.cuda.synchronize()
         return True
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not timing.out_of_memory(error):
+            raise
         return False
     finally:
         made = None  # type: ignore[assignment]

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from . import capacity, plots, report, run, sized, trainer_steps
+from . import capacity, plots, report, run, sized, timing, trainer_steps
 from .base import ROOT
 from .end_to_end import UNFINISHED, VARIANTS
 from .verify import NO_GPU, Clock
@@ -80,12 +80,6 @@ def longest(
     return capacity.largest(fits, FIRST)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether the allocator refused, or a library that asks the device by itself."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "ALLOC_FAILED" in said
-
-
 def prober(
     variant: str, model: str, precision: str, device: str, vocabulary: int
 ) -> Callable[[int], dict[str, Any]]:  # fmt: skip
@@ -101,7 +95,7 @@ def prober(
             take(batch)
             fits = True
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not timing.out_of_memory(error):
                 raise
             fits = False
         seconds = round(time.perf_counter() - start, 2)

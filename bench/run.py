@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import pathlib
 import platform
 import re
@@ -36,7 +37,11 @@ _RECORDS = (":!bench/results", ":!docs", ":!*.md")  # what is written of a measu
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git says; nothing where there is no git, or no repository of it."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -75,7 +80,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"{_cpu_name()}, {_cpu_instructions()}, {torch.get_num_threads()} threads",
         "device_kind": device,
-        "git": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "git": os.environ.get("RL4LLM_FAST_COMMIT") or _git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *_RECORDS)),
         "rl4llm_fast": rf.__version__,
         "torch": torch.__version__,

@@ -232,13 +232,20 @@ def _product_size(device: str, dtype: torch.dtype) -> int:
     return 2_048 if cpu_multiplies(dtype) else 256  # emulated, a product of 2,048 takes more than a minute
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the allocator refused, or a library that asks the device by itself."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "ALLOC_FAILED" in said
+
+
 def product_ceilings(device: str, budget_s: float = 0.7) -> dict[str, float]:
     """What this machine's matrix products give, in FLOP/s by dtype: one square product that fills the device."""
     sample = cpu_sample if device == "cpu" else cuda_sample
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         size = _product_size(device, dtype)
-        left, right = (torch.full((size, size), 1 / 64, dtype=dtype, device=device) for _ in range(2))
+        # Not one number all over: a GPU is faster on data whose bits do not change.
+        left, right = (torch.randn((size, size), device=device).to(dtype) / 64 for _ in range(2))
         out = torch.empty_like(left)
         step = Step(lambda: None, lambda _, a=left, b=right, o=out: torch.mm(a, b, out=o))  # type: ignore[misc]
         sampled = interleave({"mm": lambda step=step: sample(step)}, budget_s=budget_s, min_rounds=3, max_rounds=20)

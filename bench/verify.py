@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -161,12 +164,21 @@ def run_tests(kernel: str) -> dict[str, Any]:
     return _run_pytest(*tests_of(kernel))
 
 
+def side_by_side() -> list[str]:
+    """Test processes on one GPU: they wait for compilers and for oracles on the CPU, each with 16 GiB of the GPU."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    room = torch.cuda.get_device_properties(0).total_memory // 2**34 if torch.cuda.is_available() else 1
+    processes = min(8, (os.cpu_count() or 1) // 2, room)
+    return ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+
+
 @functools.cache  # kernel files that share their tests share a run of them
 def _run_pytest(*arguments: str) -> dict[str, Any]:
     nothing: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "names": [], "failures": []}
     with tempfile.TemporaryDirectory() as folder:
         junit = pathlib.Path(folder, "junit.xml")
-        command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={junit}"]
+        command = [sys.executable, "-m", "pytest", "-q", *side_by_side(), *arguments, f"--junitxml={junit}"]
         try:
             code = subprocess.run(command, cwd=ROOT, timeout=_TESTS_LIMIT_S).returncode
         except subprocess.TimeoutExpired:
@@ -180,6 +192,11 @@ def _run_pytest(*arguments: str) -> dict[str, Any]:
             tests["failed"] += 1
             tests["failures"].append(f"pytest ended with status {code}")
         return tests
+
+
+@functools.cache
+def sanitize(tool: str, *arguments: str) -> dict[str, Any]:
+    return sanitizer.check(tool, arguments)
 
 
 def run_figures(kernel: str, case: cases.Case, copy_ceiling: float) -> dict[str, Any]:
@@ -214,10 +231,11 @@ def suite_command(minutes: float = SUITE_MINUTES) -> list[str]:
     return ["python", "-m", "bench.run", "--suite", "gpu", "--resume", "--minutes", f"{minutes:g}"]
 
 
-def run_suite(minutes: float) -> bool:
+def run_suite(minutes: float, folder: pathlib.Path) -> bool:
     """The suite gpu beside its peers, in a process of its own. Whether nothing of it is left."""
-    subprocess.run([sys.executable, *suite_command(minutes)[1:]], cwd=ROOT, check=True)
-    return run.unfinished(run.ROOT / "bench" / "results", "gpu", None, "cuda") is None
+    command = [sys.executable, *suite_command(minutes)[1:], "--out", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return run.unfinished(folder, "gpu", None, "cuda") is None
 
 
 class Clock:
@@ -264,7 +282,7 @@ def verify_kernel(kernel: str, ledger: dict[str, Any], ledger_path: pathlib.Path
         if step == "tests":
             entry["tests"] = run_tests(kernel)
         elif step in sanitizer.TOOLS:
-            entry["sanitizer"][step] = sanitizer.check(step, tests_of(kernel))
+            entry["sanitizer"][step] = sanitize(step, *tests_of(kernel))
         else:
             if "ceilings" not in ledger or ledger["ceilings"]["gpu"] != meta["device"]:
                 ledger["ceilings"] = {"gpu": meta["device"], "bytes_per_s": timing.ceilings("cuda")}
@@ -301,7 +319,7 @@ def verify(kernels: Sequence[str], ledger_path: pathlib.Path, again: bool, minut
     meta = run.environment("cuda")
     now = {"gpu": gpu, "git": meta["git"], "rl4llm_fast": meta["rl4llm_fast"]}
     if ledger.get("suite") != now:
-        if clock.over or not run_suite(min(SUITE_MINUTES, clock.minutes_left)):
+        if clock.over or not run_suite(min(SUITE_MINUTES, clock.minutes_left), ledger_path.parent):
             return UNFINISHED
         ledger["suite"] = now
         report.write_json(ledger_path, ledger)
@@ -321,6 +339,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", metavar="PATH", help="only these kernel files")
     parser.add_argument("--minutes", type=float, metavar="M", help="start no step after M minutes; run again to go on")
     parser.add_argument("--again", action="store_true", help="forget what the ledger knows of them, and start over")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="keep ledger and results there, not in bench/results"
+    )
     arguments = parser.parse_args(argv)
     known = kernel_files(ROOT)
     kernels = arguments.kernel or known
@@ -338,8 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "verification needs a GPU, and torch sees none here; the ledger is as it was (--plan shows what would run)"
         )
         return NO_GPU
-    status = verify(kernels, LEDGER, arguments.again, arguments.minutes)
-    print("\n".join(ledger_lines("")))
+    ledger = LEDGER
+    if arguments.out:
+        ledger = arguments.out.resolve() / LEDGER.name
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        if not ledger.exists() and LEDGER.exists():
+            shutil.copy(LEDGER, ledger)
+    status = verify(kernels, ledger, arguments.again, arguments.minutes)
+    print("\n".join(ledger_lines("", ledger)))
     if status == UNFINISHED:
         print("steps are left: the same command (without --again) goes on")
     return status

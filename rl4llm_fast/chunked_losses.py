@@ -22,6 +22,7 @@ from .chunked import Rows, chunks_of, live_rows, select_live
 from .products import Gradients, Projection, cast, large_empty, scatter
 
 IGNORED = -100  # as an id: the token is not live
+_BLOCK = 2**24  # elements that are widened at a time
 
 
 def _policy_loss(
@@ -203,11 +204,28 @@ def _policy_gradients(
 
 
 def _scaled(grad: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * grad.to(schemas.accumulation_dtype(gradient.dtype))
+    result = torch.empty_like(gradient)
+    scale(gradient, grad, result)
+    return result
 
 
 def _scale_in_place(gradient: Tensor, grad: Tensor) -> None:
-    gradient.mul_(grad.to(schemas.accumulation_dtype(gradient.dtype)))
+    scale(gradient, grad, gradient)
+
+
+def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:
+    """gradient·grad, rounded once; all are contiguous but grad, which is 0-d."""
+    factor = grad.to(schemas.accumulation_dtype(gradient.dtype))
+    if gradient.device.type == "cpu" or factor.dtype == gradient.dtype:
+        torch.mul(gradient, factor, out=out)
+    else:
+        scale_blocks(gradient, factor, out)
+
+
+def scale_blocks(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    """The same where a 0-d factor would be rounded to 16 bits first, as on a GPU: a vector of one makes it fp32."""
+    for part, result in zip(gradient.view(-1).split(_BLOCK), out.view(-1).split(_BLOCK), strict=True):
+        result.copy_(part * factor.reshape(1))
 
 
 def register(library: torch.library.Library, namespace: str) -> None:

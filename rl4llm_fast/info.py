@@ -114,10 +114,10 @@ def _status(path: str, entry: dict[str, Any] | None, root: pathlib.Path) -> Kern
     return KernelStatus(path, "verified", f"verified {where} ({tests['passed']} tests)")
 
 
-def ledger_lines(bullet: str = "  ") -> list[str]:
+def ledger_lines(bullet: str = "  ", ledger: pathlib.Path | None = None) -> list[str]:
     """The ledger for people, one line a kernel file."""
     try:
-        statuses = ledger_status()
+        statuses = ledger_status(ledger=ledger)
     except ValueError as error:
         return [f"{bullet}{error}"]
     if not statuses:

@@ -42,7 +42,8 @@ def test_commands_are_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     assert campaign.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("   (")[0] for line in lines] == [order.command for order in campaign.orders()]
-    for order in campaign.orders():
+    assert campaign.orders()[0].command.startswith("python -m pytest -m gpu ")
+    for order in campaign.orders()[1:]:
         module, *arguments = order.command.removeprefix("python -m bench.").split()
         parse = {"tune": tune, "verify": verify, "end_to_end": end_to_end, "context": context, "ncu": ncu, "run": run}
         if module == "run":
@@ -171,4 +172,4 @@ def test_the_page_is_written(tmp_path: pathlib.Path) -> None:
     page = tmp_path / "gpu.md"
     page.write_text("\n".join(report.marks("order")))
     assert report.write_gpu(page, {}) == ["order"]
-    assert "| 1 | `python -m bench.run --suite gpu --resume --minutes 9` |" in page.read_text()
+    assert "| 2 | `python -m bench.run --suite gpu --resume --minutes 9` |" in page.read_text()

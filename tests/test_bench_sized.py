@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import context, end_to_end, plots, report, run, sized, trainer_steps
+from bench import context, end_to_end, plots, report, run, sized, timing, trainer_steps
 from bench.verify import Clock
 
 pytest.importorskip("transformers")
@@ -163,8 +163,8 @@ def test_a_refused_step_leaves_nothing_behind(
             forget()
         taken.append(take(context.batch_of(9, 63))["grad_norm"])
     assert taken[0] == taken[1]
-    assert not context.out_of_memory(RuntimeError("shapes do not match"))
-    assert context.out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not timing.out_of_memory(RuntimeError("shapes do not match"))
+    assert timing.out_of_memory(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
 
 
 def result_of(tmp_path: pathlib.Path) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class Steps:
         self.found: dict[str, Any] = {"status": "clean", "tests": [], "detail": ""}
         self.tests: dict[str, Any] = CLEAN
         monkeypatch.setattr(verify, "run_tests", lambda kernel: self.step(f"{kernel} tests", self.tests))
-        monkeypatch.setattr(sanitizer, "check", lambda tool, arguments: self.step(tool, self.found))
+        monkeypatch.setattr(verify, "sanitize", lambda tool, *arguments: self.step(tool, self.found))
         monkeypatch.setattr(verify, "run_figures", self.figures)
-        monkeypatch.setattr(verify, "run_suite", lambda minutes: self.step("suite", True))
+        monkeypatch.setattr(verify, "run_suite", lambda minutes, folder: self.step("suite", True))
         monkeypatch.setattr(capacity, "measure", lambda: self.step("capacity", LARGEST))
 
     def figures(self, kernel: str, case: cases.Case, copy: float) -> Any:
@@ -265,6 +265,25 @@ def test_without_a_sanitizer_or_tests_it_is_absent(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sanitizer, "program", lambda: "/bin/false")
     monkeypatch.setattr(sanitizer, "collect", lambda arguments: [])
     assert sanitizer.check("memcheck", [])["status"] == "absent"
+
+
+def test_graphs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch captures none while its caching of memory is off."""
+    said = subprocess.CompletedProcess([], 0, stdout="t.py::test_cuda_graph[cuda]\nt.py::test_values[cuda]\n3 tests\n")
+    monkeypatch.setattr(sanitizer.subprocess, "run", lambda *args, **options: said)
+    assert sanitizer.collect(["t.py"]) == ["t.py::test_values[cuda]"]
+
+
+def test_the_ledger_may_lie_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    seen: list[pathlib.Path] = []
+    known = tmp_path / "verified.json"
+    known.write_text('{"kernels": {}}')
+    monkeypatch.setattr(verify, "LEDGER", known)
+    monkeypatch.setattr(verify.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(verify, "verify", lambda kernels, ledger, again, minutes: seen.append(ledger) or verify.HELD)
+    assert verify.main(["--out", str(tmp_path / "there")]) == verify.HELD
+    assert seen == [tmp_path / "there" / "verified.json"]
+    assert seen[0].read_text() == known.read_text()
 
 
 def test_tests_are_spread_evenly() -> None:

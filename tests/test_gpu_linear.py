@@ -17,9 +17,14 @@ B, T, D, V = 4, 12, 64, 1_031
 LOSSES = ["grpo", "gspo", "sft", "dpo", "simpo"]
 
 
+PAIRS = ("dpo", "simpo")
+
+
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
-    reason = dispatch.why_not("linear_policy_loss", request.param, "cuda")
+    kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind")
+    op = "linear_preference_loss" if kind in PAIRS else "linear_policy_loss"
+    reason = dispatch.why_not(op, request.param, "cuda")
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param

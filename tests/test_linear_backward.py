@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
+from rl4llm_fast import chunked_losses
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in rf.backends()["linear_policy_loss"], reason="the C++ extension is not built here"
@@ -58,6 +59,18 @@ def test_the_last_backward_takes_no_second_copy(scale):
     assert {leaf.grad.data_ptr() for leaf in leaves} == places
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scaling_in_blocks_rounds_once(dtype, monkeypatch):
+    """What a GPU takes, where a 0-d factor of 1/3 would be rounded to 16 bits before it multiplies."""
+    monkeypatch.setattr(chunked_losses, "_BLOCK", 1_000)
+    gradient, factor = torch.randn(70, 41).to(dtype), torch.tensor(1 / 3)
+    out = torch.empty_like(gradient)
+    chunked_losses.scale_blocks(gradient, factor, out)
+    assert torch.equal(out, (gradient.float() * factor).to(dtype))
+    chunked_losses.scale_blocks(gradient, factor, gradient)
+    assert torch.equal(out, gradient)
 
 
 def test_three_products_and_none_for_frozen_factors(monkeypatch):
