@@ -55,12 +55,14 @@ def group_advantages(
     checks.choice("baseline", baseline, ("mean", "leave_one_out"))
     if scale is not None:
         checks.choice("scale", scale, ("group", "batch"))
-    group_ids = _groups(rewards, "rewards", group_size, group_ids)
+    group_size, group_ids = _groups(rewards, "rewards", group_size, group_ids)
+    checks.in_range("eps", eps, 0.0)
+    unbiased = checks.flag("unbiased", unbiased)
     chosen = dispatch.choose("group_advantages", rewards, backend)
     epsilon = checks.number("eps", eps, rewards)
     kernel = reference.group_advantages if chosen == "eager" else dispatch.ops(chosen).group_advantages
     advantages: Tensor = kernel(
-        rewards.detach().contiguous(), group_ids, group_size or 0, scale or "none", baseline, unbiased, epsilon
+        rewards.detach().contiguous(), group_ids, group_size, scale or "none", baseline, unbiased, epsilon
     )
     return advantages
 
@@ -105,19 +107,17 @@ def process_advantages(
     checks.is_integer("step_ends", step_ends)
     checks.has_shape("step_ends", step_ends, step_rewards.shape, "step_rewards")
     checks.same_device("step_ends", step_ends, step_rewards, "step_rewards")
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-        raise TypeError(f"length: wanted an integer, got {type(length).__name__}")
+    length = checks.integer("length", length)
     if length < 0:
         raise ValueError(f"length: wanted at least 0, got {length}")
-    group_ids = _groups(step_rewards, "step_rewards", group_size, group_ids)
+    checks.in_range("eps", eps, 0.0)
+    group_size, group_ids = _groups(step_rewards, "step_rewards", group_size, group_ids)
     step_ends = step_ends.long().contiguous()
     _check_step_ends(step_ends, length)
     chosen = dispatch.choose("process_advantages", step_rewards, backend)
     kernel = reference_returns.process_advantages if chosen == "eager" else dispatch.ops(chosen).process_advantages
     epsilon = checks.number("eps", eps, step_rewards)
-    advantages: Tensor = kernel(
-        step_rewards.detach().contiguous(), step_ends, group_ids, group_size or 0, length, epsilon
-    )
+    advantages: Tensor = kernel(step_rewards.detach().contiguous(), step_ends, group_ids, group_size, length, epsilon)
     return advantages
 
 
@@ -146,20 +146,24 @@ def whiten(
     """
     checks.is_float("x", x)
     live = checks.live_mask("mask", mask, x.shape, x, "x")
+    checks.in_range("eps", eps, 0.0)
+    epsilon, shift_mean = checks.number("eps", eps, x), checks.flag("shift_mean", shift_mean)
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"group: wanted a torch.distributed process group or None, got {type(group).__name__}")
     chosen = dispatch.choose("whiten", x, backend)
     x = x.detach()
     if chosen == "eager":
         stats = _over_ranks(reference_returns.whiten_stats(x, live), group)
-        return reference_returns.whiten_apply(x, live, stats, checks.number("eps", eps, x), bool(shift_mean))
+        return reference_returns.whiten_apply(x, live, stats, epsilon, shift_mean)
     x, live = x.contiguous(), None if live is None else live.contiguous()
     kernels = dispatch.ops(chosen)
     stats = _over_ranks(kernels.whiten_stats(x, live), group)
-    result: Tensor = kernels.whiten_apply(x, live, stats, checks.number("eps", eps, x), bool(shift_mean))
+    result: Tensor = kernels.whiten_apply(x, live, stats, epsilon, shift_mean)
     return result
 
 
-def _groups(rewards: Tensor, name: str, group_size: int | None, group_ids: Tensor | None) -> Tensor | None:
-    """Validation of the two ways to say which answers form a group; the ids (B,) as int64, contiguous."""
+def _groups(rewards: Tensor, name: str, group_size: int | None, group_ids: Tensor | None) -> tuple[int, Tensor | None]:
+    """Validation of the two ways to say which answers form a group; the size or 0, the ids (B,) in int64, if any."""
     answers = rewards.shape[0]
     if (group_size is None) == (group_ids is None):
         raise ValueError("group_size, group_ids: wanted exactly one of the two")
@@ -167,11 +171,11 @@ def _groups(rewards: Tensor, name: str, group_size: int | None, group_ids: Tenso
         checks.is_integer("group_ids", group_ids)
         checks.has_shape("group_ids", group_ids, (answers,), name)
         checks.same_device("group_ids", group_ids, rewards, name)
-        return group_ids.long().contiguous()
-    checks.integer("group_size", group_size)
-    if group_size is not None and (group_size < 1 or answers % group_size):
-        raise ValueError(f"group_size: wanted a divisor of the {answers} {name}, got {group_size}")
-    return None
+        return 0, group_ids.long().contiguous()
+    size = checks.integer("group_size", group_size)
+    if size < 1 or answers % size:
+        raise ValueError(f"group_size: wanted a divisor of the {answers} {name}, got {size}")
+    return size, None
 
 
 def _check_step_ends(step_ends: Tensor, length: int) -> None:

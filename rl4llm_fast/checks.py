@@ -10,7 +10,8 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,9 +56,17 @@ def is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: wanted a torch.Tensor, got {type(value).__name__}")
 
 
+def are_tensors(**values: object) -> None:
+    """Each a tensor, named as it is here."""
+    for name, value in values.items():
+        is_tensor(name, value)
+
+
 def is_float(name: str, tensor: Tensor) -> None:
     """A dense floating-point tensor of a dtype that the library computes in."""
     is_tensor(name, tensor)
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: wanted a dense tensor (torch.strided), got {tensor.layout}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
@@ -85,7 +94,7 @@ def live_mask(name: str, mask: Tensor | None, wanted: Sequence[int], reference: 
     is_tensor(name, mask)
     if mask.dtype != torch.bool:
         if mask.dtype.is_floating_point or mask.dtype.is_complex:
-            raise TypeError(f"{name}: wanted a bool or 0/1 integer tensor, got {mask.dtype}")
+            raise TypeError(f"{name}: wanted a bool or 0/1 integer tensor, got {mask.dtype}: {name}.bool()?")
         _zeros_and_ones(name, mask)
         mask = mask != 0
     has_shape(name, mask, wanted, like)
@@ -101,6 +110,20 @@ def _zeros_and_ones(name: str, mask: Tensor) -> None:
     low, high = (int(value) for value in mask.aminmax())
     if low < 0 or high > 1:
         raise ValueError(f"{name}: wanted 0 or 1 at every token, got values from {low} to {high}")
+
+
+def at_every(name: str, tensor: Tensor, right: Tensor, wanted: str) -> None:
+    """An error that shows the first value that is not right, and its place. Waits for a GPU: see ``debug``."""
+    if not bool(right.all()):
+        place = tuple((~right).nonzero()[0].tolist())
+        raise ValueError(f"{name}: wanted {wanted}, got {tensor[place].item():g} at position {place}")
+
+
+def flag(name: str, value: object) -> bool:
+    """A bool, or a number in its place; a word would be true whatever it says."""
+    if isinstance(value, (bool, Real)) or type(value).__name__ in ("bool", "bool_"):  # NumPy's, under two names
+        return bool(value)
+    raise TypeError(f"{name}: wanted a bool, got {type(value).__name__}")
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -132,6 +155,8 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name}: wanted a number or a 0-d tensor, got a tensor of shape {shape(value)}")
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: wanted a real number, got a tensor of {value.dtype}")
         if value.requires_grad:
             raise ValueError(f"{name}: gets no gradient, but came as a tensor that requires one; pass {name}.detach()")
         if value.device.type != "cpu":
@@ -141,7 +166,9 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
             raise ValueError(f"{name}: wanted a finite number > 0, got {value.item()}")
         return value.to(torch.float64)
     if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
+        value = float(value)  # NumPy's
     # Of a number that Dynamo keeps symbolic only the sign is looked at.
     if positive and not (value > 0 if torch.compiler.is_compiling() else 0 < value < math.inf):
         raise ValueError(f"{name}: wanted a finite number > 0, got {value}")
@@ -150,25 +177,62 @@ def number(name: str, value: Number, reference: Tensor, *, positive: bool = Fals
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
+def plain(value: object) -> Any:
+    """The number that a check may look at: a plain one, or that of a 0-d tensor on the CPU. None: there is none, or
+    looking at it would wait for a GPU or break a graph."""
+    if value is None or type(value) in (float, int):
+        return value
+    if isinstance(value, Tensor):
+        unseen = torch.compiler.is_compiling() or value.dim() or value.device.type != "cpu" or _dispatch_modes()
+        return None if unseen or value.dtype.is_complex or value.dtype == torch.bool else value.item()
+    if isinstance(value, bool):
+        return None
+    return value if isinstance(value, (int, float)) else float(value) if isinstance(value, Real) else None
+
+
+def real(name: str, value: Number, reference: Tensor) -> Number:
+    """A number that goes on under another name, refused by the one that the user knows: a plain one, or 0-d tensor."""
+    if type(value) in (float, int):
+        return value
+    checked = number(name, value, reference)
+    return checked if isinstance(value, Tensor) else float(value) if isinstance(value, Real) else value
+
+
+def scalar(name: str, value: object) -> float:
+    """A number that is wanted at once; of a tensor with one element on a GPU that waits for it."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: wanted a number, got a tensor of shape {shape(value)} and {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: wanted a number or a 0-d tensor, got {type(value).__name__}")
+    return float(value)
+
+
 def in_range(name: str, value: object, least: float, below: float | None = None, *, strict: bool = False) -> None:
-    """least <= value < below, or least < value, for a plain number; tensors and None are not looked at."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """least <= value < below, or least < value, for what ``plain`` can see."""
+    if value is None:
         return
-    if not (value > least if strict else value >= least) or (below is not None and not value < below):
+    seen: Any = value if type(value) is float else plain(value)
+    if seen is None:
+        return
+    if not (seen > least if strict else seen >= least) or (below is not None and not seen < below):
         upper = "" if below is None else f" and < {below:g}"
-        raise ValueError(f"{name}: wanted a number {'>' if strict else '>='} {least:g}{upper}, got {value}")
+        raise ValueError(f"{name}: wanted a number {'>' if strict else '>='} {least:g}{upper}, got {seen}")
 
 
 def discount(name: str, value: Number, reference: Tensor) -> Tensor:
-    """γ or λ as ``number`` gives it; a plain number must lie in [0, 1]."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value <= 1:
-        raise ValueError(f"{name}: wanted a number in [0, 1], got {value}")
+    """γ or λ as ``number`` gives it; it must lie in [0, 1]."""
+    seen = plain(value)
+    if seen is not None and not 0 <= seen <= 1:
+        raise ValueError(f"{name}: wanted a number in [0, 1], got {seen}")
     return number(name, value, reference)
 
 
-def integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def integer(name: str, value: Any) -> int:
+    """An int, NumPy's made one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name}: wanted an int, got {type(value).__name__}")
+    return cast(int, value) if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def numbers(values: dict[str, Number], room: int, reference: Tensor) -> Tensor:

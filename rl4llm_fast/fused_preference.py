@@ -15,7 +15,7 @@ from .fused import check_reference, slopes_of
 from .heads import check_chunk, check_dtypes, check_linear, product_dtype
 from .kl import check_like
 from .logprobs import check_temperature, flat_ids, flat_rows, linear_token_logprobs
-from .preference import preference_loss
+from .preference import KINDS, WITHOUT_REFERENCE, preference_loss
 from .schemas import accumulation_dtype
 from .sequences import packed_offsets
 
@@ -109,6 +109,7 @@ def linear_preference_loss(
         raise ValueError("cu_seqlens: wanted None for kind '2d_dpo', whose segments are counted in rows (2B, T)")
     else:
         halves = _packed_halves(packed_offsets(token_ids, cu_seqlens, "token_ids"), mask)
+    _check_kind(kind, ref_logp, ref_hidden)
     (first, chosen_options), (second, rejected_options) = halves
     options: dict[str, Any] = {
         "kind": kind,
@@ -161,6 +162,21 @@ def linear_preference_loss(
         loss, hidden, weight, bias, grad_hidden, *gradients, chosen
     )
     return loss, metrics
+
+
+def _check_kind(kind: str, ref_logp: Tensor | None, ref_hidden: Tensor | None) -> None:
+    """A reference where the kind has one, by the names that it has here."""
+    if kind not in KINDS:
+        return  # preference_loss says so
+    if kind in WITHOUT_REFERENCE:
+        for name, given in (("ref_logp", ref_logp), ("ref_hidden", ref_hidden)):
+            if given is not None:
+                raise ValueError(f"{name}: kind {kind!r} wants no reference, got a tensor")
+    elif ref_logp is None and ref_hidden is None:
+        raise ValueError(
+            f"ref_logp, ref_hidden: kind {kind!r} wants the reference's log-probabilities, or hidden states to make "
+            f"them from; got None"
+        )
 
 
 def _whole_pairs(mask: Tensor, cu_seqlens: Tensor | None, size: int) -> Units | None:

@@ -63,7 +63,7 @@ def kl_estimate(
     checks.choice("estimator", estimator, formulas.ESTIMATORS)
     checks.choice("gradient", gradient, formulas.GRADIENTS)
     live = checks.live_mask("mask", mask, logp.shape, logp, "logp")
-    variant = formulas.kl_variant(estimator, gradient, bool(clamp))
+    variant = formulas.kl_variant(estimator, gradient, checks.flag("clamp", clamp))
     chosen = dispatch.choose("kl_estimate", logp, backend)
     dtype = accumulation_dtype(logp.dtype)
     old = old_logp if gradient == "importance" else None
@@ -101,16 +101,14 @@ class AdaptiveKLController:
     """
 
     def __init__(self, beta: float, target: float) -> None:
-        if not beta > 0:
-            raise ValueError(f"beta: wanted a number > 0, got {beta}")
-        if not target > 0:
-            raise ValueError(f"target: wanted a number > 0, got {target}")
-        self.beta = float(beta)
-        self.target = float(target)
+        self.beta = checks.scalar("beta", beta)
+        self.target = checks.scalar("target", target)
+        for name, value in (("beta", self.beta), ("target", self.target)):
+            checks.in_range(name, value, 0.0, strict=True)
 
     def update(self, kl: Number) -> float:
         """The coefficient for the next update, given the mean KL of this one."""
-        d = float(kl)
+        d = checks.scalar("kl", kl)
         if d < self.target / 1.5:
             self.beta /= 2
         elif d > 1.5 * self.target:
@@ -130,4 +128,4 @@ def trust_region_exceeded(kl: Number, delta: Number) -> bool:
     The caller refuses such a step. ``kl`` is the metric ``kl_old_k3`` of ``policy_loss`` or a mean of the exact KL; a
     tensor on a GPU is read back here, which waits for it.
     """
-    return not float(kl) <= float(delta)
+    return not checks.scalar("kl", kl) <= checks.scalar("delta", delta)

@@ -60,7 +60,7 @@ def policy_loss(
     grpo        ppo_clip, usually with ref_logp and kl_coef (82; Shao et al. 2024, eq. 3)
     gspo        −min(sA, clip(s)A), s = exp(mean of log ρ over the sequence) (Zheng et al. 2025, eq. 5); eps_low=3e-4,
                 eps_high=4e-4; advantages (B,) give GSPO, per token GSPO-token
-    cispo       −sg(clip(ρ))·A·logp (MiniMax 2025, eq. 4); eps_low=0.2, eps_high=0.2; cap: −sg(min(ρ, cap))·A·logp
+    cispo       −sg(clip(ρ))·A·logp (MiniMax 2025, eq. 4); eps_low=0.2, eps_high=0.2; or cap: −sg(min(ρ, cap))·A·logp
     sapo        −(4/τ)·sigmoid(τ(ρ−1))·A; tau_pos=1.0 where A > 0, else tau_neg=1.05 (Gao et al. 2025)
     kl_pen      −ρA + β·k3(old‖now) (29, 31); beta=0.01
     ========================================================================================================
@@ -125,15 +125,14 @@ def policy_loss(
         raise ValueError(f"cu_seqlens: wanted with packed (N,) tokens for {needs}")
     checks.choice("kl_estimator", kl_estimator, formulas.ESTIMATORS)
     checks.choice("kl_gradient", kl_gradient, formulas.GRADIENTS)
+    kl_clamp = checks.flag("kl_clamp", kl_clamp)
     if formulas.FORMULAS[formula].needs_ref and ref_logp is None:
         raise ValueError(f"ref_logp: kind {kind!r} uses it, but it is None")
     _needs("kl_coef", kl_coef, "ref_logp", ref_logp)
     _needs("entropy_coef", entropy_coef, "entropy", entropy)
     mask = checks.live_mask("mask", mask, logp.shape, logp, "logp")
     _check_rollout(rollout_correction, rollout_level, rollout_logp, rollout_cap, rollout_floor)
-    counts = (("num_tokens", num_tokens), ("num_sequences", num_sequences), ("max_length", max_length))
-    for name, count in (*counts, ("dp_size", dp_size)):
-        checks.in_range(name, count, 0.0)
+    check_counts(num_tokens=num_tokens, num_sequences=num_sequences, max_length=max_length, dp_size=dp_size)
     dtype = accumulation_dtype(logp.dtype)
 
     def rows(tensor: Tensor | None) -> Any:
@@ -158,31 +157,16 @@ def policy_loss(
         uneven = token_weights is not None or (rollout_correction is not None and rollout_level == "token")
         if aggregation == "none" or (uneven and not gpu):
             common = {
-                "mask": mask,
-                "cu_seqlens": cu_seqlens,
-                "ref_logp": ref_logp,
-                "kl_estimator": kl_estimator,
-                "kl_gradient": kl_gradient,
-                "kl_clamp": kl_clamp,
-                "aggregation": aggregation,
-                "num_tokens": num_tokens,
-                "num_sequences": num_sequences,
-                "dp_size": dp_size,
-                "max_length": max_length,
-                "token_weights": token_weights,
-                "backend": backend,
-            }
+                "mask": mask, "cu_seqlens": cu_seqlens, "ref_logp": ref_logp, "kl_estimator": kl_estimator,
+                "kl_gradient": kl_gradient, "kl_clamp": kl_clamp, "aggregation": aggregation, "num_tokens": num_tokens,
+                "num_sequences": num_sequences, "dp_size": dp_size, "max_length": max_length,
+                "token_weights": token_weights, "backend": backend,
+            }  # fmt: skip
             policy = {
-                "kind": kind,
-                "entropy": entropy,
-                "entropy_coef": entropy_coef,
-                "rollout_logp": rollout_logp,
-                "rollout_correction": rollout_correction,
-                "rollout_level": rollout_level,
-                "rollout_cap": rollout_cap,
-                "rollout_floor": rollout_floor,
-                **knobs,
-            }
+                "kind": kind, "entropy": entropy, "entropy_coef": entropy_coef, "rollout_logp": rollout_logp,
+                "rollout_correction": rollout_correction, "rollout_level": rollout_level, "rollout_cap": rollout_cap,
+                "rollout_floor": rollout_floor, **knobs,
+            }  # fmt: skip
             return _one_ratio(logp, old_logp, advantages, kl_coef, policy, common)
     omega, correction = fixed(rollout_logp), rollout_correction or ""
     sequence_correction = bool(correction) and rollout_level == "sequence"
@@ -225,7 +209,7 @@ def policy_loss(
             **values,
         },
     )
-    variant = "" if ref_logp is None else formulas.kl_variant(kl_estimator, kl_gradient, bool(kl_clamp))
+    variant = "" if ref_logp is None else formulas.kl_variant(kl_estimator, kl_gradient, kl_clamp)
     ref, uncertainty = fixed(ref_logp), rows(entropy)
     if uncertainty is now:
         uncertainty = now.view_as(now)  # Dynamo hands no tensor to an autograd function twice
@@ -277,6 +261,7 @@ def _one_ratio(
 
 
 _MORE_THAN = {"dual_clip": 1.0, "delta": 1.0, "tau_pos": 0.0, "tau_neg": 0.0, "cap": 0.0}
+_AT_LEAST_0 = ("eps_low", "eps_high", "beta")
 
 
 def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
@@ -295,8 +280,11 @@ def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, 
     if formulas.FORMULAS[formula].builtin:  # a user's knob of such a name has a meaning of its own
         if knobs.get("dual_clip") is not None and knobs.get("delta") is not None:
             raise ValueError("dual_clip, delta: two names of one bound; give one of them")
+        unused = [name for name in ("eps_low", "eps_high") if name in given]
+        if formula == "cispo_cap" and unused:
+            raise ValueError(f"{', '.join(unused)}: not used by kind 'cispo' with cap, whose weight is min(ρ, cap)")
         for name, value in knobs.items():
-            if name in _MORE_THAN or name in ("eps_low", "eps_high"):
+            if name in _MORE_THAN or name in _AT_LEAST_0:
                 checks.in_range(name, value, _MORE_THAN.get(name, 0.0), strict=name in _MORE_THAN)
     return formula, dict(zip(formulas.FORMULAS[formula].knobs, values, strict=True))
 
@@ -304,6 +292,12 @@ def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, 
 def _needs(coefficient: str, value: Number, name: str, tensor: Tensor | None) -> None:
     if tensor is None and (isinstance(value, Tensor) or value != 0):
         raise ValueError(f"{coefficient}: needs {name}, which is None")
+
+
+def check_counts(**counts: Number | None) -> None:
+    """Of the call, or of the global batch."""
+    for name, count in counts.items():
+        checks.in_range(name, count, 0.0)
 
 
 def pack_params(logp: Tensor, numbers: dict[str, Number]) -> Tensor:
@@ -336,8 +330,11 @@ def _check_rollout(correction: str | None, level: str, rollout: Tensor | None, c
         raise ValueError(f"rollout_correction={correction!r}: needs rollout_logp, which is None")
     checks.in_range("rollout_cap", cap, 0.0, strict=True)
     checks.in_range("rollout_floor", floor, 0.0)
-    if isinstance(cap, (int, float)) and isinstance(floor, (int, float)) and floor > cap:
-        raise ValueError(f"rollout_floor: wanted at most rollout_cap = {cap}, got {floor}")
+    if correction == "truncate" and (isinstance(floor, Tensor) or floor != 0):
+        raise ValueError(f"rollout_floor: wanted 0 with rollout_correction='truncate', which has none; got {floor}")
+    most, least = checks.plain(cap), checks.plain(floor)
+    if most is not None and least is not None and least > most:
+        raise ValueError(f"rollout_floor: wanted at most rollout_cap = {most}, got {least}")
 
 
 def _sequence_mean(values: Tensor, live: Tensor | None, layout: Sequences) -> Tensor:

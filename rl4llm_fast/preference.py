@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "2d_dpo": dict.fromkeys(("segments_chosen", "segments_rejected", "weights_chosen", "weights_rejected")),
     "bradley_terry": {"margin": None},
 }
-_WITHOUT_REFERENCE = ("cpo", "simpo", "orpo", "bradley_terry")
+WITHOUT_REFERENCE = ("cpo", "simpo", "orpo", "bradley_terry")
 _AVERAGES = ("simpo", "orpo")  # of means by definition
 _WITH_PROB = ("dpo", "ipo")
 
@@ -84,8 +84,8 @@ def preference_loss(
         mask_chosen, mask_rejected: like the answers' tokens, bool or 0/1 integers, True for a live token. Whatever
             stands at other tokens, NaN included, changes nothing.
         cu_seqlens_chosen, cu_seqlens_rejected: (B+1,) integers, where each packed answer starts, and N.
-        average: means over live tokens in place of sums, as in some papers; simpo and orpo always do. An answer
-            without a live token counts as one token of log-probability 0.
+        average: means over live tokens in place of sums, as in some papers; simpo and orpo always do, 2d_dpo never. An
+            answer without a live token counts as one token of log-probability 0.
         prob: (B,), the probability that the chosen answer is preferred; for dpo and ipo.
         backend: "eager", "cpu" or "triton"; None chooses by device.
         **knobs: the kind's. Those that are numbers, and ``beta``, may be 0-d tensors: annealing recompiles nothing.
@@ -112,22 +112,25 @@ def preference_loss(
             f"{checks.shape(logp_rejected)}{forgotten}"
         )
     for name, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
-        if (ref is None) != (kind in _WITHOUT_REFERENCE):
-            wanted = "no reference" if kind in _WITHOUT_REFERENCE else "the reference's log-probabilities"
+        if (ref is None) != (kind in WITHOUT_REFERENCE):
+            wanted = "no reference" if kind in WITHOUT_REFERENCE else "the reference's log-probabilities"
             raise ValueError(f"{name}: kind {kind!r} wants {wanted}, got {'None' if ref is None else 'a tensor'}")
     if prob is not None:
         if kind not in _WITH_PROB:
             raise ValueError(f"prob: kind {kind!r} has none; kinds that have: {', '.join(_WITH_PROB)}")
         _check_per_pair("prob", prob, chosen)
         on_host = prob.device.type == "cpu" or checks.debug()
-        if on_host and not torch.compiler.is_compiling() and not bool(((prob >= 0) & (prob <= 1)).all()):
-            raise ValueError("prob: wanted probabilities in [0, 1] of every pair")
+        if on_host and not torch.compiler.is_compiling():
+            checks.at_every("prob", prob, (prob >= 0) & (prob <= 1), "probabilities in [0, 1]")
+    average = checks.flag("average", average)
+    if average and kind == "2d_dpo":
+        raise ValueError("average: wanted False for kind '2d_dpo', which weighs the sums of segments; got True")
     checks.in_range("beta", beta, 0.0, strict=kind == "ipo")
     dtype = torch.promote_types(accumulation_dtype(logp_chosen.dtype), accumulation_dtype(logp_rejected.dtype))
     if kind == "2d_dpo":
         return _two_dimensional(chosen, rejected, beta, given, dtype, backend)
     formula, per_pair, numbers = _formula(kind, beta, prob, given, chosen)
-    average = bool(average) or kind in _AVERAGES
+    average = average or kind in _AVERAGES
     loss, _, metrics = run_pairs(
         "preference_loss", formula, chosen, rejected, per_pair, numbers, average, dtype, backend
     )
@@ -177,8 +180,9 @@ def kto_loss(
     wanted = checks.live_mask("desirable", desirable, (answers.count,), logp, "one per answer")
     if wanted is None:
         raise TypeError("desirable: wanted a torch.Tensor, got NoneType")
-    checks.in_range("beta", beta, 0.0)
     z: Number = 0.0 if kl is None else kl.detach() if isinstance(kl, Tensor) else kl
+    for name, value in (("beta", beta), ("kl", z), ("lambda_d", lambda_d), ("lambda_u", lambda_u)):
+        checks.in_range(name, value, 0.0)
     dtype = accumulation_dtype(logp.dtype)
     labels = wanted.to(dtype)
     numbers = {"beta": beta, "per_pair": 0.0, "kl": z, "lambda_d": lambda_d, "lambda_u": lambda_u}
@@ -236,13 +240,13 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor, *, bac
         scores: (B,), the reward model's. Differentiable.
         ranks: (B,) integers, 0 is best; only their order within a prompt counts, equal ranks make no pair.
         prompt_ids: (B,) integers, in any order: which answers belong together.
-        backend: "eager" or None: plain PyTorch on every device.
+        backend: "eager" or None: plain PyTorch on every device, whatever ``use_backend`` names.
 
     Returns:
         The loss, 0-d in fp32 (fp64 for fp64 input); 0 without a pair.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape or device. BackendError: any other backend that is asked for by name.
+        TypeError, ValueError: wrong dtype, shape or device. BackendError: any other ``backend``.
     """
     checks.is_float("scores", scores)
     if scores.dim() != 1:
@@ -251,7 +255,7 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor, *, bac
         checks.is_integer(name, tensor)
         checks.has_shape(name, tensor, checks.shape(scores), "scores")
         checks.same_device(name, tensor, scores, "scores")
-    dispatch.choose("ranked_reward_loss", scores, backend)
+    dispatch.choose("ranked_reward_loss", scores, backend or "eager")
     count = scores.shape[0]
     if count == 0:
         return scores.to(accumulation_dtype(scores.dtype)).sum()
@@ -308,10 +312,11 @@ def _formula(
     kind: str, beta: Number, prob: Tensor | None, knobs: dict[str, Any], chosen: Answers
 ) -> tuple[str, Tensor | None, dict[str, Number]]:
     """The formula's name, its number per pair, and its parameters in the order of ``pair_formulas``."""
-    name, per_pair, default = kind, prob, 1.0
+    name, per_pair = kind, prob
+    default: Number = 1.0
     values = {n: v for n, v in knobs.items() if n != "nll"}
     if kind == "dpo":
-        smoothing = values.pop("label_smoothing")
+        smoothing = checks.real("label_smoothing", values.pop("label_smoothing"), chosen.logp)
         smooth = isinstance(smoothing, Tensor) or smoothing != 0
         if smooth and prob is not None:
             raise ValueError("label_smoothing, prob: two ways to say how sure a pair is; give one of them")
@@ -326,7 +331,7 @@ def _formula(
             _check_per_pair("margin", margin, chosen)
             per_pair = margin
         elif margin is not None:
-            default = margin
+            default = checks.real("margin", margin, chosen.logp)
     return name, per_pair, {"beta": beta, "per_pair": default, **values}
 
 

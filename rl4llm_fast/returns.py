@@ -94,7 +94,7 @@ def gae(
     else:
         tensors = {"values": values, "kl": kl}
         reward, (value, penalty), given = _shaped(
-            "gae", rewards, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend
+            "gae", rewards, tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, name="rewards"
         )
     return _gae("gae", reward, value, penalty, given, (gamma, lam, beta), mask_mode)
 
@@ -173,8 +173,7 @@ def n_step_returns(
     Returns:
         G^(n), like ``rewards``, fp32 (fp64 for fp64 input).
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n: wanted an integer, got {type(n).__name__}")
+    n = checks.integer("n", n)
     if n < 1:
         raise ValueError(f"n: wanted at least 1, got {n}")
     op, tensors = "n_step_returns", {"rewards": rewards, "values": values}
@@ -219,8 +218,11 @@ def vtrace(
     Returns:
         (advantages, value targets v), like ``rewards``, fp32 (fp64 for fp64 input).
     """
-    if isinstance(rho_max, (int, float)) and isinstance(c_max, (int, float)) and rho_max < c_max:
-        raise ValueError(f"rho_max: wanted at least c_max = {c_max}, got {rho_max}")
+    checks.in_range("rho_max", rho_max, 0.0)
+    checks.in_range("c_max", c_max, 0.0)
+    rho, c = checks.plain(rho_max), checks.plain(c_max)
+    if rho is not None and c is not None and rho < c:
+        raise ValueError(f"rho_max: wanted at least c_max = {c}, got {rho}")
     tensors = {"rewards": rewards, "values": values, "logp": logp, "rollout_logp": rollout_logp}
     given = _tokens("vtrace", tensors, mask, cu_seqlens, bootstrap_value, mask_mode, backend, detach=True)
     r, v, now, rollout = given.tensors
@@ -252,13 +254,15 @@ def shape_rewards(
         beta: β, a number or a 0-d tensor.
         mask: like ``kl``, True for a live token; others get 0.
         cu_seqlens: (B+1,), as in :func:`gae`.
-        backend: "eager" or None: plain PyTorch on every device. Any other that is asked for by name raises.
+        backend: "eager" or None: plain PyTorch on every device, whatever ``use_backend`` names. Any other raises.
 
     Returns:
         Rewards like ``kl``, fp32 (fp64 for fp64 input). No gradient flows. A sequence without a live token gets no
         score.
     """
-    score, (penalty,), given = _shaped("shape_rewards", scores, {"kl": kl}, mask, cu_seqlens, None, "skip", backend)
+    score, (penalty,), given = _shaped(
+        "shape_rewards", scores, {"kl": kl}, mask, cu_seqlens, None, "skip", backend or "eager"
+    )
     return reference_returns.shape_rewards(
         score, penalty, checks.number("beta", beta, penalty), given.mask, given.cu_seqlens
     )
@@ -334,22 +338,25 @@ def _shaped(
     bootstrap: Tensor | None,
     mask_mode: str,
     backend: str | None,
+    name: str = "scores",
 ) -> tuple[Tensor, list[Tensor], _Tokens]:
-    """Scores (B,) in the accumulation dtype, or one a token in the dtype of the rest; the rest, "kl" being the last."""
-    checks.is_float("scores", scores)
+    """Scores (B,) in the accumulation dtype, or one a token in the dtype of the rest; the rest, "kl" being the last.
+
+    ``name``: what the caller's user calls the scores."""
+    checks.is_float(name, scores)
     checks.is_tensor("kl", tensors["kl"])
     tensors = {**tensors, "kl": tensors["kl"].detach()}
     first, tokens = next(iter(tensors.items()))
     if scores.shape == tokens.shape:
-        tensors = {**tensors, "scores": scores.detach()}
+        tensors = {**tensors, name: scores.detach()}
         given = _tokens(op, tensors, mask, cu_seqlens, bootstrap, mask_mode, backend)
         return given.tensors[-1], given.tensors[:-1], given
     given = _tokens(op, tensors, mask, cu_seqlens, bootstrap, mask_mode, backend)
     count = tokens.shape[0] if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
     if checks.shape(scores) != (count,):
         wanted = f"{(count,)} for one score a sequence, or {checks.shape(tokens)} like {first}"
-        raise ValueError(f"scores: wanted {wanted}; got {checks.shape(scores)}")
-    checks.same_device("scores", scores, tokens, first)
+        raise ValueError(f"{name}: wanted {wanted}; got {checks.shape(scores)}")
+    checks.same_device(name, scores, tokens, first)
     return scores.detach().to(accumulation_dtype(given.tensors[0].dtype)).contiguous(), given.tensors, given
 
 

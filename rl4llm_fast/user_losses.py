@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def token_loss(
         op_name = f"{name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         _functions[op_name] = traced
         FORMULAS[name] = PolicyFormula(function, builtin=False, needs_ref=needs_ref, op_name=op_name)
-        KINDS[name] = dict(defaults)
+        KINDS[name] = {knob: float(value) for knob, value in defaults.items()}
         return function
 
     return register
@@ -101,17 +102,29 @@ def _check_signature(name: str, function: Callable[..., Any], defaults: Mapping[
                 f"token_loss {name!r}: {knob} is neither an input ({', '.join(POLICY_INPUTS)}) nor a knob with a "
                 f"default (knobs={{{knob!r}: ...}})"
             )
-    from .losses import policy_loss  # which imports this module
-
+    taken = _arguments()
     for knob, value in defaults.items():
         if knob not in knobs:
             raise ValueError(f"token_loss {name!r}: the function has no parameter for the knob {knob!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"token_loss {name!r}: {knob}: wanted a number as default, got {type(value).__name__}")
-        if knob in inspect.signature(policy_loss).parameters:
-            raise ValueError(f"token_loss {name!r}: {knob} is an argument of policy_loss itself; rename the knob")
+        if knob in taken:
+            raise ValueError(f"token_loss {name!r}: {knob} is an argument of {taken[knob]} itself; rename the knob")
     if len(knobs) > MAX_KNOBS:
         raise ValueError(f"token_loss {name!r}: wanted at most {MAX_KNOBS} knobs, got {len(knobs)}: {', '.join(knobs)}")
+
+
+def _arguments() -> dict[str, str]:
+    """The names that mean something else in a call with knobs, and whose they are."""
+    from .fused import linear_policy_loss  # both import this module
+    from .losses import policy_loss
+
+    found: dict[str, str] = {}
+    for function in (linear_policy_loss, policy_loss):
+        parameters = inspect.signature(function).parameters.values()
+        own = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        found |= dict.fromkeys(own, function.__name__)
+    return found
 
 
 def _check_formula(name: str, function: Callable[..., Any], knobs: tuple[str, ...]) -> bool:

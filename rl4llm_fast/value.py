@@ -9,7 +9,7 @@ from . import checks, dispatch, formulas, reference_losses, reference_returns, w
 from .autograd_losses import PolicyLoss, PolicyLossOptions
 from .checks import Number
 from .kl import check_like
-from .losses import aggregation_weights, pack_params, policy_loss
+from .losses import aggregation_weights, check_counts, pack_params, policy_loss
 from .schemas import accumulation_dtype
 from .sequences import sequences
 
@@ -67,8 +67,9 @@ def value_loss(
     if (clip is None) != (old_values is None):
         missing = "clip" if clip is None else "old_values"
         raise ValueError(f"{missing}: clip and old_values want each other, got None")
-    if isinstance(clip, (int, float)) and not clip > 0:
-        raise ValueError(f"clip: wanted a number > 0, got {clip}")
+    checks.in_range("clip", clip, 0.0, strict=True)
+    half = checks.flag("half", half)
+    check_counts(num_tokens=num_tokens, num_sequences=num_sequences, dp_size=dp_size)
     if not layout.known and aggregation.startswith("seq_"):
         raise ValueError(f"cu_seqlens: wanted with packed (N,) tokens for aggregation={aggregation!r}")
     mask = checks.live_mask("mask", mask, values.shape, values, "values")

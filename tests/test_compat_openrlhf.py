@@ -120,6 +120,17 @@ class TestLogProbs:
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="temperature"):
             ours.log_probs_from_logits(torch.zeros(1, 3), torch.zeros(1, dtype=torch.long), 0.0)
+        rows = torch.zeros(1, 3)
+        for name, call in (
+            ("logits", lambda: ours.log_probs_from_logits([[0.0]], rows)),
+            ("labels", lambda: ours.log_probs_from_logits(rows, [0])),
+            ("log_probs_base", lambda: ours.compute_approx_kl(rows, [0.0])),
+            ("log_probs_old", lambda: ours.compute_approx_kl(rows, rows, [0.0], unbiased_gradient=True)),
+            ("rewards", lambda: ours.get_advantages_and_returns(rows, [0.0], None, 1.0, 1.0)),
+            ("action_mask", lambda: ours.get_advantages_and_returns(rows, rows, [1], 1.0, 1.0)),
+        ):
+            with pytest.raises(TypeError, match=f"^{name}: wanted a torch.Tensor, got list"):
+                call()
 
 
 class TestKl:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,8 +110,16 @@ def test_empty(backend):
         (TypeError, "rewards", {"rewards": torch.zeros(4, dtype=torch.long), "group_size": 2}),
         (ValueError, "rewards", {"rewards": torch.zeros(2, 2), "group_size": 2}),
         (TypeError, "eps", {"group_size": 2, "eps": None}),
+        (ValueError, "eps: wanted a number >= 0, got -1.0", {"group_size": 2, "eps": -1.0}),
+        (TypeError, "unbiased: wanted a bool, got str", {"group_size": 2, "unbiased": "no"}),
     ],
 )
 def test_bad_input(error, name, arguments):
     with pytest.raises(error, match=name):
         rf.group_advantages(**{"rewards": torch.randn(4), **arguments})
+
+
+def test_numbers_of_numpy():
+    rewards = torch.randn(4)
+    got = rf.group_advantages(rewards, group_size=np.int64(2), eps=np.float64(1e-6))
+    assert torch.equal(got, rf.group_advantages(rewards, group_size=2, eps=1e-6))

@@ -132,6 +132,7 @@ def test_registration():
         ({"ref_logp": None}, "ref_logp: wanted a"),
         ({"mask": torch.zeros(3)}, "mask: wanted a bool"),
         ({"old_logp": torch.zeros(2)}, "old_logp: wanted the shape"),
+        ({"clamp": "yes"}, "clamp: wanted a bool, got str"),
     ],
 )
 def test_messages(changes, message):
@@ -150,12 +151,19 @@ def test_adaptive_controller():
     for bad in ({"beta": 0.0, "target": 1.0}, {"beta": 1.0, "target": -1.0}):
         with pytest.raises(ValueError, match="wanted a number > 0"):
             rf.AdaptiveKLController(**bad)
+    with pytest.raises(TypeError, match="target: wanted a number"):
+        rf.AdaptiveKLController(1.0, None)
+    with pytest.raises(TypeError, match="kl: wanted a number or a 0-d tensor, got list"):
+        controller.update([1])
 
 
 def test_trust_region():
     assert rf.trust_region_exceeded(torch.tensor(0.02), 0.01)
     assert not rf.trust_region_exceeded(0.01, 0.01)
     assert rf.trust_region_exceeded(NAN, 0.01)
+    for arguments, name in (((None, 1.0), "kl"), ((1.0, "1"), "delta"), ((torch.zeros(2), 1.0), "kl")):
+        with pytest.raises(TypeError, match=f"{name}: wanted a number"):
+            rf.trust_region_exceeded(*arguments)
 
 
 @pytest.mark.parametrize("backend", GPU)

@@ -7,6 +7,7 @@ import contextlib
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 from test_losses import check, run
@@ -135,9 +136,10 @@ ERRORS = [
     ({"advantages": torch.zeros(5)}, r"advantages: wanted \(2, 3\).*\(2,\)"),
     ({"old_logp": torch.zeros(3)}, "old_logp: wanted the shape"),
     ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask: wanted the shape"),
-    ({"mask": torch.ones(2, 3)}, "mask: wanted a bool"),
+    ({"mask": torch.ones(2, 3)}, r"mask: wanted a bool.*got torch.float32: mask.bool\(\)\?"),
     ({"logp": torch.zeros(2, 3, 4)}, r"logp: wanted \(B, T\)"),
     ({"logp": torch.zeros(2, 3, dtype=torch.long)}, "logp: wanted float32"),
+    ({"logp": torch.zeros(2, 3).to_sparse()}, "logp: wanted a dense tensor"),
     ({"cu_seqlens": torch.tensor([0, 6])}, "logp: wanted packed tokens"),
     ({"rollout_logp": torch.zeros(2, 3)}, "rollout_correction: wanted"),
     ({"rollout_correction": "truncate"}, "needs rollout_logp"),
@@ -148,14 +150,23 @@ ERRORS = [
     ({"eps_low": None}, "eps_low: wanted a number"),
     ({"eps_low": -0.2}, "eps_low: wanted a number >= 0, got -0.2"),
     ({"kind": "gspo", "eps_high": math.nan}, "eps_high: wanted a number >= 0, got nan"),
+    ({"eps_low": torch.tensor(-0.5)}, "eps_low: wanted a number >= 0, got -0.5"),
+    ({"ref_logp": torch.zeros(2, 3), "kl_coef": torch.tensor(1j)}, "kl_coef: wanted a real number"),
+    ({"ref_logp": torch.zeros(2, 3), "kl_coef": torch.tensor(True)}, "kl_coef: wanted a real.*torch.bool"),
+    ({"ref_logp": torch.zeros(2, 3), "kl_coef": np.bool_(True)}, "kl_coef: wanted a number or a 0-d tensor, got bool"),
+    ({"kl_clamp": "yes"}, "kl_clamp: wanted a bool, got str"),
+    ({"kind": "kl_pen", "beta": -1.0}, "beta: wanted a number >= 0"),
     ({"kind": "cispo", "cap": 0.0}, "cap: wanted a number > 0"),
+    ({"kind": "cispo", "cap": 5.0, "eps_low": 0.2, "eps_high": 0.2}, "eps_low, eps_high: not used.*with cap"),
     ({"num_tokens": -3}, "num_tokens: wanted a number >= 0, got -3"),
+    ({"num_tokens": torch.tensor(-4.0)}, "num_tokens: wanted a number >= 0, got -4"),
     ({"num_sequences": -1}, "num_sequences: wanted a number >= 0"),
     ({"max_length": -1.0}, "max_length: wanted a number >= 0"),
     ({"dp_size": -2}, "dp_size: wanted a number >= 0"),
     ({**ROLLOUT, "rollout_cap": -1.0}, "rollout_cap: wanted a number > 0"),
     ({**ROLLOUT, "rollout_floor": -0.5}, "rollout_floor: wanted a number >= 0"),
     ({**ROLLOUT, "rollout_floor": 2.5}, "rollout_floor: wanted at most rollout_cap = 2.0, got 2.5"),
+    ({**ROLLOUT, "rollout_correction": "truncate", "rollout_floor": 0.5}, "rollout_floor: wanted 0 with.*'truncate'"),
 ]
 
 
@@ -164,6 +175,17 @@ def test_messages(changes, message):
     arguments = {"logp": torch.zeros(2, 3), "old_logp": None, "advantages": torch.zeros(2, 3)} | changes
     with pytest.raises((ValueError, TypeError), match=message):
         rf.policy_loss(**arguments)
+
+
+def test_numbers_of_numpy():
+    tokens = [torch.randn(2, 3) for _ in range(4)]
+
+    def loss(whole, number):
+        options = {"eps_low": number(0.25), "kl_coef": number(0.5), "num_tokens": whole(6)}
+        return rf.policy_loss(*tokens[:3], ref_logp=tokens[3], **options)[0]
+
+    for whole, number in ((np.int64, np.float32), (np.int32, np.float64), (int, np.float16)):
+        assert torch.equal(loss(whole, number), loss(int, float))
 
 
 def _policy_loss(cu_seqlens):
@@ -273,8 +295,8 @@ def test_agrees_with_trl(loss_type):
         omega = (log_omega.sum(-1, keepdim=True) if level == "sequence" else log_omega).exp()
         inside = (omega >= 0.7) & (omega <= 1.3)
         inputs["importance_sampling_ratio"] = omega.clamp(max=1.3) if how == "truncate" else omega * inside
-        correction = {"rollout_logp": rollout, "rollout_correction": how, "rollout_level": level, "rollout_cap": 1.3,
-                      "rollout_floor": 0.7}  # fmt: skip
+        correction = {"rollout_logp": rollout, "rollout_correction": how, "rollout_level": level, "rollout_cap": 1.3}
+        correction |= {"rollout_floor": 0.7} if how == "mask" else {}
     wanted = trainer._compute_loss(fake, None, inputs)
     wanted.backward()
 

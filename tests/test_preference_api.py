@@ -146,6 +146,9 @@ def test_packed_padded_and_masked_agree(data):
         torch.testing.assert_close(grad[arguments[0][f"mask_{name}"]], other)
 
 
+GRAD = torch.tensor(0.1, requires_grad=True)
+
+
 class TestErrors:
     LOGP = torch.zeros(2, 3)
 
@@ -156,6 +159,12 @@ class TestErrors:
             ({"gamma": 0.5}, ValueError, "gamma: not a knob of kind 'dpo', which has label_smoothing"),
             ({"label_smoothing": None}, ValueError, "label_smoothing: wanted a number"),
             ({"label_smoothing": 1.5}, ValueError, "label_smoothing: wanted a number >= 0"),
+            ({"label_smoothing": torch.tensor(1.5)}, ValueError, "label_smoothing: wanted a number >= 0"),
+            ({"label_smoothing": "a"}, TypeError, "label_smoothing: wanted a number or a 0-d tensor, got str"),
+            ({"label_smoothing": [0.1]}, TypeError, "label_smoothing: wanted a number or a 0-d tensor, got list"),
+            ({"label_smoothing": GRAD}, ValueError, "label_smoothing: gets no gradient"),
+            ({"average": "no"}, TypeError, "average: wanted a bool, got str"),
+            ({"kind": "2d_dpo", "average": True}, ValueError, "average: wanted False for kind '2d_dpo'"),
             ({"kind": "robust", "label_smoothing": 0.5}, ValueError, "< 0.5, got 0.5"),
             ({"beta": -0.1}, ValueError, "beta: wanted a number >= 0, got -0.1"),
             ({"kind": "ipo", "beta": 0.0}, ValueError, "beta: wanted a number > 0"),
@@ -164,7 +173,7 @@ class TestErrors:
             ({"kind": "hinge", "prob": torch.ones(2)}, ValueError, "prob: kind 'hinge' has none"),
             ({"prob": torch.ones(2), "label_smoothing": 0.1}, ValueError, "label_smoothing, prob"),
             ({"prob": torch.ones(3)}, ValueError, "prob: wanted the shape \\(2,\\)"),
-            ({"prob": torch.tensor([0.5, 1.5])}, ValueError, r"prob: wanted probabilities in \[0, 1\]"),
+            ({"prob": torch.tensor([0.5, 1.5])}, ValueError, r"prob: wanted .*, got 1.5 at position \(1,\)"),
             ({"prob": torch.tensor([0.5, float("nan")])}, ValueError, "prob: wanted probabilities"),
             ({"logp_rejected": torch.zeros(3, 3)}, ValueError, "ref_rejected"),
             ({"mask_chosen": torch.ones(2, 3)}, TypeError, "mask_chosen: wanted a bool"),
@@ -209,6 +218,13 @@ class TestErrors:
             rf.reward_model_loss(self.LOGP, self.LOGP)
         with pytest.raises(ValueError, match="margin: wanted the shape"):
             rf.reward_model_loss(self.LOGP[0], self.LOGP[0], margin=torch.ones(2))
+        for margin, message in (([1.0, 2.0], "wanted .* got list"), ("1", "wanted .* got str"), (GRAD, "gets no grad")):
+            with pytest.raises((TypeError, ValueError), match=f"^margin: {message}"):
+                rf.reward_model_loss(self.LOGP[0], self.LOGP[0], margin=margin)
+        for name in ("kl", "lambda_d", "lambda_u"):
+            for value in (-0.1, torch.tensor(-0.1)):
+                with pytest.raises(ValueError, match=f"^{name}: wanted a number >= 0"):
+                    rf.kto_loss(self.LOGP, self.LOGP, torch.ones(2, dtype=torch.bool), **{name: value})
         with pytest.raises(TypeError, match="ranks: wanted an integer tensor"):
             rf.ranked_reward_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2, dtype=torch.long))
         with pytest.raises(ValueError, match="prompt_ids: wanted the shape"):

@@ -194,6 +194,10 @@ class TestWhiten:
             rf.whiten(torch.zeros(3), torch.ones(4, dtype=torch.bool))
         with pytest.raises(TypeError, match="eps"):
             rf.whiten(torch.zeros(3), eps="small")
+        with pytest.raises(ValueError, match="eps: wanted a number >= 0"):
+            rf.whiten(torch.zeros(3), eps=-5.0)
+        with pytest.raises(TypeError, match=r"group: wanted a .*process group or None, got int"):
+            rf.whiten(torch.zeros(3), group=3)
 
 
 _RANK = """

@@ -40,7 +40,9 @@ PACKED = {"rewards": torch.zeros(6), "values": torch.zeros(6)}
         (ValueError, r"lam: wanted a number in \[0, 1\]", {**GOOD, "lam": -0.5}),
         (ValueError, "lam", {**GOOD, "lam": torch.zeros(2)}),
         (ValueError, "beta", {**GOOD, "beta": 0.1}),
-        (ValueError, "scores", {**GOOD, "rewards": torch.zeros(3), "kl": torch.zeros(2, 3), "beta": 0.1}),
+        (ValueError, r"gamma: wanted a number in \[0, 1\], got 1.5", {**GOOD, "gamma": torch.tensor(1.5)}),
+        (ValueError, "^rewards: wanted", {**GOOD, "rewards": torch.zeros(3), "kl": torch.zeros(2, 3), "beta": 0.1}),
+        (TypeError, "^rewards: wanted", {**GOOD, "rewards": [1.0], "kl": torch.zeros(2, 3), "beta": 0.1}),
         (ValueError, "backend", {**GOOD, "backend": "tpu"}),
     ],
 )
@@ -58,8 +60,12 @@ def test_bad_input_of_the_others():
     for call in (lambda: rf.n_step_returns(r, v, 1, gamma=2), lambda: rf.vtrace(r, r, r, v, gamma=2.0, lam=1.0)):
         with pytest.raises(ValueError, match=r"gamma: wanted a number in \[0, 1\]"):
             call()
-    with pytest.raises(ValueError, match="rho_max"):
-        rf.vtrace(r, r, r, v, gamma=1.0, lam=1.0, rho_max=0.5)
+    for low in (0.5, torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"rho_max: wanted at least c_max = 1\.0, got 0\.5"):
+            rf.vtrace(r, r, r, v, gamma=1.0, lam=1.0, rho_max=low)
+    for bounds in ({"rho_max": -0.5, "c_max": -1}, {"c_max": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(bounds))}: wanted a number >= 0"):
+            rf.vtrace(r, r, r, v, gamma=1.0, lam=1.0, **bounds)
     with pytest.raises(ValueError, match="rollout_logp"):
         rf.vtrace(r, r[:1], r, v, gamma=1.0, lam=1.0)
     with pytest.raises(ValueError, match="scores"):

@@ -270,6 +270,8 @@ REFUSED = [
     ("knob", {"c": 1.0}, lambda m, logp, c: logp, "the knob 'c' is not used"),
     ("knob", {"c": "1"}, lambda m, logp, c: c * logp, "c: wanted a number as default, got str"),
     ("knob", {"mask": 1.0}, lambda m, logp, mask: mask * logp, "mask is an argument of policy_loss"),
+    ("knob", {"temperature": 1.0}, lambda m, logp, temperature: temperature * logp, "argument of linear_policy_loss"),
+    ("knob", {"weight": 1.0}, lambda m, logp, weight: weight * logp, "argument of linear_policy_loss"),
     ("knobs", dict.fromkeys("abcde", 1.0), lambda m, logp, a, b, c, d, e: a * b * c * d * e * logp, "at most 4 knobs"),
     ("args", {}, lambda m, *logp: logp[0], r"wanted plain parameters.*\*logp"),
     ("none", {}, lambda: 0.0, "wanted a function of the maths namespace"),

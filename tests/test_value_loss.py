@@ -161,6 +161,13 @@ def test_errors():
         rf.value_loss(values, values, old_values=values)
     with pytest.raises(ValueError, match="clip: wanted a number > 0"):
         rf.value_loss(values, values, old_values=values, clip=-1.0)
+    for name in ("num_tokens", "num_sequences", "dp_size"):
+        with pytest.raises(ValueError, match=f"{name}: wanted a number >= 0, got -2"):
+            rf.value_loss(values, values, **{name: -2})
+    with pytest.raises(ValueError, match="clip: wanted a number > 0"):
+        rf.value_loss(values, values, old_values=values, clip=torch.tensor(0.0))
+    with pytest.raises(TypeError, match="half: wanted a bool, got str"):
+        rf.value_loss(values, values, half="no")
     with pytest.raises(ValueError, match="returns"):
         rf.value_loss(values, values[:1])
     with pytest.raises(ValueError, match="values: wanted"):
@@ -171,3 +178,16 @@ def test_errors():
         rf.sft_loss(torch.ones(2, dtype=torch.long))
     with pytest.raises(ValueError, match="built-in"):
         rf.token_loss("value_mse")(lambda m, logp, adv: -logp * adv)
+
+
+def test_checks_of_numbers_break_no_graph():
+    values = torch.randn(2, 3)
+
+    def losses(x, number):
+        value = rf.value_loss(x, values, old_values=values, clip=number, num_tokens=number * 6)[0]
+        policy = rf.policy_loss(x, None, values, kind="cispo", cap=number, num_sequences=number)[0]
+        return value + policy
+
+    compiled = torch.compile(losses, fullgraph=True, backend="eager")
+    for number in (torch.tensor(0.4), 0.4, 0.5):
+        torch.testing.assert_close(compiled(values + 1, number), losses(values + 1, number))

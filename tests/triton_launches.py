@@ -109,7 +109,7 @@ def policy_losses() -> None:
 
 def preference_losses() -> None:
     for kind in preference.KINDS.keys() - {"2d_dpo", "bradley_terry"}:
-        refs = () if kind in preference._WITHOUT_REFERENCE else (-torch.rand(4, 12), -torch.rand(4, 12))
+        refs = () if kind in preference.WITHOUT_REFERENCE else (-torch.rand(4, 12), -torch.rand(4, 12))
         rf.preference_loss(leaf(4, 12), leaf(4, 12), *refs, kind=kind, **TRITON)[0].backward()
     offsets = torch.tensor([0, 5, 9, 30])
     packed = {"cu_seqlens_chosen": offsets, "cu_seqlens_rejected": offsets}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..kl import kl_estimate
 from ..logprobs import token_logprobs
 from ..returns import gae
@@ -28,6 +29,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     Returns:
         (...), in the dtype of the logits; with ``torch.log_softmax``'s bits in bf16 and fp16 on a CPU.
     """
+    checks.are_tensors(logits=logits, labels=labels)
     if not temperature > 0:
         raise ValueError(f"temperature: wanted a number > 0, got {temperature}")
     if temperature != 1.0:
@@ -59,6 +61,9 @@ def compute_approx_kl(
     """
     if isinstance(log_probs_old, str):
         kl_estimator, log_probs_old = log_probs_old, None
+    checks.are_tensors(log_probs=log_probs, log_probs_base=log_probs_base)
+    if log_probs_old is not None:
+        checks.is_tensor("log_probs_old", log_probs_old)
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {kl_estimator!r}")
     estimator: Any = kl_estimator
@@ -89,6 +94,9 @@ def get_advantages_and_returns(
     Returns:
         (advantages, returns), (B, T) each, in the common dtype of values, rewards and a mask of floats.
     """
+    checks.are_tensors(values=values, rewards=rewards)
+    if action_mask is not None:
+        checks.is_tensor("action_mask", action_mask)
     dtype = torch.promote_types(values.dtype, rewards.dtype)
     if action_mask is not None and action_mask.is_floating_point():
         dtype = torch.promote_types(dtype, action_mask.dtype)  # OpenRLHF multiplies with it

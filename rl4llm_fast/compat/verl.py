@@ -13,13 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import checks
 from ..advantages import group_advantages
 from ..kl import kl_estimate
 from ..logprobs import belongs_to_a_leaf, linear_token_logprobs, token_entropy, token_logprobs
 from ..returns import gae
 from . import patching, rounding
 from .patching import Patch, Target
-from .verl_losses import POLICY_LOSSES, compute_value_loss
+from .verl_losses import POLICY_LOSSES
+from .verl_losses import compute_policy_loss_cispo as compute_policy_loss_cispo
+from .verl_losses import compute_policy_loss_gpg as compute_policy_loss_gpg
+from .verl_losses import compute_policy_loss_gspo as compute_policy_loss_gspo
+from .verl_losses import compute_policy_loss_sapo as compute_policy_loss_sapo
+from .verl_losses import compute_policy_loss_vanilla as compute_policy_loss_vanilla
+from .verl_losses import compute_value_loss as compute_value_loss
 
 VERSIONS = ("0.9",)
 
@@ -37,6 +44,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         (...): on a CPU in the dtype of the logits, with ``torch.log_softmax``'s bits in bf16 and fp16; on a GPU in
         fp32, and 0 with no gradient where the label is −100, both as flash-attn's kernel does.
     """
+    checks.are_tensors(logits=logits, labels=labels)
     if logits.device.type == "cpu":
         return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False)[0]
     in_place = inplace_backward and not belongs_to_a_leaf(logits)
@@ -45,6 +53,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """``verl.utils.torch_functional.entropy_from_logits``: (...), in the dtype of the logits (..., V)."""
+    checks.is_tensor("logits", logits)
     return token_entropy(logits).to(logits.dtype)
 
 
@@ -72,6 +81,7 @@ def linear_cross_entropy(
     Returns:
         (log-probabilities (N,), or their sum or mean, entropy (N,)) with N the tokens of ``hidden``; fp32.
     """
+    checks.are_tensors(hidden=hidden, weight=weight, labels=labels)
     reduction = reduction.lower()
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction: wanted 'none', 'sum' or 'mean', got {reduction!r}")
@@ -105,6 +115,7 @@ def compute_gae_advantage_return(
     Raises:
         ValueError: fewer than two live tokens, on a CPU; on a GPU, without a synchronisation, NaN.
     """
+    checks.are_tensors(token_level_rewards=token_level_rewards, values=values, response_mask=response_mask)
     dtype = torch.promote_types(token_level_rewards.dtype, values.dtype)
     live = response_mask != 0
     at_live, _ = gae(token_level_rewards.to(dtype), values.to(dtype), gamma=gamma, lam=lam, mask=live)
@@ -147,6 +158,7 @@ def compute_grpo_outcome_advantage(
         The same tensor twice, (B, T): (R − mean)/(std + ε) at live tokens, 0 elsewhere. A group of one has mean 0 and
         standard deviation 1; equal rewards give exactly 0.
     """
+    checks.are_tensors(token_level_rewards=token_level_rewards, response_mask=response_mask)
     scores = token_level_rewards.sum(dim=-1)
     numbers: dict[Any, int] = {}
     ids = [numbers.setdefault(value, len(numbers)) for value in (index.tolist() if hasattr(index, "tolist") else index)]
@@ -190,6 +202,7 @@ def agg_loss(
     Returns:
         0-d. NaN where a count of this batch is wanted and is 0.
     """
+    checks.are_tensors(loss_mat=loss_mat, loss_mask=loss_mask)
     losses = torch.where(loss_mask != 0, loss_mat, 0.0)
     if loss_mask.is_floating_point():
         losses = losses * loss_mask
@@ -227,6 +240,7 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     Returns:
         Their shape and common dtype.
     """
+    checks.are_tensors(logprob=logprob, ref_logprob=ref_logprob)
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATORS:
         raise NotImplementedError(f"kl_penalty: wanted one of {', '.join(_ESTIMATORS)}, got {kl_penalty!r}")

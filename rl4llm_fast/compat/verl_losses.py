@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..losses import policy_loss
 from ..value import value_loss
 
@@ -170,6 +171,7 @@ def compute_value_loss(
     """
     if loss_agg_mode not in _AGGREGATIONS:
         raise ValueError(f"Invalid loss_agg_mode: {loss_agg_mode}")
+    checks.are_tensors(vpreds=vpreds, returns=returns, values=values, response_mask=response_mask)
     dtype = torch.promote_types(torch.promote_types(vpreds.dtype, returns.dtype), values.dtype)
     live = response_mask != 0
     info = {"dp_size": dp_size, "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
@@ -224,6 +226,9 @@ def _policy_loss(
     if mode not in _AGGREGATIONS:
         raise ValueError(f"Invalid loss_agg_mode: {mode}")
     old, now, advantages, mask = tokens
+    checks.are_tensors(old_log_prob=old, log_prob=now, advantages=advantages, response_mask=mask)
+    if weights is not None:
+        checks.is_tensor("rollout_is_weights", weights)
     live = mask != 0
     info = dict(_given(config).global_batch_info)
     sequences = _sequences(mode, live, info)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,29 @@ class TestPolicyLosses:
         assert names == [f"rl4llm_fast_{kind}" for kind in POLICY_LOSSES]
         for name, loss in zip(names, POLICY_LOSSES.values(), strict=True):
             assert core.POLICY_LOSS_REGISTRY[name] is loss
+
+
+def test_policy_losses_can_be_imported_beside_the_rest() -> None:
+    for name, loss in POLICY_LOSSES.items():
+        assert getattr(ours, f"compute_policy_loss_{name}") is loss
+
+
+def test_lists_are_refused_by_name() -> None:
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.long)
+    config = types.SimpleNamespace(global_batch_info={})
+    calls: list[tuple[str, Any]] = [
+        ("logits", lambda: ours.logprobs_from_logits([x], mask)),
+        ("labels", lambda: ours.logprobs_from_logits(x, [0])),
+        ("logits", lambda: ours.entropy_from_logits([x])),
+        ("weight", lambda: ours.linear_cross_entropy(x, [x], mask)),
+        ("values", lambda: ours.compute_gae_advantage_return(x, [0.0], mask, 1.0, 1.0)),
+        ("response_mask", lambda: ours.compute_grpo_outcome_advantage(x, [1], [0, 0])),
+        ("loss_mat", lambda: ours.agg_loss([0.0], mask, "token-mean")),
+        ("ref_logprob", lambda: ours.kl_penalty(x, [0.0], "kl")),
+        ("vpreds", lambda: ours.compute_value_loss([0.0], x, x, mask, 0.2)),
+        ("old_log_prob", lambda: ours.compute_policy_loss_gpg([0.0], x, x, mask, config=config)),
+        ("rollout_is_weights", lambda: ours.compute_policy_loss_gpg(x, x, x, mask, "token-mean", config, [1.0])),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"^{name}: wanted a torch.Tensor, got list"):
+            call()
