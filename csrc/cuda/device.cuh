@@ -73,7 +73,10 @@ __device__ __forceinline__ void store_vec(T* ptr, const Vec<T>& vec) {
 }
 
 // The same 16 bytes from an address that is not a multiple of 16 (rows of an odd V): the two aligned vectors that hold
-// them, shifted together. Each of the two holds a byte that was asked for, so neither can reach another page.
+// them, shifted together. The second reads up to kBeyond elements more, which must lie in the row too: a tensor may end
+// with it.
+template <class T>
+constexpr int kBeyond = kVec<T> - 1;
 template <class T>
 __device__ __forceinline__ Vec<T> load_vec_shifted(const T* ptr) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(ptr);

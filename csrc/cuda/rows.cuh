@@ -42,7 +42,8 @@ struct Columns {
 template <class T, int COLUMNS>
 __device__ __forceinline__ void load_columns(Columns<T, COLUMNS>& columns, const T* row_ptr, int64_t column,
                                              int64_t last) {
-  if (column >= 0 && column + COLUMNS <= last) {
+  const int beyond = on_16_bytes(row_ptr + column) ? 0 : kBeyond<T>;
+  if (column >= 0 && column + COLUMNS + beyond <= last) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / kVec<T>; ++i) {
       const T* ptr = row_ptr + column + i * kVec<T>;

@@ -55,7 +55,9 @@ __device__ __forceinline__ RowSum<float> sum_columns(const T* row_ptr, int64_t f
   Vec<T> vecs[kFwdLoads];
   int64_t start = first + int64_t(threadIdx.x) * kVec<T>;
   constexpr int64_t kStep = int64_t(kThreads) * kVec<T>;
-  const int64_t whole = first + (last - first) / kFwdGroup<T> * kFwdGroup<T>;
+  constexpr int kMore = ALIGNED ? 0 : kBeyond<T>;
+  const int64_t columns = last - first > kMore ? last - first - kMore : 0;
+  const int64_t whole = first + columns / kFwdGroup<T> * kFwdGroup<T>;
   for (; start < whole; start += kFwdGroup<T>) {
 #pragma unroll
     for (int i = 0; i < kFwdLoads; ++i) {
@@ -64,11 +66,11 @@ __device__ __forceinline__ RowSum<float> sum_columns(const T* row_ptr, int64_t f
     }
     sums = add_columns<T, SOFTCAP, ENTROPY>(sums, vecs, k, softcap);
   }
-  if (whole < last) {
+  for (int64_t rest = whole; rest < last; rest += kFwdGroup<T>, start += kFwdGroup<T>) {
 #pragma unroll
     for (int i = 0; i < kFwdLoads; ++i) {
       const int64_t column = start + i * kStep;
-      if (column + kVec<T> <= last) {
+      if (column + kVec<T> + kMore <= last) {
         vecs[i] = ALIGNED ? load_vec(row_ptr + column) : load_vec_shifted(row_ptr + column);
       } else {
 #pragma unroll
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int i = 0; i < kBwdLoads; ++i) {
     const int64_t column = start + i * kStep;
     const T* ptr = row_ptr + column;
-    if (live && column >= 0 && column + kVec<T> <= rows.V) {
+    const int beyond = on_16_bytes(ptr) ? 0 : kBeyond<T>;
+    if (live && column >= 0 && column + kVec<T> + beyond <= rows.V) {
       // In place both pointers are one, so no load here can touch what a neighbour has overwritten.
       vecs[i] = on_16_bytes(ptr) ? load_vec(ptr) : load_vec_shifted(ptr);
     } else {
