@@ -177,14 +177,10 @@ class TestChoice:
                 message = f"backend '{name}' cannot run {op}: {op} exists as plain PyTorch only"
                 with pytest.raises(rf.BackendError, match=message):
                     call(backend=name)
-                with rf.use_backend(name):
-                    with pytest.raises(rf.BackendError, match=message):
-                        call()
-                    call(backend="eager")
+                with rf.use_backend(name):  # of the ops that have a choice: a loop inside it may hold these too
+                    assert torch.equal(call(), call(backend="eager"))
                 monkeypatch.setenv("RL4LLM_FAST_BACKEND", name)
-                with pytest.raises(rf.BackendError, match=message):
-                    call()
-                call(backend="eager")
+                assert torch.equal(call(), call(backend="eager"))
                 monkeypatch.delenv("RL4LLM_FAST_BACKEND")
             with pytest.raises(ValueError, match="backend: wanted one of eager"):
                 call(backend="tpu")
