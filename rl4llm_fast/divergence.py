@@ -123,7 +123,7 @@ def linear_kl_divergence(
     compute_dtype, ref_compute_dtype = _check_heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     check_dtypes(ref_compute_dtype, logits_dtype, None)
-    check_chunk(chunk_tokens)
+    chunk_tokens = check_chunk(chunk_tokens)
     beta_tensor = _check_direction(direction, beta, hidden)
     mask = checks.live_mask("mask", mask, hidden.shape[:-1], hidden, "hidden without D")
     tau = check_temperature(temperature, hidden)

@@ -131,7 +131,7 @@ def linear_policy_loss_and_logprobs(
     checks.same_device("token_ids", token_ids, hidden, "hidden")
     if "entropy" in options:
         raise ValueError("entropy: made here from the hidden states; entropy_coef asks for it")
-    check_chunk(chunk_tokens)
+    chunk_tokens = check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     kept = token_ids != ignore_index
     mask = kept if mask is None else kept & mask

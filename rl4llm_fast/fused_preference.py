@@ -83,7 +83,7 @@ def linear_preference_loss(
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
     compute_dtype = product_dtype(compute_dtype, hidden, logits_dtype, grad_weight_dtype)
-    check_chunk(chunk_tokens)
+    chunk_tokens = check_chunk(chunk_tokens)
     for name in knobs:
         if name in _OF_ONE_SIDE:
             raise ValueError(

@@ -83,10 +83,10 @@ def product_dtype(compute_dtype: torch.dtype, hidden: Tensor, *asked: torch.dtyp
     return torch.float32 if slow and compute_dtype not in asked else compute_dtype
 
 
-def check_chunk(chunk_tokens: int | None) -> None:
+def check_chunk(chunk_tokens: int | None) -> int | None:
     if chunk_tokens is None:
-        return
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, (int, torch.SymInt)):
-        raise TypeError(f"chunk_tokens: wanted a whole number or None, got {type(chunk_tokens).__name__}")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: wanted at least 1, got {chunk_tokens}")
+        return None
+    tokens = checks.integer("chunk_tokens", chunk_tokens)
+    if tokens < 1:
+        raise ValueError(f"chunk_tokens: wanted at least 1, got {tokens}")
+    return tokens

@@ -257,7 +257,7 @@ def linear_token_logprobs(
     group = check_group(tp_group)
     lead = hidden.shape[:-1]
     checks.integer("ignore_index", ignore_index)
-    check_chunk(chunk_tokens)
+    chunk_tokens = check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
     tau = check_temperature(temperature, hidden)
     cap = None if softcap is None else checks.number("softcap", softcap, hidden, positive=True)
@@ -364,6 +364,6 @@ def check_temperature(temperature: Number, rows: Tensor) -> Tensor:
             raise ValueError("temperature: gets no gradient, but came as a tensor that requires one")
         tau = temperature.to(torch.float64 if rows.device.type == "cpu" else torch.float32)
     looked_at = (tau.device.type == "cpu" or checks.debug()) and not torch.compiler.is_compiling()
-    if isinstance(temperature, Tensor) and looked_at and not bool(((tau > 0) & (tau < math.inf)).all()):
-        raise ValueError("temperature: wanted finite values > 0 in every row")
+    if isinstance(temperature, Tensor) and looked_at:
+        checks.at_every("temperature", tau, (tau > 0) & (tau < math.inf), "finite values > 0")
     return tau

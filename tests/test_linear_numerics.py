@@ -212,7 +212,7 @@ def test_the_workspace_keeps_its_bound():
         (ValueError, "grad_weight_dtype: wanted torch.bfloat16 or", {"grad_weight_dtype": FP16}),
         (TypeError, "grad_weight_dtype: wanted a torch.dtype", {"grad_weight_dtype": 32}),
         (ValueError, "chunk_tokens: wanted at least 1, got 0", {"chunk_tokens": 0}),
-        (TypeError, "chunk_tokens: wanted a whole number", {"chunk_tokens": 2.5}),
+        (TypeError, "chunk_tokens: wanted an int", {"chunk_tokens": 2.5}),
     ],
 )
 def test_bad_input(op, error, message, options):

@@ -106,6 +106,8 @@ class GRPOConfig(RunConfig):
         super().__post_init__()
         self.wanted(self.top_p <= 1, "top_p", "at most 1")
         truncated = self.sampler == "vllm" and (self.top_p < 1 or self.top_k > 0)
+        floored = self.rollout_floor == 0 or self.rollout_correction != "truncate"
+        self.wanted(floored, "rollout_floor", "0 with rollout_correction = truncate, which has none")
         used = self.old_logprobs == "sampler" or self.rollout_correction != "none"
         self.wanted(not (truncated and used), "sampler", "own: the log-probabilities of vLLM are after top-p and top-k")
         self.wanted(used or not self.overlap, "overlap", "old_logprobs = sampler, or a rollout_correction, with true")
