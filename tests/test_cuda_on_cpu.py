@@ -21,7 +21,8 @@ CUDA = ROOT / "csrc" / "cuda"
 SOURCES = ["token_logprobs", "kl_fwd", "kl_bwd", "scan", "n_step", "groups", "whiten", "token_loss",
            "token_loss_sequences"]  # fmt: skip
 TESTS = [
-    "tests/test_token_logprobs.py", "tests/interpret/test_triton_token_logprobs.py",
+    "tests/test_token_logprobs.py", "tests/test_token_logprobs_inplace.py",
+    "tests/interpret/test_triton_token_logprobs.py",
     "tests/test_kl_divergence.py", "tests/interpret/test_triton_kl.py", "tests/test_properties.py",
     "tests/interpret/test_triton_returns.py", "tests/interpret/test_triton_n_step.py",
     "tests/test_group_advantages.py", "tests/test_process_advantages.py", "tests/cuda_on_cpu/test_long_returns.py",

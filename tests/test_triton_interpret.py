@@ -26,6 +26,7 @@ def test_kernels_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k",
          "triton and not (" + " or ".join(LEFT_OUT) + ")", "tests/test_token_logprobs.py",
+         "tests/test_token_logprobs_inplace.py",
          "tests/test_kl_divergence.py", "tests/test_properties.py", "tests/test_group_advantages.py",
          "tests/test_process_advantages.py", "tests/interpret"],
         cwd=ROOT,
