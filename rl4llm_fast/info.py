@@ -191,15 +191,19 @@ def _backends() -> list[str]:
     usable = dispatch.backends()
     width = max(map(len, usable), default=0)
     lines = [f"  {op:<{width}}  {' '.join(names)}" for op, names in sorted(usable.items())]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for op, names in sorted(usable.items()):
         for backend in dispatch.BACKENDS:
-            if backend not in names:
+            if backend not in names and dispatch.OP_KERNELS[op]:
                 device = "cpu" if backend == "cpu" else "cuda"
                 reason = dispatch.why_not(op, backend, device) or "its kernels are built, but there is no GPU here"
-                reasons.setdefault(f"  not {backend}: {reason.removeprefix(op + ' ')}", []).append(op)
-    for line, ops in reasons.items():
-        lines.append(line if len(ops) == len(usable) else f"{line} ({', '.join(ops)})")
+                reasons.setdefault(backend, {}).setdefault(reason.removeprefix(f"{op} "), []).append(op)
+    for backend, why in reasons.items():  # the reason of most ops needs no list of them
+        for reason, ops in sorted(why.items(), key=lambda item: -len(item[1])):
+            most = len(ops) > len(usable) // 2
+            lines.append(f"  not {backend}: {reason}" if most else f"  not {backend}: {reason} ({', '.join(ops)})")
+    plain = sorted(op for op, kernels in dispatch.OP_KERNELS.items() if not kernels)
+    lines.append(f"  plain PyTorch on every device: {', '.join(plain)}")
     return lines
 
 
