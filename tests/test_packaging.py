@@ -229,7 +229,14 @@ class TestSwitches:
 
 
 class TestExtension:
-    """The binary itself."""
+    """The binary itself, and what it is made of."""
+
+    def test_macros_are_those_of_the_oldest_torch(self) -> None:
+        """Functions newer than torch's target ABI do not compile; macros are not guarded so."""
+        sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))
+        used = set(re.findall(r"\b(?:[A-Z]+_)?TORCH_[A-Z_]+\b", sources))
+        known = {"TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK", "TORCH_TARGET_VERSION"}
+        assert used == {"STABLE_TORCH_LIBRARY_IMPL", *known}
 
     @pytest.fixture(scope="class")
     def binary(self, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
