@@ -11,6 +11,7 @@ products, not three); and frozen with LoRA. Their gradients are compared with th
 from __future__ import annotations
 
 import copy
+import os
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,8 @@ def check(rank: int, size: int, device: str, head: str) -> None:
 
 
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    device = "cuda" if torch.cuda.device_count() >= here else "cpu"  # NCCL wants a GPU for each process
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         if device == "cuda":

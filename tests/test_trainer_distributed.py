@@ -29,6 +29,7 @@ from rl4llm_fast.trainer import (
     train_rm,
     train_sft,
 )
+from rl4llm_fast.trainer.distributed import join
 from rl4llm_fast.trainer.tasks import Task
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -58,6 +59,7 @@ def runs(folder: pathlib.Path):
     changes = {**sharded, "precision": "bf16", "gradient_checkpointing": True}
     yield "dpo_fsdp_bf16", train(DPOConfig, train_dpo, pairs, "dpo_fsdp_bf16", changes, tie_word_embeddings=False)
     yield "kto", train(KTOConfig, train_kto, labelled, "kto", sft)
+    yield "kto_fsdp", train(KTOConfig, train_kto, labelled, "kto_fsdp", {**sharded, "heldout": 5})
     yield "curry", train(CurryConfig, train_curry, ranked, "curry", {**sft, "steps_per_round": 2})
     yield "rm", train(RMConfig, train_rm, pairs, "rm", sft)
     grpo = {
@@ -87,6 +89,7 @@ def start(processes: int, port: int, *command: object) -> list[subprocess.Popen]
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",  # gloo on the CPU, also where there is one GPU for two processes
     }  # fmt: skip
     return [
         subprocess.Popen(
@@ -156,6 +159,22 @@ def test_the_example_of_a_sharded_head():
     text = finish(start(2, free_port(), ROOT / "examples" / "fsdp2_head.py"))[0]
     for head in ("tied", "separate", "frozen", "lora"):
         assert f"{head} head: gradients of 2 processes" in text
+
+
+@pytest.mark.parametrize(("place", "taken"), [("0", [0]), ("1", []), (None, [])])
+def test_a_process_takes_the_gpu_of_its_place_where_there_is_one(monkeypatch, place, taken):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: int(place or 1))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if place is not None:
+        monkeypatch.setenv("LOCAL_RANK", place)
+    assert join().rank == int(place or 1)
+    assert found == taken
 
 
 if __name__ == "__main__":

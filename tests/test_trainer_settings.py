@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny_llama import PROMPTS, config, count_sevens, run, tiny_model
@@ -156,6 +157,21 @@ def test_every_prompt_comes_once_a_pass():
     assert sorted(seen[:10]) == train
     assert sorted(seen[10:]) == train
     assert seen[:10] != seen[10:]
+
+
+def test_a_pass_is_shuffled_once(monkeypatch):
+    made, default_rng = [], np.random.default_rng
+
+    def counted(key):
+        made.append(tuple(key))
+        return default_rng(key)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    train = list(range(101))
+    seen = [e for step in range(1, 28) for e in examples_of_step(train, step, 8, seed=4321)]
+    assert made == [(4321, 0), (4321, 1), (4321, 2)]
+    order = [int(i) for epoch in range(3) for i in default_rng([4321, epoch]).permutation(101)]
+    assert seen == order[: 27 * 8]
 
 
 def test_evaluation_of_held_out_examples(tmp_path):

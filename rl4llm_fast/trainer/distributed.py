@@ -84,8 +84,9 @@ def join() -> Ranks:
             return Ranks()
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(_leave)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    place = os.environ.get("LOCAL_RANK")  # of a group that somebody else made: where they computed, they stay
+    if torch.cuda.is_available() and place is not None and int(place) < torch.cuda.device_count():
+        torch.cuda.set_device(int(place))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

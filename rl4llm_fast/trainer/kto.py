@@ -128,7 +128,8 @@ class KTOTrainer(ReferenceTrainer):
     def before_rows(self, rows: Sequence[Labelled]) -> None:
         """z of ``rows``, and how many of them are desirable."""
         size = self.config.micro_batch_size or self.config.batch_size
-        own = self.ranks.share(rows)
+        ranks = self.evaluators if rows is self.heldout else self.ranks  # under fsdp forwards must be as many
+        own = ranks.share(rows)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self.chosen_backend():
             for start in range(0, len(own), size):
@@ -136,7 +137,7 @@ class KTOTrainer(ReferenceTrainer):
                 texts = self._mismatched(part)
                 reference = self.reference_logprobs(texts, [row.reference[1] for row in part if row.reference])
                 total += (self.logprobs(texts, measured=False) - reference).double().sum()
-        z = max(0.0, self.config.beta * self.ranks.sum(total) / max(len(rows), 1))
+        z = max(0.0, self.config.beta * ranks.sum(total) / max(len(rows), 1))
         self.z = torch.tensor(z, device=self.device)
         self.share = sum(row.desirable for row in rows) / max(len(rows), 1)
 

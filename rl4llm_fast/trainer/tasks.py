@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -121,9 +122,14 @@ def examples_of_step(train: Sequence[Example], step: int, count: int, seed: int)
     chosen = []
     for position in range((step - 1) * count, step * count):
         epoch, place = divmod(position, len(train))
-        order = np.random.default_rng([seed, epoch]).permutation(len(train))
-        chosen.append(train[int(order[place])])
+        chosen.append(train[int(_order(seed, epoch, len(train))[place])])
     return chosen
+
+
+@functools.lru_cache(maxsize=4)  # PPO's prompts and its pre-training rows, each also where a pass ends within a step
+def _order(seed: int, epoch: int, count: int) -> np.ndarray[Any, Any]:
+    """The order of a pass over the data. Of a million rows it takes as long as a small model's step."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def prompt_token_ids(example: Example, tokenizer: Any) -> list[int]:
