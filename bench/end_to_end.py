@@ -144,6 +144,8 @@ def work(arguments: Sequence[str]) -> None:
 
     trainer, variant, path, model, precision, device, layers = arguments
     batch = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if variant == "eager":
+        trainer_steps.take_plain_logprobs()
     try:
         take = trainer_steps.make_step(trainer, variant, batch, model, precision, device, layers == "recompute")
     except torch.OutOfMemoryError:

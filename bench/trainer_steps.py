@@ -132,17 +132,35 @@ def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     rows = batch["rows"]
     config = DPOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
     made = DPOTrainer(config, rows=rows, heldout_rows=rows[:1], **_loaded(settings))
-    if plain:
-        _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
 
 
-def _take_plain_logprobs(made: Any) -> None:
-    """The obvious formula on logits, in the policy and its live reference."""
+def take_plain_logprobs() -> None:
+    """The obvious formula on logits in the place of the eager oracle, which is slower, for all of this process."""
+    from rl4llm_fast import reference
     from rl4llm_fast.trainer.compare import plain_token_logprobs
 
-    for policy in (made.policy, made.reference):
-        policy.logprobs_op = plain_token_logprobs
+    def obvious(
+        logits: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None,
+        temperature: Tensor,
+        softcap: Tensor | None,
+        ignore_index: int,
+        return_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        live = reference.live_ids(token_ids, mask, ignore_index)
+        ids = token_ids.masked_fill(~live, 0).reshape(-1)
+        cap = None if softcap is None else float(softcap)
+        found = plain_token_logprobs(
+            logits.flatten(0, -2), ids, temperature=float(temperature), softcap=cap, return_entropy=return_entropy
+        )
+        logp, entropy = found if isinstance(found, tuple) else (found, None)
+        shape = token_ids.shape
+        logp = logp.reshape(shape).masked_fill(~live, 0.0)
+        return logp, None if entropy is None else entropy.reshape(shape).masked_fill(~live, 0.0)
+
+    reference.token_logprobs = obvious
 
 
 def _ppo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
@@ -203,8 +221,6 @@ def _kto(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     rows = _one_by_one(batch)
     config = KTOConfig(**settings, batch_size=len(rows), beta=_BETA, reference="live", eval_every=0)
     made = KTOTrainer(config, rows=rows, heldout_rows=rows[:2], **_loaded(settings))
-    if plain:
-        _take_plain_logprobs(made)
     return lambda: _two(made.step(1))
 
 
@@ -314,7 +330,8 @@ def _trl_step(made: Any) -> Callable[[dict[str, Any]], dict[str, float]]:
     network = made.model.train()
 
     def step(inputs: dict[str, Any]) -> dict[str, float]:
-        with made.compute_loss_context_manager():
+        # The trainers' loop would have the model prepared, which puts it under autocast; GRPO's loss does so by itself.
+        with made.accelerator.autocast(), made.compute_loss_context_manager():
             loss = made.compute_loss(network, inputs)
         made.accelerator.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), _CLIP)

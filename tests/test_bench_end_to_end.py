@@ -11,6 +11,8 @@ import torch
 from tiny_llama import END, save_with_tokenizer
 
 from bench import end_to_end, report, run, trainer_steps
+from rl4llm_fast import reference
+from rl4llm_fast.trainer import compare
 from rl4llm_fast.trainer.compare import take_turns
 
 pytest.importorskip("transformers")
@@ -25,19 +27,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("trainer", end_to_end.TRAINERS)
-def test_everyone_takes_the_same_step(trainer: str, folder: str) -> None:
+def test_everyone_takes_the_same_step(trainer: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
+    plain: list[str] = []
+    obvious = compare.plain_token_logprobs
+    counted = lambda *args, **how: plain.append(variant) or obvious(*args, **how)  # noqa: E731
+    monkeypatch.setattr(compare, "plain_token_logprobs", counted)
+    monkeypatch.setattr(reference, "token_logprobs", reference.token_logprobs)  # put back after the test
     batch = trainer_steps.make_batch(trainer, SMALL, END)
     assert json.loads(json.dumps(batch)) == batch
     found = {}
     variants = [v for v in trainer_steps.VARIANTS if v != "trl" or trainer in trainer_steps.TRL]
     for variant in variants:
+        if variant == "eager":
+            trainer_steps.take_plain_logprobs()
         step = trainer_steps.make_step(trainer, variant, batch, folder, "fp32", "cpu")
         found[variant] = [step(), step()]
     for variant in variants[1:]:
         for mine, theirs in zip(found["fused"], found[variant], strict=True):
             assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
             assert trainer_steps.agrees(theirs["grad_norm"], mine["grad_norm"], "fp32")
+    assert set(plain) == (set() if trainer == "rm" else {"eager"})  # not the library's own oracle, which is slower
     first, second = found[variants[-1]]
     assert first["grad_norm"] != second["grad_norm"]  # the optimizer took its step
 
