@@ -13,6 +13,7 @@ from rl4llm_fast import cli
 from rl4llm_fast.trainer import DPOConfig, SFTConfig, train_dpo, train_sft
 from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.guard import Diverged, problem_of
+from rl4llm_fast.trainer.rewards import of_function
 from rl4llm_fast.trainer.sft import SFTTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -105,6 +106,42 @@ def test_an_exploding_ratio_stops_grpo(tmp_path):
     assert len(batch["rollout"]["answers"]) == len(batch["rewards"]) == 32
     assert batch["advantages"].shape == (32,)
     assert sorted(batch["answers"]) == list(range(32))
+
+
+def test_a_minibatch_beyond_max_ratio_is_left_out_alone(tmp_path):
+    cfg = config(tmp_path, minibatches=4, on_divergence="skip", loss="pg", entropy_coef=1e-3)
+    trainer = GRPOTrainer(cfg, model=tiny_model(), prompts=PROMPTS, reward=count_sevens)
+    inner, calls = trainer._accumulate, []
+
+    def first_explodes(batch, index, old, reference, averages):
+        calls.append(index)
+        loss = inner(batch, index, old, reference, averages)
+        averages.add({"ratio_max": torch.tensor(1e6 if len(calls) == 1 else 1.0)}, 1)
+        return loss
+
+    trainer._accumulate = first_explodes
+    row = trainer.step(1)
+    assert len(calls) == 4
+    assert (row["updates_skipped"], trainer.updates) == (1, 3)
+    assert row["ratio_max"] == 1e6
+
+
+def test_a_minibatch_of_silent_answers_takes_no_step(tmp_path):
+    def one_prompt(example, answer):  # the other groups have no spread
+        return float(example == [4, 5] and 7 in answer)
+
+    cfg = config(tmp_path, minibatches=4, weight_decay=0.1)
+    trainer = GRPOTrainer(cfg, model=tiny_model(), prompts=PROMPTS, reward=one_prompt)
+    row = trainer.step(1)
+    assert 0 < row["silent_answers"] < 1
+    assert trainer.updates == 1
+    (steps,) = {int(state["step"]) for state in trainer.optimizer.adam.state.values()}
+    assert steps == 1
+    trainer.rewards = of_function(lambda example, answer: 1.0)
+    before = weights(trainer.model)
+    row = trainer.step(2)
+    assert (row["silent_answers"], row["loss"], row["grad_norm"], trainer.updates) == (1, 0, 0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer.model), strict=True))
 
 
 def test_the_command_says_it_in_one_line(monkeypatch, capsys):

@@ -46,12 +46,18 @@ def test_the_example_is_a_valid_config():
         ("precision=int4", "precision: wanted one of auto, bf16, autocast, fp32"),
         ("device=abacus", "device: 'abacus' is no device"),
         ("adam_betas=[0.9]", "adam_betas: wanted 2 values"),
+        ("group_size=1", "group_size: wanted at least 2, for the advantage of an answer without others is 0, got 1"),
         ("minibatches=99", "minibatches: wanted at most prompts_per_step"),
     ],
 )
 def test_config_errors(override, message):
     with pytest.raises(ValueError, match="(?s).*" + message.replace("[", r"\[")):
         load_config(None, [override])
+
+
+def test_one_answer_a_prompt_where_something_else_teaches():
+    for override in ("kl_coef=0.1", "entropy_coef=0.1", "supervision=process"):
+        assert load_config(None, ["group_size=1", override]).group_size == 1
 
 
 @pytest.mark.parametrize(("has", "chosen"), [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"bf16": True}, "bf16")])

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 from .settings import RunConfig, fill
 
+# Kinds whose loss and gradient are exactly 0 where the advantage is 0.
+_SILENT_AT_ZERO = {"pg", "cpi", "ppo_clip", "grpo", "gspo", "cispo", "sapo"}
+
 
 @dataclass
 class GRPOConfig(RunConfig):
@@ -113,9 +116,16 @@ class GRPOConfig(RunConfig):
         self.wanted(used or not self.overlap, "overlap", "old_logprobs = sampler, or a rollout_correction, with true")
         self.wanted(self.minibatches <= self.prompts_per_step, "minibatches", "at most prompts_per_step")
         self.wanted(bool(self.step_separator), "step_separator", "a text")
+        learns = self.group_size > 1 or self.supervision == "process" or not silent_at_zero(self)
+        self.wanted(learns, "group_size", "at least 2, for the advantage of an answer without others is 0")
         if self.supervision == "process":  # its normalisation is that of §6.3, over all steps of a group
             self.wanted(self.advantage_scale == "group", "advantage_scale", "group under process supervision")
             self.wanted(self.advantage_baseline == "mean", "advantage_baseline", "mean under process supervision")
+
+
+def silent_at_zero(config: GRPOConfig) -> bool:
+    """Whether answers of advantage 0 give neither loss nor gradient, so that they need no forward pass."""
+    return config.loss in _SILENT_AT_ZERO and config.kl_coef == 0 and config.entropy_coef == 0
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> GRPOConfig:

@@ -16,12 +16,12 @@ import rl4llm_fast as rf
 
 from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
-from .config import GRPOConfig
+from .config import GRPOConfig, silent_at_zero
 from .data import check_length, usable
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .named import named_function
-from .objective import Head, check_objective, objective, silent_at_zero
+from .objective import Head, check_objective, objective
 from .optimizer import learning_rate
 from .policy import Policy
 from .rewards import Rewards, Sample, make_rewards, of_function, r1_zero_task, trace_means
@@ -289,6 +289,7 @@ class GRPOTrainer(SamplingTrainer):
         elif c.epochs * c.minibatches > 1:
             old = self._logprobs_without_grad(self.policy, batch, used)
         reference = self._logprobs_without_grad(self.reference, batch, used) if self.reference else None
+        taught = batch.is_live().tolist() if silent_at_zero(c) else [True] * len(batch.rollout.answers)
         averages, norms = Averages(), []
         for _ in range(c.epochs):
             order = groups
@@ -296,12 +297,14 @@ class GRPOTrainer(SamplingTrainer):
                 order = [groups[place] for place in torch.randperm(len(groups), generator=self.generator).tolist()]
             for part in np.array_split(order, c.minibatches):
                 index = [i for g in part for i in range(int(g) * size, (int(g) + 1) * size) if self._counts(batch, i)]
-                if not index:  # nothing to learn from: no step, not even of the momentum
-                    continue
-                loss = self._accumulate(batch, index, old, reference, averages)
-                metrics = {"loss": loss, "ratio_max": max(self.ranks.gather([averages.largest("ratio_max")]))}
-                norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
-                averages.add({"loss": torch.tensor(loss)}, 1)
+                loss, own = 0.0, Averages()
+                if any(taught[i] for i in index):  # else nothing to learn from: no step, not even of the momentum
+                    loss = self._accumulate(batch, index, old, reference, own)
+                    metrics = {"loss": loss, "ratio_max": max(self.ranks.gather([own.largest("ratio_max")]))}
+                    norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
+                if index:
+                    averages.join(own)
+                    averages.add({"loss": torch.tensor(loss)}, 1)
         result = averages.result(self.ranks)
         skipped = sum(not math.isfinite(norm) for norm in norms)
         return {**result, "grad_norm": float(np.mean(norms)) if norms else 0.0, "updates_skipped": float(skipped),

@@ -47,6 +47,11 @@ class Averages:
         for name, value in metrics.items():
             self._values[name].append((value.detach(), float(tokens)))
 
+    def join(self, other: Averages) -> None:
+        """Take in the micro-batches of ``other``."""
+        for name, pairs in other._values.items():
+            self._values[name] += pairs
+
     def largest(self, name: str) -> float:
         """The largest value of ``name`` so far, NaN if there is one; −inf without any."""
         values = [value.float() for value, _ in self._values.get(name, ())]

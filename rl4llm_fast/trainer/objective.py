@@ -13,9 +13,6 @@ import rl4llm_fast as rf
 from ..fused import linear_policy_loss_and_logprobs
 from .config import GRPOConfig
 
-# Kinds whose loss and gradient are exactly 0 where the advantage is 0.
-_SILENT_AT_ZERO = {"pg", "cpi", "ppo_clip", "grpo", "gspo", "cispo", "sapo"}
-
 
 class Head(NamedTuple):
     """Where log-probabilities come from: hidden (N, D), weight (V, D), bias (V,) or None, token_ids (N,)."""
@@ -82,8 +79,3 @@ def check_objective(config: GRPOConfig) -> None:
     """Call the loss once on one token, so that a wrong kind, knob or aggregation is an error before any work."""
     one = torch.zeros(1)
     objective(config, one, one, one, [1], 1, 1, ref_logp=one, entropy=one, sampled=one)
-
-
-def silent_at_zero(config: GRPOConfig) -> bool:
-    """Whether answers of advantage 0 give neither loss nor gradient, so that they need no forward pass."""
-    return config.loss in _SILENT_AT_ZERO and config.kl_coef == 0 and config.entropy_coef == 0
