@@ -157,7 +157,7 @@ def finish_row(row, live, m, s, other_m, other_s, d, lost, anchor, g, tau, beta,
     other_log_sum = tl.where(other_m == float("-inf"), nan, tl.log(other_s))
     bad = 0.0 * (log_sum + other_log_sum)  # a bad row on either side is NaN all over
     # The logarithm of the ratio, not the difference of the logarithms: near KL = 0 all of it would be rounding.
-    kl = d / s / tau + tl.log(other_s / s)
+    kl = d / s / tau + tl.log(tl.div_rn(other_s, s))  # / may make 1 ± 6e-8 of equal sums
     mean = g / s
     q_over_p = (anchor - other_m) / tau - other_log_sum + log_sum  # its logarithm at the likeliest token
     scale = tl.where(q_over_p <= 0, 1.0 / ((1.0 - beta) + beta * tl.exp(q_over_p)), 1.0)

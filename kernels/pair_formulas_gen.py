@@ -9,8 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
@@ -23,14 +28,14 @@ def log1p(x):
 @triton.jit
 def expm1(x):
     """The same the other way round (Kahan); x < 1."""
-    u = tl.exp(x)
+    u = exp(x)
     near = (u - 1.0) * (x / tl.where((u == 1.0) | (u == 0.0), 1.0, tl.log(tl.where(u == 0.0, 2.0, u))))
     return tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, near))
 
 
 @triton.jit
 def logsigmoid(x):
-    return tl.where(x < 0.0, x, tl.where(x >= 0.0, 0.0, x)) - log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x < 0.0, x, tl.where(x >= 0.0, 0.0, x)) - log1p(exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -154,7 +159,7 @@ def orpo(chosen, rejected, nll, per_pair, beta, knobs):
     t3 = expm1(x)
     t4 = -t3
     near = tl.log(t4)
-    t5 = tl.exp(a)
+    t5 = exp(a)
     x2 = -t5
     far = log1p(x2)
     t6 = rejected > -1e-07
@@ -164,7 +169,7 @@ def orpo(chosen, rejected, nll, per_pair, beta, knobs):
     t8 = expm1(x3)
     t9 = -t8
     near2 = tl.log(t9)
-    t10 = tl.exp(a2)
+    t10 = exp(a2)
     x4 = -t10
     far2 = log1p(x4)
     ratio = a - tl.where(t2, near, far) - (a2 - tl.where(t7, near2, far2))

@@ -7,6 +7,8 @@ with respect to logp; a weight formula the weight of a live token.
 import triton
 import triton.language as tl
 
+from .tl_math import exp
+
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -27,13 +29,13 @@ def clamp(x, low, high):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
 def logsigmoid(x):
     # The logarithm of 1 + u that keeps the bits of a small u.
-    u = tl.exp(-tl.abs(x))
+    u = exp(-tl.abs(x))
     w = 1.0 + u
     return minimum(x, 0.0) - tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0)))
 
@@ -49,7 +51,7 @@ def pg(logp, old, ref, adv, log_s, knobs):
     loss = -logp * adv
     d_loss = -adv
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     return loss, d_loss, rho, 0.0, 0.0, -log_rho, rho - 1.0 - log_rho
 
 
@@ -58,7 +60,7 @@ def cpi(logp, old, ref, adv, log_s, knobs):
     """(30): −ρ·A."""
     t = logp - old
     log_rho = clamp(t, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     loss = -rho * adv
     d_log_rho = tl.where((t >= -20.0) & (t <= 20.0), 1.0, 0.0)
     d_rho = rho * d_log_rho
@@ -75,7 +77,7 @@ def ppo_clip(logp, old, ref, adv, log_s, knobs):
     t = adv < 0.0
     t2 = logp - old
     log_rho = clamp(t2, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     surrogate = rho * adv
     low = 1.0 - eps_low
     high = 1.0 + eps_high
@@ -102,7 +104,7 @@ def gspo(logp, old, ref, adv, log_s, knobs):
     """−min(s·A, clip(s)·A), s = exp(log_s); each token of the sequence carries its own share of the gradient of s."""
     eps_low = knobs[0]
     eps_high = knobs[1]
-    rho = tl.exp(clamp(log_s, -20.0, 20.0))
+    rho = exp(clamp(log_s, -20.0, 20.0))
     surrogate = rho * adv
     low = 1.0 - eps_low
     high = 1.0 + eps_high
@@ -118,7 +120,7 @@ def gspo(logp, old, ref, adv, log_s, knobs):
     clipped_low = tl.where((rho < low) & (adv < 0.0), 1.0, 0.0)
     clipped_high = tl.where((rho > high) & (adv > 0.0), 1.0, 0.0)
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho2 = tl.exp(log_rho)
+    rho2 = exp(log_rho)
     return loss, d_loss, rho, clipped_low, clipped_high, -log_rho, rho2 - 1.0 - log_rho
 
 
@@ -128,7 +130,7 @@ def cispo(logp, old, ref, adv, log_s, knobs):
     eps_low = knobs[0]
     eps_high = knobs[1]
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     low = 1.0 - eps_low
     high = 1.0 + eps_high
     weight = clamp(rho, low, high)
@@ -144,7 +146,7 @@ def cispo_cap(logp, old, ref, adv, log_s, knobs):
     """−sg(min(ρ, cap))·A·logp."""
     cap = knobs[0]
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     weight = minimum(rho, cap)
     d_loss = -weight * adv
     loss = d_loss * logp
@@ -162,7 +164,7 @@ def sapo(logp, old, ref, adv, log_s, knobs):
     t = -(4.0 / tau)
     t2 = logp - old
     log_rho = clamp(t2, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     t3 = rho - 1.0
     gate = sigmoid(tau * t3)
     loss = t * gate * adv
@@ -179,7 +181,7 @@ def kl_pen(logp, old, ref, adv, log_s, knobs):
     beta = knobs[0]
     t = logp - old
     log_rho = clamp(t, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     t2 = rho - 1.0 - log_rho
     loss = -rho * adv + beta * t2
     d_log_rho = tl.where((t >= -20.0) & (t <= 20.0), 1.0, 0.0)
@@ -196,7 +198,7 @@ def value_mse(logp, old, ref, adv, log_s, knobs):
     loss = scale * (error * error)
     d_loss = scale * (error + error)
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     return loss, d_loss, rho, 0.0, 0.0, -log_rho, rho - 1.0 - log_rho
 
 
@@ -218,7 +220,7 @@ def value_clipped(logp, old, ref, adv, log_s, knobs):
     t3 = tl.where(square < clipped_square, d_clipped_square, 0.5 * (d_square + d_clipped_square))
     d_loss = scale * tl.where(square > clipped_square, d_square, t3)
     log_rho = clamp(logp - old, -20.0, 20.0)
-    rho = tl.exp(log_rho)
+    rho = exp(log_rho)
     clipped_high = tl.where(clipped_square > square, 1.0, 0.0)
     return loss, d_loss, rho, 0.0, clipped_high, -log_rho, rho - 1.0 - log_rho
 
@@ -267,7 +269,7 @@ def kl_k1_importance(logp, ref, old):
     """k1 of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = -diff
-    t = tl.exp(logp - old)
+    t = exp(logp - old)
     t2 = kl * t
     return t2, t + t2
 
@@ -279,7 +281,7 @@ def kl_k1_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = -d
     kl = clamp(t, -10.0, 10.0)
-    t2 = tl.exp(logp - old)
+    t2 = exp(logp - old)
     t3 = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), -d_d, 0.0)
@@ -332,7 +334,7 @@ def kl_k2_importance(logp, ref, old):
     """k2 of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = diff * diff / 2.0
-    t = tl.exp(logp - old)
+    t = exp(logp - old)
     t2 = kl * t
     d_kl = (-diff - diff) / 2.0
     return t2, d_kl * t + t2
@@ -345,7 +347,7 @@ def kl_k2_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = d * d / 2.0
     kl = clamp(t, -10.0, 10.0)
-    t2 = tl.exp(logp - old)
+    t2 = exp(logp - old)
     t3 = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     t4 = (d_d * d + d * d_d) / 2.0
@@ -357,7 +359,7 @@ def kl_k2_importance_clamp(logp, ref, old):
 def kl_k3_value(logp, ref, old):
     """k3 of ref against logp, gradient: value."""
     diff = ref - logp
-    t = tl.exp(diff)
+    t = exp(diff)
     kl = t - diff - 1.0
     d_kl = -t - -1.0
     return kl, d_kl
@@ -368,7 +370,7 @@ def kl_k3_value_clamp(logp, ref, old):
     """k3 of ref against logp, gradient: value, clamped."""
     diff = ref - logp
     d = clamp(diff, -20.0, 20.0)
-    t = tl.exp(d)
+    t = exp(d)
     t2 = t - d - 1.0
     kl = clamp(t2, -10.0, 10.0)
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
@@ -380,7 +382,7 @@ def kl_k3_value_clamp(logp, ref, old):
 def kl_k3_straight_through(logp, ref, old):
     """k3 of ref against logp, gradient: straight-through."""
     diff = ref - logp
-    kl = tl.exp(diff) - diff - 1.0
+    kl = exp(diff) - diff - 1.0
     d_kl = (-diff - diff) / 2.0
     return kl, d_kl
 
@@ -390,7 +392,7 @@ def kl_k3_straight_through_clamp(logp, ref, old):
     """k3 of ref against logp, gradient: straight-through, clamped."""
     diff = ref - logp
     d = clamp(diff, -20.0, 20.0)
-    kl = clamp(tl.exp(d) - d - 1.0, -10.0, 10.0)
+    kl = clamp(exp(d) - d - 1.0, -10.0, 10.0)
     d_kl = (-diff - diff) / 2.0
     return kl, d_kl
 
@@ -399,9 +401,9 @@ def kl_k3_straight_through_clamp(logp, ref, old):
 def kl_k3_importance(logp, ref, old):
     """k3 of ref against logp, gradient: importance."""
     diff = ref - logp
-    t = tl.exp(diff)
+    t = exp(diff)
     kl = t - diff - 1.0
-    t2 = tl.exp(logp - old)
+    t2 = exp(logp - old)
     t3 = kl * t2
     d_kl = -t - -1.0
     return t3, d_kl * t2 + t3
@@ -412,10 +414,10 @@ def kl_k3_importance_clamp(logp, ref, old):
     """k3 of ref against logp, gradient: importance, clamped."""
     diff = ref - logp
     d = clamp(diff, -20.0, 20.0)
-    t = tl.exp(d)
+    t = exp(d)
     t2 = t - d - 1.0
     kl = clamp(t2, -10.0, 10.0)
-    t3 = tl.exp(logp - old)
+    t3 = exp(logp - old)
     t4 = kl * t3
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t2 >= -10.0) & (t2 <= 10.0), t * d_d - d_d, 0.0)
@@ -467,7 +469,7 @@ def kl_abs_importance(logp, ref, old):
     """abs of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = tl.abs(diff)
-    t = tl.exp(logp - old)
+    t = exp(logp - old)
     t2 = kl * t
     d_kl = -sign(diff)
     return t2, d_kl * t + t2
@@ -480,7 +482,7 @@ def kl_abs_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = tl.abs(d)
     kl = clamp(t, -10.0, 10.0)
-    t2 = tl.exp(logp - old)
+    t2 = exp(logp - old)
     t3 = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), sign(d) * d_d, 0.0)
@@ -520,13 +522,13 @@ def token_sum(length, num_tokens, num_sequences, max_length):
 @triton.jit
 def rollout_truncate(log_omega, cap, floor):
     """min(ω, cap)."""
-    return minimum(tl.exp(log_omega), cap)
+    return minimum(exp(log_omega), cap)
 
 
 @triton.jit
 def rollout_mask(log_omega, cap, floor):
     """ω within [floor, cap], else 0."""
-    omega = tl.exp(log_omega)
+    omega = exp(log_omega)
     return tl.where((omega < floor) | (omega > cap), 0.0, omega)
 
 

@@ -80,7 +80,7 @@ def policy_loss_fwd_kernel(
     log_s = 0.0
     if log_s_ptr is not None:
         if ONE_LOG_S:
-            log_s = tl.where(live, tl.load(log_s_ptr + row), 0.0)
+            log_s = tl.where(live, tl.load(log_s_ptr + row).to(tl.float32), 0.0)
         else:
             log_s = tl.load(log_s_ptr + n, mask=live, other=0.0).to(tl.float32)
     weight = tl.where(live, 1.0, 0.0)

@@ -22,6 +22,7 @@ from .scan import (
     side_by_side,
     store_zeros,
 )
+from .tl_math import exp
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def vtrace_kernel(
         steps = live if SKIP else t < end
         r = load_tokens(rewards_ptr, t, live)
         v = load_tokens(values_ptr, t, live)
-        ratio = tl.exp(load_tokens(logp_ptr, t, live) - load_tokens(rollout_logp_ptr, t, live))
+        ratio = exp(load_tokens(logp_ptr, t, live) - load_tokens(rollout_logp_ptr, t, live))
         rho = tl.where(ratio > rho_max, rho_max, ratio)  # NaN stays
         c = lam * tl.where(ratio > c_max, c_max, ratio)
         known = v

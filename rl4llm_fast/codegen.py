@@ -184,6 +184,8 @@ with respect to logp; a weight formula the weight of a live token.
 import triton
 import triton.language as tl
 
+from .tl_math import exp
+
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -204,13 +206,13 @@ def clamp(x, low, high):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
 def logsigmoid(x):
     # The logarithm of 1 + u that keeps the bits of a small u.
-    u = tl.exp(-tl.abs(x))
+    u = exp(-tl.abs(x))
     w = 1.0 + u
     return minimum(x, 0.0) - tl.where(w == 1.0, u, tl.log(w) * (u / (w - 1.0)))
 
@@ -236,6 +238,7 @@ def user_triton_source(title: str, function: Function) -> str:
 import triton
 import triton.language as tl
 
+from rl4llm_fast.kernels.tl_math import exp
 from rl4llm_fast.kernels.token_formulas_gen import clamp, logsigmoid, maximum, minimum, sigmoid, sign
 
 

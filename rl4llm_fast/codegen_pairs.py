@@ -49,8 +49,13 @@ import triton.language as tl
 
 
 @triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + exp(-x))
 
 
 @triton.jit
@@ -63,14 +68,14 @@ def log1p(x):
 @triton.jit
 def expm1(x):
     """The same the other way round (Kahan); x < 1."""
-    u = tl.exp(x)
+    u = exp(x)
     near = (u - 1.0) * (x / tl.where((u == 1.0) | (u == 0.0), 1.0, tl.log(tl.where(u == 0.0, 2.0, u))))
     return tl.where(u == 1.0, x, tl.where(u == 0.0, -1.0, near))
 
 
 @triton.jit
 def logsigmoid(x):
-    return tl.where(x < 0.0, x, tl.where(x >= 0.0, 0.0, x)) - log1p(tl.exp(-tl.abs(x)))
+    return tl.where(x < 0.0, x, tl.where(x >= 0.0, 0.0, x)) - log1p(exp(-tl.abs(x)))
 '''
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import chunked, chunked_kl, chunked_losses, schemas
 from .checks import environment, environment_key
 from .errors import BackendError
+from .machine import driver_too_old
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
@@ -180,6 +181,8 @@ def _probe(op: str, backend: str, device: str) -> str | None:
             return _extension_error
         if backend != device:
             return f"backend {backend!r} takes {backend} tensors, these are on {device!r}"
+        if backend == "cuda" and extension and (too_old := driver_too_old(extension.build_info()["cuda"])):
+            return too_old
         namespace, key = schemas.NAMESPACE, backend.upper()
     for kernel in OP_KERNELS[op]:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{kernel}", key):

@@ -41,7 +41,7 @@ def spelled(name: str) -> str:
     return f"{name}_" if name in TAKEN else name
 
 
-_TRITON_CALLS = {"exp": "tl.exp", "log": "tl.log", "abs": "tl.abs", "where": "tl.where"}
+_TRITON_CALLS = {"log": "tl.log", "abs": "tl.abs", "where": "tl.where"}
 TRITON = Language(
     const=lambda x: repr(x) if math.isfinite(x) else f'float("{x}")',
     call=lambda op, args: f"{_TRITON_CALLS.get(op, op)}({args})",

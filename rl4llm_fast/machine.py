@@ -1,6 +1,9 @@
-"""What this machine's CPU multiplies in."""
+"""What this machine's CPU multiplies in, and its GPU's driver."""
 
 from __future__ import annotations
+
+import ctypes
+import functools
 
 import torch
 
@@ -21,3 +24,21 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     # torch 2.10
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return dtype == torch.bfloat16 and bf16
+
+
+@functools.cache
+def driver_too_old(built_with: str) -> str | None:
+    """Why a program linked with the runtime of CUDA ``built_with`` cannot start kernels here; None: it can, or there is
+    no driver to ask. Asking it does not begin to use a GPU."""
+    version = ctypes.c_int(0)
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    here = version.value // 1000
+    if not built_with or status != 0 or here >= int(built_with.split(".")[0]):
+        return None
+    return (
+        f"its kernels are built with CUDA {built_with}, and this machine's driver is of CUDA {here}.x: install a newer "
+        f"driver, or build with a toolkit of CUDA {here}"
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
-from rl4llm_fast import dispatch, schemas
+from rl4llm_fast import dispatch, machine, schemas
 
 compiled_backend = pytest.mark.skipif(
     "cpu" not in rf.backends()["token_logprobs"], reason="the C++ extension is not built here"
@@ -184,3 +184,30 @@ class TestChoice:
                 monkeypatch.delenv("RL4LLM_FAST_BACKEND")
             with pytest.raises(ValueError, match="backend: wanted one of eager"):
                 call(backend="tpu")
+
+
+class TestDriver:
+    @pytest.mark.parametrize(
+        ("driver", "built", "refused"),
+        [(12_080, "13.0", True), (13_010, "13.0", False), (13_000, "12.8", False), (12_080, "", False)],
+    )
+    def test_one_of_an_older_cuda_is_named(self, monkeypatch, driver, built, refused):
+        """The runtime is linked in: on an older driver every launch would fail, on one of the same major none."""
+
+        class Library:
+            def cuDriverGetVersion(self, pointer):
+                pointer._obj.value = driver
+                return 0
+
+        monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Library())
+        said = machine.driver_too_old.__wrapped__(built)
+        assert (said is not None) == refused
+        if refused:
+            assert said.startswith("its kernels are built with CUDA 13.0, and this machine's driver is of CUDA 12.x")
+
+    def test_none_at_all_is_no_reason(self, monkeypatch):
+        def missing(name):
+            raise OSError(name)
+
+        monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+        assert machine.driver_too_old.__wrapped__("13.0") is None
