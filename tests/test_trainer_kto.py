@@ -128,6 +128,16 @@ def test_mismatched_answers_belong_to_other_prompts(tmp_path):
     assert short.train[2].other == [3, 3, 3]
 
 
+def test_mismatched_answers_end_where_the_models_context_does(tmp_path):
+    rows = [
+        {"prompt": [1], "answer": [3] * 6, "desirable": True},
+        {"prompt": [4] * 5, "answer": [6], "desirable": False},
+    ]
+    cfg = KTOConfig(**settings(tmp_path, heldout=0, max_length=20))
+    trainer = KTOTrainer(cfg, model=tiny_model(max_position_embeddings=8), rows=rows)
+    assert [row.other for row in trainer.train] == [[6], [3, 3, 3]]
+
+
 def test_the_weights_that_74_asks_for(tmp_path, capsys):
     rows = labelled(60)
     uneven = [row for row in rows if row["desirable"]] + [row for row in rows if not row["desirable"]][:10]

@@ -57,6 +57,8 @@ def test_rewards_that_are_refused(tmp_path):
         run(tmp_path, sources(reward=sevens, reward_model=reward_model()))
     with pytest.raises(ValueError, match="vocabulary of 32 tokens, got 40"):
         run(tmp_path, sources(reward_model=reward_model(vocab_size=40)))
+    with pytest.raises(ValueError, match="reward_model: its context is 7 tokens, and a prompt with its answer takes"):
+        run(tmp_path, sources(reward_model=reward_model(max_position_embeddings=7)))
     with pytest.raises(ValueError, match="value: wanted policy or shared"):
         run(tmp_path, value="reward_model")
     with pytest.raises(ValueError, match="ppo_clipp"):

@@ -14,6 +14,7 @@ from tiny_tokenizer import END, WORDS, tiny_tokenizer
 from rl4llm_fast import cli
 from rl4llm_fast.trainer import DistillConfig, R1Config, Task, distill, fill, r1, rewards, train_distill, train_r1
 from rl4llm_fast.trainer.grpo import GRPOTrainer
+from rl4llm_fast.trainer.r1 import R1
 from rl4llm_fast.trainer.rewards import Sample
 from rl4llm_fast.trainer.run import Trainer
 from rl4llm_fast.trainer.sft import SFTTrainer
@@ -272,6 +273,35 @@ def test_a_student_learns_from_a_teachers_right_answers(tmp_path, whole):
 def test_a_teacher_without_a_right_answer(tmp_path):
     with pytest.raises(ValueError, match=r"none of its 48 answers can be learned from \(48 wrong\)"):
         train_distill(distill_config(tmp_path), model=text_model(), tokenizer=tiny_tokenizer(), task=the_task())
+
+
+def test_questions_beyond_the_models_context_are_not_asked(tmp_path, capsys):
+    def short():
+        return tiny_model(vocab_size=len(WORDS), eos_token_id=END, pad_token_id=END, max_position_embeddings=24)
+
+    task = the_task()
+    task.train[5], task.heldout[1] = {"prompt": "a" * 9}, {"prompt": "b" * 9}
+    with pytest.raises(ValueError, match=r"none of its 44 answers can be learned from \(44 wrong\)"):
+        train_distill(distill_config(tmp_path / "d"), model=short(), tokenizer=tiny_tokenizer(), task=task)
+    said = capsys.readouterr().out
+    assert "questions: 1 of 12 rows cannot be used" in said
+    assert "more than the model's context of 24" in said
+    cfg = distill_config(tmp_path / "strict", strict=True)
+    with pytest.raises(ValueError, match=r"questions, line 6: .* more than the model's context of 24"):
+        train_distill(cfg, model=short(), tokenizer=tiny_tokenizer(), task=task)
+
+    row = {"prompt": "c?", "answer": "7"}
+    cfg = distill_config(tmp_path / "e")
+    framed = distill.framed(task, cfg, tiny_tokenizer())
+    made = distill.DistillTrainer(cfg, short(), tiny_tokenizer(), framed, [row], None)
+    assert len(made.task.heldout) == 3
+    made.optimizer.close()
+    assert "held-out questions: 1 of 4 rows cannot be used" in capsys.readouterr().out
+
+    short().save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    R1(R1Config(**settings(tmp_path)), task, demonstrations()).measure(str(tmp_path / "m"))
+    assert "held-out questions: 1 of 4 rows cannot be used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from .distributed import say
 from .extras import require
 from .settings import RunConfig
-from .tasks import prompt_token_ids
+from .tasks import Example, prompt_token_ids
 
 Row = Any  # a mapping, as a line of JSON makes one
 Encoded = TypeVar("Encoded")
@@ -172,6 +172,23 @@ def usable(
     if not found:
         raise ValueError(f"{name}: none of {count} rows can be used" + "".join("\n" + r for r in refused[:5]))
     return found
+
+
+def answerable(
+    examples: Sequence[Example], name: str, tokenizer: Any, limits: Limits, max_new_tokens: int, strict: bool
+) -> list[Example]:
+    """Those whose prompt can be read and leaves room for an answer in the model's context.
+
+    Raises:
+        ValueError: see ``usable``.
+    """
+
+    def check(example: Example) -> Example:
+        prompt = prompt_token_ids(example, tokenizer)
+        check_length(prompt, [[0] * max_new_tokens], len(prompt) + max_new_tokens, limits)
+        return example
+
+    return usable(enumerate(examples, 1), name, check, strict) if len(examples) else []
 
 
 def field_of(row: Row, name: str) -> Any:

@@ -20,7 +20,7 @@ from torch import nn
 import rl4llm_fast as rf
 
 from .attempts import Attempts
-from .data import Row, digest, hold_out, load_rows, numbered_rows, usable
+from .data import Limits, Row, answerable, digest, hold_out, load_rows, numbered_rows, usable
 from .devices import choose_device
 from .distributed import only_one
 from .metrics import History
@@ -184,9 +184,9 @@ def sampled_rows(c: DistillConfig, task: Task, teacher: nn.Module | None, tokeni
     counts = sum((Counter(line["counts"]) for line in history.rows), Counter())
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     if c.progress:
-        print(f"kept {len(rows)} of {len(questions) * c.samples} answers to {len(questions)} questions ({reasons})")
+        print(f"kept {len(rows)} of {counts.total()} answers to {len(questions)} questions ({reasons})")
     if not rows:
-        raise ValueError(f"teacher: none of its {len(questions) * c.samples} answers can be learned from ({reasons})")
+        raise ValueError(f"teacher: none of its {counts.total()} answers can be learned from ({reasons})")
     partial = folder / "rows.partial"
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     partial.replace(folder / "rows.jsonl")
@@ -209,23 +209,25 @@ def _sample_rest(
         teacher, tokenizer = load_model(c.teacher, precision=c.precision, device=choose_device(c.device))
     policy, end_ids = Policy(teacher.eval(), autocast=c.precision == "autocast"), end_token_ids(teacher, tokenizer)
     asked = framed(Task(train=questions, reward=task.reward), c, tokenizer)
-    size = c.sampling_batch_size
+    fit = answerable(asked.train, "questions", tokenizer, Limits.of(teacher), c.max_new_tokens, c.strict)
+    known, size = set(map(id, fit)), c.sampling_batch_size
     bar = tqdm(total=len(questions), desc="sampling", unit="question", disable=not c.progress, ncols=90)
     for number, start in enumerate(range(0, len(questions), size), 1):
-        part = asked.train[start : start + size]
+        batch = list(zip(asked.train, questions, strict=True))[start : start + size]
+        bar.update(len(batch))
         if number <= len(history.rows):
-            bar.update(len(part))
             continue
+        part = [pair for pair in batch if id(pair[0]) in known]
         generator = torch.Generator().manual_seed(c.seed + 1_000_003 * number)
         with contextlib.nullcontext() if c.backend == "auto" else rf.use_backend(c.backend):
             rollout = sample(
-                policy, [prompt_token_ids(e, tokenizer) for e in part], group_size=c.samples, end_ids=end_ids,
+                policy, [prompt_token_ids(e, tokenizer) for e, _ in part], group_size=c.samples, end_ids=end_ids,
                 max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, generator=generator,
             )  # fmt: skip
         rows: list[Row] = []
         counts: Counter[str] = Counter()
         attempts = Attempts()
-        for i, example in enumerate(part):
+        for i, (example, question) in enumerate(part):
             answers: dict[str, None] = {}
             for g in range(i * c.samples, (i + 1) * c.samples):
                 text = completion_of(rollout.answers[g], end_ids, tokenizer)
@@ -237,10 +239,9 @@ def _sample_rest(
                 counts[reason or "kept"] += 1
                 if not reason:
                     answers[text] = None
-            rows += [{"prompt": question_of(questions[start + i]), "answer": answer} for answer in answers]
+            rows += [{"prompt": question_of(question), "answer": answer} for answer in answers]
         attempts.report()
         history.add({"step": number, "key": key, "rows": rows, "counts": dict(counts)})
-        bar.update(len(part))
     bar.close()
 
 
@@ -260,7 +261,8 @@ class DistillTrainer(SFTTrainer):
     ) -> None:
         self.others = others
         super().__init__(c, model=model, tokenizer=tokenizer, rows=rows)
-        self.task, self.max_new_tokens = task, c.max_new_tokens
+        asked = answerable(task.heldout, "held-out questions", tokenizer, self.limits, c.max_new_tokens, c.strict)
+        self.task, self.max_new_tokens = replace(task, heldout=asked), c.max_new_tokens
 
     def read(
         self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None

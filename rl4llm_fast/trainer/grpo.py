@@ -17,7 +17,7 @@ import rl4llm_fast as rf
 from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig, silent_at_zero
-from .data import check_length, usable
+from .data import answerable
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .named import named_function
@@ -121,13 +121,8 @@ class GRPOTrainer(SamplingTrainer):
 
     def usable(self, examples: Sequence[Example]) -> list[Example]:
         """Those whose prompt can be read and leaves room for an answer."""
-
-        def check(example: Example) -> Example:
-            prompt, answer = prompt_token_ids(example, self.tokenizer), [0] * self.config.max_new_tokens
-            check_length(prompt, [answer], len(prompt) + len(answer), self.limits)
-            return example
-
-        return usable(enumerate(examples, 1), "prompts", check, self.config.strict) if examples else []
+        c = self.config
+        return answerable(examples, "prompts", self.tokenizer, self.limits, c.max_new_tokens, c.strict)
 
     def heldout_row(self) -> dict[str, float]:
         if not self.task.heldout:

@@ -90,7 +90,7 @@ class KTOTrainer(ReferenceTrainer):
         super().__init__(c, model, tokenizer)
         self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
         for part in (self.train, self.heldout):
-            _mismatch(part, c.max_length)
+            _mismatch(part, min(c.max_length, self.limits.context or c.max_length))
         self.data_key = digest(*map(asdict, self.train))
         if warning := weight_warning(self.train, c.lambda_d, c.lambda_u):
             say(warning)

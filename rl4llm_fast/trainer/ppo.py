@@ -15,7 +15,7 @@ from torch import nn
 
 import rl4llm_fast as rf
 
-from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of, usable
+from .data import Limits, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, usable
 from .metrics import Averages, Phases, plot_curves
 from .named import named_function
 from .optimizer import learning_rate
@@ -129,6 +129,7 @@ class PPOTrainer(SamplingTrainer):
         if reward_model is not None:
             reward_model = reward_model.to(self.device)
             reward_model.autocast = c.precision == "autocast"
+            self.check_context(Limits.of(reward_model).context)
         self.models = Models(c, self.model, reward_model, self.ranks)
         self.policy = self.models.policy
         self.set_up_sampling(sampler)
@@ -160,6 +161,15 @@ class PPOTrainer(SamplingTrainer):
         prompt, answer = prompt_of(row, self.tokenizer), answer_token_ids(row, "answer", self.tokenizer)
         check_length(prompt, [answer], self.config.max_length, self.limits)
         return prompt, answer
+
+    def check_context(self, context: int | None) -> None:
+        """Refuse a reward model, whose decoder may be the values' too, that cannot read the longest answer."""
+        longest = max(len(prompt.ids) for prompt in [*self.train, *self.heldout]) + self.config.max_new_tokens
+        if context is not None and longest > context:
+            raise ValueError(
+                f"reward_model: its context is {context} tokens, and a prompt with its answer takes up to {longest}; "
+                f"max_length = {context} leaves longer ones out"
+            )
 
     # One step: Algorithm 1
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import GRPOConfig
-from .data import Row, digest
+from .data import Limits, Row, answerable, digest
 from .devices import choose_device
 from .distill import DistillConfig, question_of, text_rows, train_distill
 from .distributed import only_one
@@ -310,8 +310,9 @@ class R1:
         model, tokenizer = self.load(source)
         task = self.framed(tokenizer)
         policy = Policy(model.eval(), autocast=c.precision == "autocast")
+        asked = answerable(task.heldout, "held-out questions", tokenizer, Limits.of(model), c.max_new_tokens, c.strict)
         found = evaluate(
-            policy, task.heldout, task.reward, tokenizer=tokenizer, end_ids=end_token_ids(model, tokenizer),
+            policy, asked, task.reward, tokenizer=tokenizer, end_ids=end_token_ids(model, tokenizer),
             max_new_tokens=c.max_new_tokens,
         )  # fmt: skip
         samples = [Sample(None, text) for text in found.completions]
