@@ -152,6 +152,8 @@ class Cut:
             self.B, self.T, self.parts = cu_seqlens.shape[0] - 1, tokens.shape[0], 1
             self.slots, self.several = tokens.shape[0] // part + self.B, tokens.shape[0] > part
             self.block, self.warps = configs.SCAN_PACKED
+        if self.T + part > 2**31 - 1:  # places are counted in int32, up to the end of the last part
+            raise ValueError(f"{op}: wanted rows, or a pack, of fewer than {2**31 - part} tokens, got {self.T}")
         self.grid = check_grid(op, self.slots)
 
     def launch(self, kernel, first, last, *, skip, tokens):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ahead_of_time
 import pytest
+import torch
 from ahead_of_time import AMD, NVIDIA, assert_fits, wide
 
 ahead_of_time.importorskip()
 
-from rl4llm_fast.kernels import configs, gae, vtrace  # noqa: E402
+from rl4llm_fast.kernels import configs, gae, scan, vtrace  # noqa: E402
 
 KERNELS = {"gae_fwd": gae.gae_fwd_kernel, "gae_bwd": gae.gae_bwd_kernel, "vtrace": vtrace.vtrace_kernel}
 CASES = {
@@ -53,3 +54,11 @@ def test_how_rows_are_cut():
         block, warps = configs.scan_block(length)
         assert configs.SCAN_PART % block == 0
         assert block % (warps * configs.WARP) == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_places_that_int32_does_not_hold_are_refused(packed):
+    tokens = torch.empty((2**31 - 9,) if packed else (1, 2**31 - 9), device="meta")
+    offsets = torch.empty(2, dtype=torch.int32, device="meta") if packed else None
+    with pytest.raises(ValueError, match="gae: wanted rows, or a pack, of fewer than"):
+        scan.Cut("gae", tokens, offsets)

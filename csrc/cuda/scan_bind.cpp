@@ -25,7 +25,8 @@ class Scan {
     if (a.dtype == Dtype::fp64) fail("tokens: wanted float32, bfloat16 or float16 on CUDA, got float64");
     a.skip = mask_mode == "skip";
     a.T = tokens.size(tokens.dim() - 1);
-    if (a.T >= int64_t(1) << 31) fail("tokens: wanted fewer than 2^31 in a row or a pack, got ", shape_of(tokens));
+    constexpr int64_t kMost = (int64_t(1) << 31) - 4096;  // places are counted in int32, up to the end of the last part
+    if (a.T > kMost) fail("tokens: wanted at most ", kMost, " in a row or a pack, got ", shape_of(tokens));
     if (packed_) {
       a.offsets_ptr = data_of<int64_t>(*cu_seqlens, "cu_seqlens", cu_seqlens->numel());
       a.B = cu_seqlens->numel() - 1;
