@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,7 +11,8 @@ from test_trainer_sampler import Engine
 from tiny_data import timeless
 from tiny_llama import PROMPTS, config, count_sevens, tiny_model, weights
 
-from rl4llm_fast.trainer import Task, train_grpo
+from rl4llm_fast import dispatch
+from rl4llm_fast.trainer import Task, sample, train_grpo
 from rl4llm_fast.trainer.grpo import GRPOTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -73,6 +75,38 @@ def test_replacing_groups_draws_the_others_now(tmp_path):
     cfg = config(tmp_path, steps=2, groups_without_spread="resample", eval_every=1, **AHEAD)
     rows = train_grpo(cfg, model=tiny_model(), task=task).history
     assert [row["step"] for row in rows] == [0, 1, 2]
+
+
+def test_a_named_backend_is_not_left_in_force(tmp_path, monkeypatch):
+    """The thread is drawing when the update begins, and has drawn before the update ends."""
+    drawing, updating, backends = threading.Event(), threading.Event(), []
+
+    def slow(*args, **options):
+        backends.append(options["backend"])
+        if len(backends) > 1:  # nobody updates during the first step's
+            drawing.set()
+            updating.wait(10)
+        return sample(*args, **options)
+
+    monkeypatch.setattr("rl4llm_fast.trainer.sampler.sample", slow)
+    cfg = config(tmp_path, backend="eager", checkpoint_every=1, **AHEAD)
+    made = GRPOTrainer(cfg, model=tiny_model(), prompts=PROMPTS, reward=count_sevens)
+    update, layout = made.update, made._layout
+
+    def update_during_the_draw(*args):
+        assert drawing.wait(10)
+        return update(*args)
+
+    def layout_behind_the_draw(*args):  # called where the backend is chosen
+        updating.set()
+        made.ahead.take()
+        return layout(*args)
+
+    made.update, made._layout = update_during_the_draw, layout_behind_the_draw
+    made.step(1)
+    assert backends == ["eager", "eager"]
+    assert dispatch.named(None) is None
+    made.optimizer.close()
 
 
 def test_an_error_of_the_sampler_stops_the_run(tmp_path):

@@ -118,12 +118,11 @@ class SamplingTrainer(Trainer):
         c = self.config
         options = {"max_new_tokens": c.max_new_tokens, "end_ids": self.end_ids, "temperature": c.temperature,
                    "top_p": c.top_p, "top_k": c.top_k}  # fmt: skip
-        if self.sampler is None:
-            with self.chosen_backend():
-                return sample(
-                    policy, prompts, group_size=group_size, generator=generator,
-                    batch_size=c.sampling_batch_size, ranks=self.ranks, **options,
-                )  # fmt: skip
+        if self.sampler is None:  # the backend as an argument: use_backend is the process's, and this may be a thread
+            return sample(
+                policy, prompts, group_size=group_size, generator=generator, batch_size=c.sampling_batch_size,
+                ranks=self.ranks, backend=None if c.backend == "auto" else c.backend, **options,
+            )  # fmt: skip
         # Each process has a sampler of its own; the seeds are drawn alike everywhere, and go on with the run.
         seed = int(torch.randint(2**30, (), generator=generator)) + self.ranks.cut(len(prompts)).start * group_size
         own = [prompt for prompt in self.ranks.share(list(prompts)) for _ in range(group_size)]

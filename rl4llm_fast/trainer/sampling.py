@@ -44,12 +44,14 @@ def sample(
     generator: torch.Generator | None = None,
     batch_size: int = 0,
     ranks: Ranks = Ranks(),  # noqa: B008
+    backend: str | None = None,
 ) -> Rollout:
     """Draw ``group_size`` answers to each prompt (token ids), or with ``greedy`` the likeliest token each time.
 
     Each prompt is read once; its cache is then copied for its answers. ``batch_size`` prompts at a time, 0: all.
     The draw takes one number per answer and position from ``generator`` (CPU), whoever has ended already. Each of
     several processes answers its share of the prompts, with the numbers that one process would take; all get all.
+    ``backend`` makes the log-probabilities; None: the one in force.
     """
     rollout = Rollout(list(map(list, prompts)), group_size, [], [], [])
     step = batch_size or max(len(prompts), 1)
@@ -64,7 +66,7 @@ def sample(
                 with policy.precision():
                     _sample_batch(
                         policy, part, own, max_new_tokens, frozenset(end_ids), 1.0 if greedy else temperature, top_p,
-                        top_k, greedy, uniforms,
+                        top_k, greedy, uniforms, backend,
                     )  # fmt: skip
             uniforms.catch_up(max(ranks.gather([uniforms.taken])))
             rollout.answers += ranks.gather(part.answers)
@@ -104,6 +106,7 @@ def _sample_batch(
     top_k: int,
     greedy: bool,
     uniforms: _Uniforms,
+    backend: str | None,
 ) -> None:
     device, group_size = policy.device, rollout.group_size
     rows = len(prompts) * group_size
@@ -132,7 +135,7 @@ def _sample_batch(
     for t in range(max_new_tokens):
         uniform = uniforms.next()[alive].to(device)
         chosen = _draw(policy, logits, uniform, temperature, top_p, top_k, greedy)
-        logp = rf.token_logprobs(logits, chosen, temperature=temperature, softcap=policy.softcap)
+        logp = rf.token_logprobs(logits, chosen, temperature=temperature, softcap=policy.softcap, backend=backend)
         assert isinstance(logp, Tensor)
         tokens, values = chosen.tolist(), logp.tolist()
         for i, token, value in zip(alive.tolist(), tokens, values, strict=True):
