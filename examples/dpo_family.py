@@ -83,11 +83,18 @@ def run_folder(arguments: argparse.Namespace, name: str, seed: int) -> Path:
     return Path(arguments.out) / f"{name.replace(', ', '_')}-seed{seed}"
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that this process has had allocated: on the GPU where it computes there, else on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def run_one(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """Train, and write what came of it to result.json."""
     config = config_of(name, seed, arguments)
-    history = TRAIN[type(config)](config).history
-    folder = Path(config.output_dir)
+    trained = TRAIN[type(config)](config)
+    folder, history = Path(config.output_dir), trained.history
     steps = [row for row in history if "seconds" in row]
     held = [row for row in history if "heldout_loss" in row]
     seconds = sorted(row["seconds"] for row in steps)
@@ -97,7 +104,7 @@ def run_one(name: str, seed: int, arguments: argparse.Namespace) -> None:
         "before": held[0] if held else None, "after": held[-1] if held else None,
         "margins": [row["margin"] for row in steps],
         "seconds_a_step": seconds[len(seconds) // 2],
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak_memory_gib(next(trained.model.parameters()).device),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "rl4llm_fast": rf.__version__,
         "python": platform.python_version(), "cpu_count": os.cpu_count(),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_llama import save_with_tokenizer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -42,6 +43,13 @@ def test_script(name, example, tmp_path, capsys):
         measure = Path(module.__file__).read_text(encoding="utf-8").rsplit('"', 2)[1]  # what the script itself reports
         module.calm_answers.report(result, measure)
         assert f"{measure} " in capsys.readouterr().out
+
+
+def test_peak_memory_is_that_of_the_device(example, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    peak = example("dpo_family").peak_memory_gib
+    assert peak(torch.device("cuda")) == 3
+    assert peak(torch.device("cpu")) > 0.05
 
 
 def test_rows_of_the_recipe(example):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from tiny_data import settings
 from tiny_llama import PROMPTS, tiny_model
 
-from rl4llm_fast.trainer import GRPOConfig, Task, train_grpo
+from rl4llm_fast.trainer import GRPOConfig, SFTConfig, Task, train_grpo, train_sft
 from rl4llm_fast.trainer.attempts import Attempts
 from rl4llm_fast.trainer.distill import text_rows
+from rl4llm_fast.trainer.distributed import Ranks
+from rl4llm_fast.trainer.run import differences
 from rl4llm_fast.trainer.tasks import load_task
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -21,7 +25,7 @@ def run(tmp_path, **given):
         steps=1, max_new_tokens=4, prompts_per_step=2, group_size=4, output_dir=str(tmp_path), checkpoint_every=0,
         save_model=False, progress=False, device="cpu", **changes,
     )  # fmt: skip
-    return train_grpo(config, model=tiny_model(), **given)
+    return train_grpo(config, **{"model": tiny_model(), **given})
 
 
 def picky(example, answer):
@@ -95,3 +99,59 @@ def test_rows_of_other_domains_that_cannot_be_used_are_counted(tmp_path, capsys)
     assert "line 2: wanted" in said
     with pytest.raises(ValueError, match="general_data, line 2: wanted"):
         text_rows("", rows, "general_data", strict=True)
+
+
+class Endless:
+    """A tokenizer of one word that has no end token."""
+
+    eos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [1]}
+
+    def decode(self, ids, **options):
+        return "a" * len(ids)
+
+
+def test_answers_that_never_end_are_named(tmp_path, capsys):
+    def endless():
+        model = tiny_model()
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+        return model
+
+    given = {"prompts": PROMPTS, "reward": lambda example, answer: float(len(answer)), "tokenizer": Endless()}
+    run(tmp_path, model=endless(), **given)
+    assert capsys.readouterr().out.count("have no end token; every answer goes on to max_new_tokens = 4") == 1
+    run(tmp_path, model=endless(), changes={"stop_tokens": [7], "overlong": "mask"}, **given)
+    run(tmp_path, **given)  # the model has one
+    assert "end token" not in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="config: overlong: wanted keep, or stop_tokens, where no token ends an answer"
+    ):
+        run(tmp_path, model=endless(), changes={"overlong": "mask"}, **given)
+    rows = [{"prompt": "a", "answer": "b"}] * 4
+    cfg = SFTConfig(**settings(tmp_path / "sft", steps=1, heldout=0))
+    train_sft(cfg, model=endless(), tokenizer=Endless(), rows=rows)
+    assert capsys.readouterr().out.count("tokenizer: has no end token; answers of the data") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "said"),
+    [
+        (torch.float32, "fp32", ""),
+        (torch.float32, "autocast", ""),
+        (torch.bfloat16, "bf16", ""),
+        (torch.bfloat16, "fp32", "in torch.bfloat16, where precision = fp32 asks for torch.float32"),
+        (torch.float32, "bf16", "in torch.float32, where precision = bf16 asks for torch.bfloat16"),
+    ],
+)
+def test_a_model_unlike_the_config_is_named(given, asked, said):
+    config = SFTConfig(device="cpu", precision=asked)
+    assert differences(tiny_model(dtype=given), config, Ranks()) == said
+    elsewhere = differences(tiny_model(dtype=given), SFTConfig(device="meta", precision=asked), Ranks())
+    assert elsewhere == "on cpu, where device asks for meta" + (f" and {said}" if said else "")
+
+
+def test_a_model_unlike_the_config_is_said(tmp_path, capsys):
+    run(tmp_path, prompts=PROMPTS, reward=picky, changes={"precision": "bf16"})
+    assert "model: is trained as it was given, in torch.float32, where precision = bf16" in capsys.readouterr().out

@@ -18,9 +18,9 @@ from torch import nn
 import rl4llm_fast as rf
 
 from . import checkpoint
-from .data import Limits
+from .data import DataConfig, Limits
 from .devices import choose_device
-from .distributed import Ranks, join
+from .distributed import Ranks, join, say
 from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
@@ -41,6 +41,20 @@ class TrainResult:
     tokenizer: Any
     history: list[dict[str, Any]]
     output_dir: Path
+
+
+def differences(model: nn.Module, config: RunConfig, ranks: Ranks) -> str:
+    """In what a model differs from the device and the precision that the config asks for; "" if in nothing."""
+    largest = max(model.parameters(), key=torch.Tensor.numel)  # heads may have a precision of their own
+    device = choose_device(config.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    found = []
+    if largest.device.type != device.type or device.index not in (None, largest.device.index):
+        found.append(f"on {largest.device}, where device asks for {device}")
+    cut = config.parallel == "fsdp" and ranks.size > 1  # into parts that are fp32, whatever it was
+    if largest.dtype != dtype and not cut:
+        found.append(f"in {largest.dtype}, where precision = {config.precision} asks for {dtype}")
+    return " and ".join(found)
 
 
 class Trainer:
@@ -77,6 +91,10 @@ class Trainer:
         if model is None:
             model, loaded = load_model(config.model, precision=config.precision, device=choose_device(config.device))
             tokenizer = tokenizer or loaded
+        elif unlike := differences(model, config, self.ranks):
+            say(f"model: is trained as it was given, {unlike}")
+        if isinstance(config, DataConfig) and getattr(tokenizer, "eos_token_id", 0) is None:
+            say("tokenizer: has no end token; answers of the data that are text are learned without one")
         self.model: Any = model.eval()
         self.ranks.copy_first([*model.parameters(), *model.buffers()])
         self.tokenizer = tokenizer

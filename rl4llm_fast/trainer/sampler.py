@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .ahead import Ahead
+from .distributed import say
 from .extras import require
 from .model import end_token_ids, model_source
 from .policy import Policy
@@ -66,6 +67,13 @@ class SamplingTrainer(Trainer):
             sampler = VLLMSampler(model_source(c.model), seed=c.seed, **c.sampler_options)
         self.sampler = sampler
         self.end_ids = end_token_ids(self.model, self.tokenizer, c.stop_tokens)
+        if not self.end_ids:
+            if getattr(c, "overlong", "keep") == "mask":  # every answer would be masked, and nothing learned
+                raise ValueError(
+                    "config: overlong: wanted keep, or stop_tokens, where no token ends an answer, got 'mask'"
+                )
+            say(f"tokenizer, model: have no end token; every answer goes on to max_new_tokens = {c.max_new_tokens}, "
+                "unless stop_tokens names one")  # fmt: skip
 
     def set_up_ahead(self, prompts_of: Callable[[int], Sequence[list[int]]], group_size: int) -> None:
         """From now on the answers of a step are drawn during the one before it; ``prompts_of`` a step its prompts."""
