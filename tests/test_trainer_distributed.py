@@ -29,7 +29,8 @@ from rl4llm_fast.trainer import (
     train_rm,
     train_sft,
 )
-from rl4llm_fast.trainer.distributed import join
+from rl4llm_fast.trainer.distributed import Ranks, join
+from rl4llm_fast.trainer.sharding import for_file
 from rl4llm_fast.trainer.tasks import Task
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -159,6 +160,19 @@ def test_the_example_of_a_sharded_head():
     text = finish(start(2, free_port(), ROOT / "examples" / "fsdp2_head.py"))[0]
     for head in ("tied", "separate", "frozen", "lora"):
         assert f"{head} head: gradients of 2 processes" in text
+
+
+def test_what_a_checkpoint_holds_is_whole_in_the_first_process_alone():
+    class Cut:  # as FSDP's are: a piece here, the whole by asking
+        def full_tensor(self):
+            return torch.arange(4.0)
+
+        def to_local(self):
+            return torch.arange(2.0)
+
+    assert for_file(Cut(), Ranks(0, 2)).tolist() == [0, 1, 2, 3]
+    assert for_file(Cut(), Ranks(1, 2)).numel() == 0
+    assert for_file(torch.ones(2), Ranks(1, 2)).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("place", "taken"), [("0", [0]), ("1", []), (None, [])])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .distributed import Ranks
 from .settings import RunConfig
-from .sharding import cut_like, local, whole
+from .sharding import cut_like, for_file, local, whole
 
 
 class MasterAdamW:
@@ -118,10 +118,11 @@ class MasterAdamW:
                 parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and moments, each in one piece: any number of processes can go on from it."""
-        weights = {name: whole(master.detach()) for name, master in zip(self.names, self.masters, strict=True)}
+        """Weights and moments, each in one piece in the first process: any number of them can go on from it."""
+        pairs = zip(self.names, self.masters, strict=True)
+        weights = {name: for_file(master, self.ranks) for name, master in pairs}
         adam = self.adam.state_dict()
-        moments = {i: {key: whole(value) for key, value in of.items()} for i, of in adam["state"].items()}
+        moments = {i: {key: for_file(v, self.ranks) for key, v in of.items()} for i, of in adam["state"].items()}
         return {"weights": weights, "adam": {**adam, "state": moments}}
 
     @torch.no_grad()

@@ -199,7 +199,7 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """The trained model and its tokenizer as a folder that is there whole or not at all."""
         sharded = self.run_config.parallel == "fsdp" and self.ranks.size > 1
-        options = {"state_dict": whole_state(self.model, self.run_config.precision)} if sharded else {}
+        options = {"state_dict": whole_state(self.model, self.run_config.precision, self.ranks)} if sharded else {}
         if not self.ranks.first:
             return
         partial = folder.with_suffix(".partial")

@@ -57,6 +57,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def for_file(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor that is cut over the processes in one piece, on the CPU of the first and empty elsewhere.
+
+    Every process must ask for it. One tensor at a time is whole on the devices: a model with its moments would not fit.
+    """
+    piece = whole(tensor).detach()
+    if local(tensor) is tensor:
+        return piece
+    return piece.cpu() if ranks.first else piece.new_empty(0)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's piece."""
     piece = getattr(tensor, "to_local", None)
@@ -72,7 +83,7 @@ def cut_like(tensor: Tensor, other: Any) -> Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def whole_state(model: nn.Module, precision: str) -> dict[str, Tensor]:
-    """What is saved of a sharded model: its tensors in one piece, in the precision that it is computed in."""
+def whole_state(model: nn.Module, precision: str, ranks: Ranks) -> dict[str, Tensor]:
+    """What the first process saves of a sharded model: tensors in one piece, in the precision it is computed in."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return {name: whole(value).detach().to("cpu", dtype) for name, value in model.state_dict().items()}
+    return {name: for_file(value, ranks).to("cpu", dtype) for name, value in model.state_dict().items()}
