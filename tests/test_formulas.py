@@ -239,9 +239,10 @@ def test_equal_operations_are_one_and_keep_their_names():
 def python_function(function: codegen.Function):
     statements, results = function.body(codegen.TRITON)
     text = "\n".join([f"def f({', '.join((*function.inputs, *function.knobs))}):", *(f"    {s}" for s in statements)])
-    tl = types.SimpleNamespace(exp=math.exp, log=math.log, abs=abs, where=lambda c, a, b: a if c else b)
+    tl = types.SimpleNamespace(log=math.log, abs=abs, where=lambda c, a, b: a if c else b)
     scope = {
         "tl": tl,
+        "exp": math.exp,
         "minimum": min,
         "maximum": max,
         "clamp": lambda x, low, high: min(max(x, low), high),
