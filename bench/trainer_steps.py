@@ -66,7 +66,7 @@ def make_step(
     """
     if variant == "trl":
         return TRL[trainer](batch, model, precision, device, recompute)
-    return MADE[trainer](batch, _settings(variant, model, precision, device, recompute), plain=variant == "eager")
+    return MADE[trainer](batch, _settings(variant, model, precision, device, recompute))
 
 
 def make_grpo(
@@ -75,7 +75,7 @@ def make_grpo(
     """GRPO's step for any batch with as many prompts and answers as ``batch``."""
     if variant == "trl":
         return _trl_grpo_taker(batch, model, precision, device, recompute)
-    return _grpo_taker(batch, _settings(variant, model, precision, device, recompute), variant == "eager")
+    return _grpo_taker(batch, _settings(variant, model, precision, device, recompute))
 
 
 def _settings(variant: str, model: str, precision: str, device: str, recompute: bool) -> dict[str, Any]:
@@ -100,17 +100,18 @@ def _loaded(settings: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(("model", "tokenizer"), sized.load(settings["model"], settings["device"]), strict=True))
 
 
-def _grpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
-    take, _ = _grpo_taker(batch, settings, plain)
+def _grpo(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
+    take, _ = _grpo_taker(batch, settings)
     return lambda: take(batch)
 
 
-def _grpo_taker(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Taker:
+def _grpo_taker(batch: dict[str, Any], settings: dict[str, Any]) -> Taker:
     from rl4llm_fast.trainer.compare import plain_token_logprobs
     from rl4llm_fast.trainer.config import GRPOConfig
     from rl4llm_fast.trainer.grpo import Batch, GRPOTrainer
     from rl4llm_fast.trainer.tasks import Task
 
+    plain = settings["backend"] == "eager"
     sizes = {"prompts_per_step": len(batch["prompts"]), "group_size": batch["group_size"]}
     config = GRPOConfig(**settings, **sizes, head="logits" if plain else "auto")
     task = Task(train=[[1]], reward=lambda example, answer: 0.0)
@@ -126,7 +127,7 @@ def _grpo_taker(batch: dict[str, Any], settings: dict[str, Any], plain: bool) ->
     return take, made.optimizer.discard
 
 
-def _dpo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+def _dpo(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
     from rl4llm_fast.trainer.dpo import DPOConfig, DPOTrainer
 
     rows = batch["rows"]
@@ -163,7 +164,7 @@ def take_plain_logprobs() -> None:
     reference.token_logprobs = obvious
 
 
-def _ppo(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+def _ppo(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
     """Policy, reference and value model; values, advantages and one update."""
     from rl4llm_fast.trainer.metrics import Phases
     from rl4llm_fast.trainer.ppo import PPOTrainer
@@ -197,7 +198,7 @@ def _rollout(batch: dict[str, Any]) -> Any:
     return Rollout(batch["prompts"], batch["group_size"], answers, unknown, [True] * len(answers))
 
 
-def _sft(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+def _sft(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
     from rl4llm_fast.trainer.sft import SFTConfig, SFTTrainer
 
     rows = _one_by_one(batch)
@@ -206,7 +207,7 @@ def _sft(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     return lambda: _two(made.step(1))
 
 
-def _rm(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+def _rm(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
     from rl4llm_fast.trainer.rm import RMConfig, RMTrainer
 
     rows = batch["rows"]
@@ -215,7 +216,7 @@ def _rm(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
     return lambda: _two(made.step(1))
 
 
-def _kto(batch: dict[str, Any], settings: dict[str, Any], plain: bool) -> Step:
+def _kto(batch: dict[str, Any], settings: dict[str, Any]) -> Step:
     from rl4llm_fast.trainer.kto import KTOConfig, KTOTrainer
 
     rows = _one_by_one(batch)

@@ -206,9 +206,7 @@ def linear_kl_estimate(
     logp = linear_token_logprobs(hidden, weight, token_ids, bias, **settings)
     with torch.no_grad():
         ref_logp = linear_token_logprobs(ref_hidden, ref_weight, token_ids, ref_bias, **settings)
-    live = token_ids != ignore_index  # old_logp may hold anything at the others, as at masked rows
-    if mask is not None:
-        live = live & (mask if mask.dim() == live.dim() else mask.unsqueeze(-1))
+    live = reference.live_ids(token_ids, mask, ignore_index)  # old_logp may hold anything at the others
     return kl_estimate(
         logp, ref_logp, estimator, gradient=gradient, old_logp=old_logp, clamp=clamp, mask=live, backend=backend
     )

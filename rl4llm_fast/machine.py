@@ -30,13 +30,15 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 def driver_too_old(built_with: str) -> str | None:
     """Why a program linked with the runtime of CUDA ``built_with`` cannot start kernels here; None: it can, or there is
     no driver to ask. Asking it does not begin to use a GPU."""
+    if not built_with:
+        return None
     version = ctypes.c_int(0)
     try:
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return None
     here = version.value // 1000
-    if not built_with or status != 0 or here >= int(built_with.split(".")[0]):
+    if status != 0 or here >= int(built_with.split(".")[0]):
         return None
     return (
         f"its kernels are built with CUDA {built_with}, and this machine's driver is of CUDA {here}.x: install a newer "

@@ -6,7 +6,6 @@ distillation.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-
-import rl4llm_fast as rf
 
 from .attempts import Attempts
 from .data import Limits, Row, answerable, digest, hold_out, load_rows, numbered_rows, usable
@@ -211,19 +208,20 @@ def _sample_rest(
     asked = framed(Task(train=questions, reward=task.reward), c, tokenizer)
     fit = answerable(asked.train, "questions", tokenizer, Limits.of(teacher), c.max_new_tokens, c.strict)
     known, size = set(map(id, fit)), c.sampling_batch_size
+    pairs = list(zip(asked.train, questions, strict=True))
     bar = tqdm(total=len(questions), desc="sampling", unit="question", disable=not c.progress, ncols=90)
     for number, start in enumerate(range(0, len(questions), size), 1):
-        batch = list(zip(asked.train, questions, strict=True))[start : start + size]
+        batch = pairs[start : start + size]
         bar.update(len(batch))
         if number <= len(history.rows):
             continue
         part = [pair for pair in batch if id(pair[0]) in known]
         generator = torch.Generator().manual_seed(c.seed + 1_000_003 * number)
-        with contextlib.nullcontext() if c.backend == "auto" else rf.use_backend(c.backend):
-            rollout = sample(
-                policy, [prompt_token_ids(e, tokenizer) for e, _ in part], group_size=c.samples, end_ids=end_ids,
-                max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, generator=generator,
-            )  # fmt: skip
+        rollout = sample(
+            policy, [prompt_token_ids(e, tokenizer) for e, _ in part], group_size=c.samples, end_ids=end_ids,
+            max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_p=c.top_p, generator=generator,
+            backend=None if c.backend == "auto" else c.backend,
+        )  # fmt: skip
         rows: list[Row] = []
         counts: Counter[str] = Counter()
         attempts = Attempts()
