@@ -18,8 +18,11 @@ from .cases import CASES, Case
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _MARK = "\x1e"
-# bench comes from this tree, rl4llm_fast from the other one: bench is imported before the path changes.
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import bench.base; sys.path[0] = sys.argv[2]; bench.base.serve()"
+# bench comes from this tree, rl4llm_fast from the other one: it is imported first, for bench imports it too.
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[2]); import rl4llm_fast; sys.path[0] = sys.argv[1]; "
+    "import bench.base; bench.base.serve()"
+)
 
 
 def serve() -> None:
@@ -71,18 +74,21 @@ class Base:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             cuda = {"RL4LLM_FAST_CUDA": "0"} if self._device == "cpu" else {}  # the CPU suites do without nvcc
             subprocess.run(build, cwd=tree, check=True, env={**os.environ, **cuda}, stdout=sys.stderr)
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, str(ROOT), str(tree)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=tree,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-            )
+            self._start()
         except BaseException:
             self._remove()
             raise
         return self
+
+    def _start(self) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, str(ROOT), str(self._tree)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self._tree,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
 
     def __exit__(self, *_: object) -> None:
         self._child.communicate()

@@ -78,7 +78,7 @@ def is_integer(name: str, tensor: Tensor) -> None:
 
 
 def has_shape(name: str, tensor: Tensor, wanted: Sequence[int], like: str) -> None:
-    if shape(tensor) != tuple(wanted):
+    if tensor.shape != wanted and shape(tensor) != tuple(wanted):
         raise ValueError(f"{name}: wanted the shape {tuple(wanted)} of {like}, got {shape(tensor)}")
 
 

@@ -52,12 +52,22 @@ RL4LLM_INLINE F live_only(F x, const uint8_t* mask_ptr, int64_t i, int lanes) {
 #endif
 }
 
+// Whether no element is live of a step's kSums vectors: behind an answer's end, where nothing else need be read.
+RL4LLM_INLINE bool all_dead(const uint8_t* mask_ptr) {
+  constexpr int kWords = kSums * kWidth / 8;
+  uint64_t words[kWords], any = 0;
+  __builtin_memcpy(words, mask_ptr, sizeof words);
+  for (int k = 0; k < kWords; ++k) any |= words[k];
+  return any == 0;
+}
+
 // Σ term(i, lanes) over live elements, term giving those of [i, i + lanes).
 template <class Term>
 RL4LLM_INLINE double sum_over(int64_t count, const uint8_t* mask_ptr, const Term& term) {
   F sums[kSums] = {};
   int64_t i = 0;
   for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
+    if (mask_ptr && all_dead(mask_ptr + i)) continue;
     for (int k = 0; k < kSums; ++k) {
       sums[k] += live_only(term(i + k * kWidth, kWidth), mask_ptr, i + k * kWidth, kWidth);
     }
