@@ -24,6 +24,7 @@ def join(count1, mean1, squares1, count2, mean2, squares2):
 @triton.jit(do_not_specialize=["parts"])  # N on 16 alone: a mask that ends on 16 bytes leaves loads whole
 def whiten_parts_kernel(
     x_ptr,  # (N,)
+    minus_ptr,  # (N,) or None
     mask_ptr,  # (N,) or None
     partial_ptr,  # (3, parts) fp64
     N,
@@ -32,7 +33,7 @@ def whiten_parts_kernel(
 ):
     """Count, mean and squares of one part.
 
-    Computes: n = Σ m_i, x̄ = Σ m_i·x_i/n, Σ m_i·(x_i − x̄)²
+    Computes: n = Σ m_i, x̄ = Σ m_i·x_i/n, Σ m_i·(x_i − x̄)², of x − minus where that is given
     Grid: (parts,), program -> BLOCK elements
     Traffic: an element and its mask read once, 24 bytes a part written
     Numerics: fp64, two passes over registers; one tree
@@ -44,6 +45,8 @@ def whiten_parts_kernel(
     if mask_ptr is not None:
         live = live & (tl.load(mask_ptr + i, mask=live, other=0) != 0)
     x = tl.load(x_ptr + i, mask=live, other=0.0).to(tl.float64)
+    if minus_ptr is not None:
+        x -= tl.load(minus_ptr + i, mask=live, other=0.0).to(tl.float64)
     count = tl.sum(live.to(tl.int32), axis=0).to(tl.float64)
     mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
     centred = tl.where(live, x - mean, 0.0)
@@ -118,7 +121,7 @@ def whiten_apply_kernel(
     tl.store(out_ptr + i, tl.where(live, out, 0.0).to(tl.float32), mask=i < N)
 
 
-def whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
+def whiten_stats(x: Tensor, mask: Tensor | None, minus: Tensor | None = None) -> Tensor:
     """``schemas.OPS["whiten_stats"]``."""
     count = x.numel()
     parts = triton.cdiv(count, configs.WHITEN_BLOCK)
@@ -127,7 +130,7 @@ def whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
     with on_device(x):
         if parts:
             whiten_parts_kernel[check_grid("whiten", parts)](
-                x, mask, partial, count, parts, BLOCK=configs.WHITEN_BLOCK, num_warps=configs.WHITEN_WARPS,
+                x, minus, mask, partial, count, parts, BLOCK=configs.WHITEN_BLOCK, num_warps=configs.WHITEN_WARPS,
                 **configs.COMPILE,
             )  # fmt: skip
         whiten_join_kernel[(1,)](

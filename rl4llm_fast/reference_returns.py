@@ -174,11 +174,12 @@ def process_advantages(
     return padded.gather(1, step).to(accumulation_dtype(step_rewards.dtype))
 
 
-def whiten_stats(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(3,) fp64: the number of live tokens, their mean, and Σ (x − mean)²."""
+def whiten_stats(x: Tensor, mask: Tensor | None, minus: Tensor | None = None) -> Tensor:
+    """(3,) fp64: the number of live tokens, their mean, and Σ (x − mean)²; of x − ``minus``, where that is given."""
     live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     count = live.double().sum()
-    wide = torch.where(live, x, torch.zeros((), dtype=x.dtype, device=x.device)).double()
+    difference = x if minus is None else x - minus
+    wide = torch.where(live, difference, torch.zeros((), dtype=x.dtype, device=x.device)).double()
     mean = wide.sum() / count.clamp(min=1)
     squares = torch.where(live, wide - mean, torch.zeros_like(wide)).square().sum()
     return torch.stack([count, mean, squares])

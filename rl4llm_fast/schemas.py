@@ -184,7 +184,7 @@ OPS: dict[str, Op] = {
         fakes.process_advantages,
     ),
     # x, mask alike, contiguous -> (3,) fp64: the number of live tokens, their mean, Σ (x − mean)²
-    "whiten_stats": Op("(Tensor x, Tensor? mask) -> Tensor", fakes.whiten_stats),
+    "whiten_stats": Op("(Tensor x, Tensor? mask, Tensor? minus=None) -> Tensor", fakes.whiten_stats),
     # stats as above, perhaps of several ranks
     "whiten_apply": Op(
         "(Tensor x, Tensor? mask, Tensor stats, Tensor eps, bool shift_mean) -> Tensor", fakes.whiten_apply

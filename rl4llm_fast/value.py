@@ -124,7 +124,7 @@ def _explained_variance(values: Tensor, returns: Tensor, live: Tensor | None, ba
     chosen = dispatch.choose("whiten", values, "eager" if backend == "eager" else None)
     stats = reference_returns.whiten_stats if chosen == "eager" else dispatch.ops(chosen).whiten_stats
     with torch.no_grad():
-        total, left = (stats(x, live)[2] for x in (returns, returns - values))
+        total, left = (stats(returns, live, minus)[2] for minus in (None, values))
         return torch.where(total > 0, 1.0 - left / total, 0.0).to(values.dtype)
 
 

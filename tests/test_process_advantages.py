@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rl4llm_fast as rf
+from rl4llm_fast import dispatch, reference_returns
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -172,6 +173,30 @@ class TestWhiten:
                     assert_as_good_as_eager(rf.whiten(part, live), wanted, rf.whiten(part, live, backend="eager"))
         finally:
             extension.force_cpu_isa(None)
+
+    @whiten_backend
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_stats_of_a_difference(self, backend, dtype):
+        """As value_loss takes them for the explained variance: x − minus is never a tensor."""
+        if dtype == torch.float64 and backend not in ("eager", "cpu"):
+            pytest.skip("fp64 is for the CPU")
+        x, minus = torch.randn(2, 3, 7_001).to(dtype).unbind()
+        mask = torch.rand(x.shape) < 0.7
+        minus[~mask] = math.nan
+        kernels = reference_returns if backend == "eager" else dispatch.ops(backend)
+        rounded = 1e-2 if backend == "eager" and dtype.itemsize == 2 else 1e-6  # the oracle subtracts in its dtype
+        for live in (mask, None):
+            other = minus.nan_to_num(0.5)
+            want = reference_returns.whiten_stats(x.double(), live, other.double())
+            got = kernels.whiten_stats(x, live, minus if live is not None else other)
+            torch.testing.assert_close(got, want, rtol=rounded, atol=rounded)
+
+    @pytest.mark.skipif("cpu" not in rf.backends()["whiten"], reason="the C++ extension is not built here")
+    def test_what_is_subtracted_is_like_x(self):
+        x = torch.randn(3, 4)
+        for minus in (x.double(), x[:2], x.t().contiguous().t()):
+            with pytest.raises(ValueError, match="minus: wanted 12 contiguous elements of Float"):
+                dispatch.ops("cpu").whiten_stats(x, None, minus)
 
     @whiten_backend
     def test_a_large_offset_does_not_cancel(self, backend):

@@ -29,8 +29,11 @@ KERNELS = {
         dict(zip(("BLOCK_K", "BLOCK_T"), configs.PROCESS_BLOCK, strict=True)),
         4, 128, False,
     ),
-    "whiten_parts": (whiten.whiten_parts_kernel, WHITEN | {"mask_ptr": None}, configs.WHITEN_WARPS, 96, True),
-    "whiten_parts masked": (whiten.whiten_parts_kernel, WHITEN, configs.WHITEN_WARPS, 96, False),
+    "whiten_parts": (
+        whiten.whiten_parts_kernel, WHITEN | {"mask_ptr": None, "minus_ptr": None}, configs.WHITEN_WARPS, 96, True
+    ),
+    "whiten_parts masked": (whiten.whiten_parts_kernel, WHITEN | {"minus_ptr": None}, configs.WHITEN_WARPS, 96, False),
+    "whiten_parts of a difference": (whiten.whiten_parts_kernel, WHITEN, configs.WHITEN_WARPS, 96, False),
     "whiten_join": (
         whiten.whiten_join_kernel, {"BLOCK": configs.WHITEN_JOIN_BLOCK}, configs.WHITEN_WARPS, 160, False
     ),

@@ -96,6 +96,15 @@ T* data_of(const std::optional<Tensor>& tensor, const char* name, int64_t numel)
   return tensor ? data_of<T>(*tensor, name, numel) : nullptr;
 }
 
+// What whiten_stats takes from x: like it.
+inline void check_minus(const Tensor& x, const std::optional<Tensor>& minus) {
+  if (!minus) return;
+  if (minus->scalar_type() != x.scalar_type() || minus->numel() != x.numel() || !minus->is_contiguous()) {
+    fail("minus: wanted ", x.numel(), " contiguous elements of ", torch::headeronly::toString(x.scalar_type()),
+         ", got ", shape_of(*minus), " of ", torch::headeronly::toString(minus->scalar_type()));
+  }
+}
+
 inline float bits_to_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);

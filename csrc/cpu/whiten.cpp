@@ -28,25 +28,34 @@ struct Stats {
   }
 };
 
-// f(x_ptr, n, i) for parts [begin, end), where x_ptr holds elements [i, i + n) in the accumulation dtype.
-template <class S, class F>
-void each_part(const Tensor& x, int64_t begin, int64_t end, const F& f) {
+// Elements [i, i + n) of x in the accumulation dtype: where they lie, or widened into `room`.
+template <class S>
+const S* part_of(const Tensor& x, int64_t i, int64_t n, S* room) {
   const ScalarType type = x.scalar_type();
   const void* data_ptr = x.data_ptr();
-  float widened[kPart];
+  if (type == scalar_type_of<S>()) return static_cast<const S*>(data_ptr) + i;
+  if (type == ScalarType::BFloat16) {
+    const uint16_t* bits_ptr = static_cast<const uint16_t*>(data_ptr) + i;
+    for (int64_t k = 0; k < n; ++k) room[k] = S(bits_to_float(uint32_t(bits_ptr[k]) << 16));
+  } else {
+    for (int64_t k = 0; k < n; ++k) room[k] = S(read_element(data_ptr, type, i + k));
+  }
+  return room;
+}
+
+// f(x_ptr, n, i) for parts [begin, end), where x_ptr holds elements [i, i + n) of x, or of x − minus.
+template <class S, class F>
+void each_part(const Tensor& x, const std::optional<Tensor>& minus, int64_t begin, int64_t end, const F& f) {
+  S own[kPart], other[kPart];
   for (int64_t part = begin; part < end; ++part) {
     const int64_t i = part * kPart, n = std::min(kPart, x.numel() - i);
-    if (type == scalar_type_of<S>()) {
-      f(static_cast<const S*>(data_ptr) + i, n, i);
-    } else if constexpr (sizeof(S) == sizeof(float)) {
-      if (type == ScalarType::BFloat16) {
-        const uint16_t* bits_ptr = static_cast<const uint16_t*>(data_ptr) + i;
-        for (int64_t k = 0; k < n; ++k) widened[k] = bits_to_float(uint32_t(bits_ptr[k]) << 16);
-      } else {
-        for (int64_t k = 0; k < n; ++k) widened[k] = float(read_element(data_ptr, type, i + k));
-      }
-      f(widened, n, i);
+    const S* x_ptr = part_of(x, i, n, own);
+    if (minus) {
+      const S* minus_ptr = part_of(*minus, i, n, other);
+      for (int64_t k = 0; k < n; ++k) own[k] = x_ptr[k] - minus_ptr[k];
+      x_ptr = own;
     }
+    f(x_ptr, n, i);
   }
 }
 
@@ -64,7 +73,8 @@ const uint8_t* mask_of(const std::optional<Tensor>& mask, int64_t count) {
   return reinterpret_cast<const uint8_t*>(data_of<bool>(mask, "mask", count));
 }
 
-Tensor whiten_stats(Tensor x, std::optional<Tensor> mask) {
+Tensor whiten_stats(Tensor x, std::optional<Tensor> mask, std::optional<Tensor> minus) {
+  check_minus(x, minus);
   const int64_t count = x.numel(), parts = (count + kPart - 1) / kPart;
   const uint8_t* mask_ptr = mask_of(mask, count);
   std::vector<Stats> stats(static_cast<size_t>(parts));
@@ -72,7 +82,7 @@ Tensor whiten_stats(Tensor x, std::optional<Tensor> mask) {
     using S = decltype(zero);
     const auto live_count = moment_kernels().live_count;
     parallel_jobs(parts, 4, [&](int64_t begin, int64_t end) {
-      each_part<S>(x, begin, end, [&](const S* x_ptr, int64_t n, int64_t i) {
+      each_part<S>(x, minus, begin, end, [&](const S* x_ptr, int64_t n, int64_t i) {
         const uint8_t* live_ptr = mask_ptr ? mask_ptr + i : nullptr;
         Stats& part = stats[size_t(i / kPart)];
         part.count = double(mask_ptr ? live_count(n, live_ptr) : n);
@@ -103,7 +113,7 @@ Tensor whiten_apply(Tensor x, std::optional<Tensor> mask, Tensor stats, Tensor e
     using S = decltype(zero);
     S* out_ptr = static_cast<S*>(out.data_ptr());
     parallel_jobs((count + kPart - 1) / kPart, 4, [&](int64_t begin, int64_t end) {
-      each_part<S>(x, begin, end, [&](const S* x_ptr, int64_t n, int64_t i) {
+      each_part<S>(x, std::nullopt, begin, end, [&](const S* x_ptr, int64_t n, int64_t i) {
         kernels.normalise(n, x_ptr, mask_ptr ? mask_ptr + i : nullptr, mean, scale, shift, out_ptr + i);
       });
     });

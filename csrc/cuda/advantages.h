@@ -7,7 +7,8 @@
 namespace rl4llm {
 
 struct WhitenTensors {
-  const void* x_ptr;  // (N,)
+  const void* x_ptr;      // (N,)
+  const void* minus_ptr;  // (N,) or null
   Dtype dtype;
   const bool* mask_ptr;  // (N,) or null
   int64_t N;

@@ -48,15 +48,19 @@ struct SortedGroups {
   }
 };
 
-WhitenTensors whiten_tensors(const char* op, const Tensor& x, const std::optional<Tensor>& mask) {
+WhitenTensors whiten_tensors(const char* op, const Tensor& x, const std::optional<Tensor>& minus,
+                             const std::optional<Tensor>& mask) {
   if (!x.is_contiguous()) fail("x: wanted contiguous elements, got ", shape_of(x));
-  const WhitenTensors tensors = {x.data_ptr(), float_dtype(x, "x"), data_of<bool>(mask, "mask", x.numel()), x.numel()};
+  check_minus(x, minus);
+  const WhitenTensors tensors = {x.data_ptr(), minus ? minus->data_ptr() : nullptr, float_dtype(x, "x"),
+                                 data_of<bool>(mask, "mask", x.numel()), x.numel()};
   check_programs(op, whiten_parts(tensors.N));
   return tensors;
 }
 
-Tensor stats_of(const char* op, const Tensor& x, const std::optional<Tensor>& mask) {
-  const WhitenTensors tensors = whiten_tensors(op, x, mask);
+Tensor stats_of(const char* op, const Tensor& x, const std::optional<Tensor>& mask,
+                const std::optional<Tensor>& minus = std::nullopt) {
+  const WhitenTensors tensors = whiten_tensors(op, x, minus, mask);
   const Tensor partial = empty_like_of(x, {3 * whiten_parts(tensors.N)}, ScalarType::Double);
   const Tensor stats = empty_like_of(x, {3}, ScalarType::Double);
   check_launch(op, whiten_stats(tensors, static_cast<double*>(partial.data_ptr()),
@@ -64,14 +68,14 @@ Tensor stats_of(const char* op, const Tensor& x, const std::optional<Tensor>& ma
   return stats;
 }
 
-Tensor whiten_stats_op(Tensor x, std::optional<Tensor> mask) {
+Tensor whiten_stats_op(Tensor x, std::optional<Tensor> mask, std::optional<Tensor> minus) {
   const DeviceGuard guard(x.get_device_index());
-  return stats_of("whiten_stats", x, mask);
+  return stats_of("whiten_stats", x, mask, minus);
 }
 
 Tensor whiten_apply_op(Tensor x, std::optional<Tensor> mask, Tensor stats, Tensor eps, bool shift_mean) {
   const DeviceGuard guard(x.get_device_index());
-  const WhitenTensors tensors = whiten_tensors("whiten_apply", x, mask);
+  const WhitenTensors tensors = whiten_tensors("whiten_apply", x, std::nullopt, mask);
   const Tensor out = empty_like_of(x, x.sizes(), ScalarType::Float);
   check_launch("whiten_apply", whiten_apply(tensors, data_of<double>(stats, "stats", 3), number_of(eps, "eps", -1),
                                             shift_mean, static_cast<float*>(out.data_ptr()), current_stream(x)));

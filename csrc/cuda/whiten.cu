@@ -22,17 +22,21 @@ __device__ __forceinline__ Moments join(Moments a, Moments b) {
   return {count, a.mean + step * part, a.squares + b.squares + step * step * a.count * part};
 }
 
-// kVec<T> elements from i on, 0 where one is not live; which are, a bit each.
+// kVec<T> elements of x, or of x − minus, from i on, 0 where one is not live; which are, a bit each.
 template <class T>
 __device__ __forceinline__ unsigned load_live(const WhitenTensors& a, int64_t i, float (&x)[kVec<T>]) {
   constexpr int width = kVec<T>;
   const T* x_ptr = static_cast<const T*>(a.x_ptr) + i;
+  const T* minus_ptr = a.minus_ptr ? static_cast<const T*>(a.minus_ptr) + i : nullptr;
   const bool* mask_ptr = a.mask_ptr ? a.mask_ptr + i : nullptr;
   unsigned live = 0;
 #pragma unroll
   for (int j = 0; j < width; ++j) x[j] = 0;
-  if (i + width <= a.N && on_16_bytes(x_ptr) && (reinterpret_cast<uintptr_t>(mask_ptr) & (width - 1)) == 0) {
+  const bool aligned = on_16_bytes(x_ptr) && on_16_bytes(minus_ptr);
+  if (i + width <= a.N && aligned && (reinterpret_cast<uintptr_t>(mask_ptr) & (width - 1)) == 0) {
     const Vec<T> vec = load_vec(x_ptr);
+    Vec<T> minus;
+    if (minus_ptr) minus = load_vec(minus_ptr);
 #pragma unroll
     for (int j = 0; j < width; j += 4) {
       const uint32_t bytes = mask_ptr ? *reinterpret_cast<const uint32_t*>(mask_ptr + j) : 0x01010101u;
@@ -40,12 +44,15 @@ __device__ __forceinline__ unsigned load_live(const WhitenTensors& a, int64_t i,
       for (int k = 0; k < 4; ++k) live |= ((bytes >> (8 * k)) & 0xff ? 1u : 0u) << (j + k);
     }
 #pragma unroll
-    for (int j = 0; j < width; ++j) x[j] = live >> j & 1 ? to_float(vec.values[j]) : 0.0f;
+    for (int j = 0; j < width; ++j) {
+      const float value = to_float(vec.values[j]) - (minus_ptr ? to_float(minus.values[j]) : 0.0f);
+      x[j] = live >> j & 1 ? value : 0.0f;
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < width; ++j) {
       if (i + j >= a.N || (mask_ptr && !mask_ptr[j])) continue;
-      live |= 1u << j, x[j] = to_float(x_ptr[j]);
+      live |= 1u << j, x[j] = to_float(x_ptr[j]) - (minus_ptr ? to_float(minus_ptr[j]) : 0.0f);
     }
   }
   return live;
@@ -64,7 +71,7 @@ __device__ __forceinline__ double block_sum(double x, double (&shared)[kWarps]) 
 
 // Count, mean and squares of one part.
 //
-// Computes: n = Σ m_i, x̄ = Σ m_i·x_i/n, Σ m_i·(x_i − x̄)²
+// Computes: n = Σ m_i, x̄ = Σ m_i·x_i/n, Σ m_i·(x_i − x̄)², of x − minus where that is given
 // Grid: (parts,), block -> kPart elements
 // Traffic: an element and its mask read once, 24 bytes a part written
 // Numerics: fp64, two passes over registers; elements of a thread in order, then a tree

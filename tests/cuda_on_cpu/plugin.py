@@ -82,7 +82,9 @@ ScanTensors = struct(
 
 
 # csrc/cuda/advantages.h
-WhitenTensors = struct("WhitenTensors", ("x", Pointer), ("dtype", Int), ("mask", Pointer), ("N", Int64))
+WhitenTensors = struct(
+    "WhitenTensors", ("x", Pointer), ("minus", Pointer), ("dtype", Int), ("mask", Pointer), ("N", Int64)
+)
 Groups = struct(
     "Groups", ("rewards", Pointer), ("dtype", Int), ("ids", Pointer), ("order", Pointer), ("B", Int64),
     ("group_size", Int64), ("eps", Number),
@@ -266,14 +268,15 @@ def n_step_returns(rewards, values, mask, cu_seqlens, bootstrap, n, gamma, mask_
     return outs[0]
 
 
-def whiten_tensors(x, mask):
-    return ctypes.byref(WhitenTensors(pointer(x), DTYPES[x.dtype], pointer(mask), x.numel()))
+def whiten_tensors(x, mask, minus=None):
+    return ctypes.byref(WhitenTensors(pointer(x), pointer(minus), DTYPES[x.dtype], pointer(mask), x.numel()))
 
 
-def whiten_stats(x, mask):
+def whiten_stats(x, mask, minus=None):
     partial = fresh(library.whiten_parts(x.numel()), 3, dtype=torch.float64)
     stats = fresh(3, dtype=torch.float64)
-    assert library.whiten_stats(whiten_tensors(x, mask), Pointer(pointer(partial)), Pointer(pointer(stats))) == 0
+    tensors = whiten_tensors(x, mask, minus)
+    assert library.whiten_stats(tensors, Pointer(pointer(partial)), Pointer(pointer(stats))) == 0
     return stats
 
 
