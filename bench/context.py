@@ -6,9 +6,10 @@
 The batch is one prompt with eight answers, all equally long; the model is made of a config (bench.sized), its layers
 are computed again in the backward pass, and weights, gradients and Adam's moments lie beside the step. --memory holds
 a GPU of more to that many GB. As in bench.capacity the length doubles until the allocator refuses, then the gap is
-halved down to a sixteenth. Each variant has a process of its own. bench/results/context-{model}-{device}-{date}.json is
-written after every step that was tried, and the same command goes on where it stopped. Exit status: 0 done; 2 there is
-no GPU; 3 steps are left.
+halved down to a sixteenth. The longest is then taken twice more, and the second of these is timed: the search's own
+steps pay for kernels and fresh memory. Each variant has a process of its own.
+bench/results/context-{model}-{device}-{date}.json is written after every step that was tried, and the same command goes
+on where it stopped. Exit status: 0 done; 2 there is no GPU; 3 steps are left.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ def longest(
     return capacity.largest(fits, FIRST)
 
 
+def warm(probe: Callable[[int], dict[str, Any]], answer: int) -> float | None:
+    """Seconds of a step at that length, behind one that pays for kernels and memory; None if they do not fit again."""
+    first, second = probe(answer), probe(answer)
+    return float(second["seconds"]) if first["fits"] and second["fits"] else None
+
+
 def prober(
     variant: str, model: str, precision: str, device: str, vocabulary: int
 ) -> Callable[[int], dict[str, Any]]:  # fmt: skip
@@ -93,6 +100,8 @@ def prober(
         start = time.perf_counter()
         try:
             take(batch)
+            if device == "cuda":
+                torch.cuda.synchronize()  # the update of the weights is still on its way
             fits = True
         except RuntimeError as error:
             if not timing.out_of_memory(error):
@@ -128,6 +137,10 @@ def work(arguments: Sequence[str]) -> int:
 
     try:
         found["longest"] = longest(found, probe, meta["most"], save, clock)
+        if found["longest"]:
+            if clock.over:
+                return UNFINISHED
+            found["seconds"] = warm(probe, found["longest"])
         found["status"] = "ok"
     except OutOfTime:
         return UNFINISHED
@@ -183,10 +196,10 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | fewer than {FIRST:,} | – | – | – | – |")
             continue
         tokens = SIZES["group"] * (SIZES["prompt"] + of["longest"])
+        seconds = "–" if of.get("seconds") is None else f"{of['seconds']:.3g} s"
         times = "" if name == "fused" or not fused else f"{fused / of['longest']:.1f}x as many"
         lines.append(
-            f"| {name} | {of['longest']:,} | {tokens:,} | {last['seconds']:.3g} s "
-            f"| {last['peak_bytes'] / 2**30:.1f} GiB | {times} |"
+            f"| {name} | {of['longest']:,} | {tokens:,} | {seconds} | {last['peak_bytes'] / 2**30:.1f} GiB | {times} |"
         )
     modified = ", with local changes" if meta["dirty"] else ""
     lines += [
@@ -195,7 +208,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{meta['date']}, torch {meta['torch']}, {meta['precision']}, commit {meta['git']}{modified}: a GRPO step of "
         f"{SIZES['prompts']} prompt of {SIZES['prompt']} tokens with {SIZES['group']} answers, a model of random "
         f"weights, width {meta['width']:,}, {meta['layers']} layers and a vocabulary of {meta['vocabulary']:,}, its "
-        "layers computed again in the backward pass; Adam in fp32.",
+        "layers computed again in the backward pass; Adam in fp32. Its time is that of the second step of that length.",
     ]
     return "\n".join(lines)
 

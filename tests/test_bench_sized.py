@@ -134,6 +134,24 @@ def test_the_longest_answers_and_going_on() -> None:
     assert context.longest({"probes": []}, probe, 2_000, save, Clock(None)) <= 2_000  # no more positions
 
 
+def test_the_time_is_that_of_a_warm_step(tmp_path: pathlib.Path) -> None:
+    asked: list[int] = []
+
+    def probe(answer: int) -> dict[str, Any]:
+        asked.append(answer)
+        return {"fits": answer <= 512 or len(asked) < 2, "seconds": 10.0 / len(asked), "peak_bytes": 0}
+
+    assert context.warm(probe, 512) == 5.0
+    assert asked == [512, 512]
+    assert context.warm(probe, 600) is None
+    result = result_of(tmp_path)
+    result["variants"]["fused"] = {  # refused the second time round: the length stands, and no time is known
+        "status": "ok", "longest": 512, "seconds": None,
+        "probes": [{"answer": 512, "fits": True, "seconds": 9.0, "peak_bytes": 2**30}],
+    }  # fmt: skip
+    assert "| fused | 512 | 5,120 | – | 1.0 GiB |  |" in context.markdown(result)
+
+
 @pytest.mark.parametrize("variant", end_to_end.VARIANTS)
 def test_a_refused_step_leaves_nothing_behind(
     variant: str, tiny: None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -186,9 +204,11 @@ def test_the_processes_the_table_and_the_plot(
     fused = json.loads(path.read_text())["variants"]["fused"]
     assert fused["status"] == "ok"
     assert fused["longest"] == 992  # to a sixteenth of the 1,000 positions that there are
+    assert fused["seconds"] > 0
     assert [known["answer"] for known in fused["probes"]][:1] == [512]
     result["variants"]["eager"] = {
-        "status": "ok", "longest": 512, "probes": [{"answer": 512, "fits": True, "seconds": 2.0, "peak_bytes": 2**30}]
+        "status": "ok", "longest": 512, "seconds": 2.0,
+        "probes": [{"answer": 512, "fits": True, "seconds": 9.0, "peak_bytes": 2**30}],
     }  # fmt: skip
     text = context.markdown(result)
     assert "| eager | 512 | 5,120 | 2 s | 1.0 GiB | 1.9x as many |" in text
@@ -222,7 +242,8 @@ def test_without_a_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str
 def test_the_page_of_the_gpu(tmp_path: pathlib.Path) -> None:
     result, page = result_of(tmp_path), tmp_path / "gpu.md"
     result["variants"]["fused"] = {
-        "status": "ok", "longest": 512, "probes": [{"answer": 512, "fits": True, "seconds": 2.0, "peak_bytes": 2**30}]
+        "status": "ok", "longest": 512, "seconds": 2.0,
+        "probes": [{"answer": 512, "fits": True, "seconds": 9.0, "peak_bytes": 2**30}],
     }  # fmt: skip
     row = {"status": "ok", "median_s": 1.0, "p20_s": 1.0, "p80_s": 1.0, "tokens_per_s": 9.0, "peak_bytes": 2**21}
     rows = [{"trainer": "grpo", "variant": "fused", "layers": 2, **row}]

@@ -14,7 +14,6 @@ import rl4llm_fast as rf
 from rl4llm_fast.trainer import GRPOConfig, sample
 from rl4llm_fast.trainer.compare import plain_token_logprobs
 from rl4llm_fast.trainer.grpo import GRPOTrainer
-from rl4llm_fast.trainer.layout import plain_layout, shared_layout
 from rl4llm_fast.trainer.optimizer import MasterAdamW, learning_rate
 from rl4llm_fast.trainer.policy import Policy
 
@@ -100,9 +99,7 @@ def test_answers_of_advantage_zero_are_skipped_exactly(tmp_path, monkeypatch):
         assert 0 < live.sum() < 4
         counted = []
         inner = trainer.policy.head_inputs
-        trainer.policy.head_inputs = lambda layout, _i=inner, _c=counted: (
-            _c.append(len(layout.prediction)) or _i(layout)
-        )
+        trainer.policy.head_inputs = lambda layout, _i=inner, _c=counted: _c.append(len(layout.token_ids)) or _i(layout)
         trainer.optimizer.step = lambda lr, norm: 0.0
         trainer.update(batch, 1)
         gradients.append([p.grad.clone() for p in trainer.model.parameters()])
@@ -112,106 +109,11 @@ def test_answers_of_advantage_zero_are_skipped_exactly(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def answers_with_shared_prefixes() -> tuple[list[list[int]], list[list[int]], list[int]]:
-    answers = [[5, 6, END], [5, 6, 7, 8], [5, 6, END], [9], [5], [9, 9, 9, 9], [1, 2, END], [1, 3]]
-    groups = [0, 0, 0, 0, 2, 2, 2, 2]
-    return [PROMPTS[g] for g in groups], answers, groups
-
-
-def test_shared_layout_equals_plain_layout():
-    model = tiny_model()
-    policy = Policy(model)
-    assert policy.layout == "auto"
-    assert policy.decoder is not None
-    prompts, answers, groups = answers_with_shared_prefixes()
-    results = []
-    for layout in (plain_layout(prompts, answers), shared_layout(prompts, answers, groups)):
-        model.zero_grad()
-        logp, entropy = policy.token_logprobs(layout, temperature=0.7, return_entropy=True)
-        upstream = torch.linspace(-1, 1, len(logp))
-        ((logp + 0.3 * entropy) * upstream).sum().backward()
-        results.append((logp.detach(), entropy.detach(), [p.grad.clone() for p in model.parameters()]))
-        size = layout.input_ids.numel()
-    assert size < plain_layout(prompts, answers).input_ids.numel()
-    for a, b in zip(*((r[0], r[1], *r[2]) for r in results), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    # and both are what the model itself says of each answer in a row of its own
-    expected = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        expected.append(torch.log_softmax(logits / 0.7, -1)[range(len(answer)), answer])
-    torch.testing.assert_close(results[0][0], torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_layout_tree_by_hand():
-    # Prompt 1 2 3; answers 5 6 and 5 7: one row 1 2 3 5, whose 3 predicts 5 and whose 5 predicts 6 and 7.
-    layout = shared_layout([[1, 2, 3]] * 2, [[5, 6], [5, 7]], [0, 0])
-    assert layout.input_ids.tolist() == [[1, 2, 3, 5]]
-    assert layout.position_ids.tolist() == [[0, 1, 2, 3]]
-    assert layout.source.tolist() == [2, 3, 3]
-    assert layout.token_ids.tolist() == [5, 6, 7]
-    assert layout.prediction.tolist() == [0, 1, 0, 2]
-    # Answers 5 6 8 and 7 9 8: siblings do not see each other.
-    layout = shared_layout([[1]] * 2, [[5, 6, 8], [7, 9, 8]], [0, 0])
-    assert layout.input_ids.tolist() == [[1, 5, 6, 7, 9]]
-    assert layout.position_ids.tolist() == [[0, 1, 2, 1, 2]]
-    assert layout.visible[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1],
-    ]  # fmt: skip
-
-
-def test_long_answers_take_rows_of_their_own_without_a_mask(monkeypatch):
-    """One row for four answers of 20,000 tokens would need a mask of 6.4e9 entries: it is not made for nothing."""
-    policy = Policy(tiny_model())
-    prompts, short = [[1, 2, 3]] * 4, [[5, 6, 7], [5, 6, 8], [5, 9, 7], [4, 6, 7]]
-    assert policy.choose_layout(prompts, short, [0] * 4).visible is not None
-    monkeypatch.setattr("rl4llm_fast.trainer.policy.layout_of", None)
-    layout = policy.choose_layout(prompts, [[4 + i] * 20_000 for i in range(4)], [0] * 4)
-    assert layout.visible is None
-    assert layout.shape == (4, 20_002)
-
-
 def test_the_formula_that_the_demo_compares_with():
     logits, ids = torch.randn(5, V) * 3, torch.arange(5)
     for options in ({"temperature": 1.0}, {"temperature": 0.5, "softcap": 4.0, "return_entropy": True}):
         ours, plain = rf.token_logprobs(logits, ids, **options), plain_token_logprobs(logits, ids, **options)
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_models_that_cannot_share_fall_back(tmp_path):
-    model = tiny_model()
-    inner = model.model.forward
-
-    def no_4d(*args, attention_mask=None, **kwargs):
-        if attention_mask is not None and attention_mask.dim() == 4:
-            raise ValueError("wanted a 2-D attention mask")
-        return inner(*args, attention_mask=attention_mask, **kwargs)
-
-    model.model.forward = no_4d
-    assert Policy(model).layout == "plain"
-    with pytest.raises(ValueError, match=r"'shared'.*4-D mask"):
-        Policy(model, layout="shared")
-    assert len(run(config(tmp_path, steps=1), model).history) == 1
-
-
-def test_models_whose_head_is_not_all_are_called_whole():
-    model = tiny_model()
-    inner = model.lm_head.forward
-    policy = Policy(model)
-    expected, _ = policy.token_logprobs(plain_layout(PROMPTS, [[1, 2]] * 4), temperature=1.0)
-    whole = model.forward
-
-    def scaled(*args, **kwargs):  # a model with a logit scale behind the head
-        output = whole(*args, **kwargs)
-        output.logits = output.logits * 0.5
-        return output
-
-    model.forward = scaled
-    other = Policy(model)
-    assert other.decoder is None
-    assert inner is not None
-    got, _ = other.token_logprobs(plain_layout(PROMPTS, [[1, 2]] * 4), temperature=0.5)  # ×0.5, ÷0.5
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 # Sampling
@@ -252,6 +154,26 @@ def test_batches_of_prompts_are_drawn_alike_and_seeds_differ():
         sample(policy, PROMPTS, max_new_tokens=6, end_ids={END}, greedy=True, batch_size=b).answers for b in (0, 1)
     ]
     assert greedy[0] == greedy[1]
+
+
+def test_a_position_brings_one_copy_from_the_device(monkeypatch):
+    """Whether answers go on; their tokens and log-probabilities come at the end, all at once."""
+    copies: dict[str, int] = {"cpu": 0, "tolist": 0}
+    for name in copies:
+        inner = getattr(torch.Tensor, name)
+
+        def counted(tensor, name=name, inner=inner):
+            copies[name] += 1
+            return inner(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    policy, found = Policy(tiny_model()), []
+    for count in (3, 9):
+        copies.update(cpu=0, tolist=0)
+        sample(policy, PROMPTS, group_size=2, max_new_tokens=count, end_ids=())
+        found.append(dict(copies))
+    assert [each["cpu"] for each in found] == [3 + 2, 9 + 2]
+    assert found[0]["tolist"] == found[1]["tolist"]
 
 
 def test_draws_follow_the_distribution():

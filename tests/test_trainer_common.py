@@ -1,6 +1,8 @@
-"""Settings that every trainer has: recomputed activations, TensorBoard's events."""
+"""What every trainer has: recomputed activations, the times of a step, TensorBoard's events."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiny_data import assert_same_gradients, demonstrations, gradients, settings
 from tiny_llama import config, rewards, run, tiny_model
 
 from rl4llm_fast.trainer import SFTConfig, train_sft
+from rl4llm_fast.trainer.metrics import Averages, Phases
 from rl4llm_fast.trainer.sft import SFTTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -69,3 +72,56 @@ def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else find(name, *a))
     with pytest.raises(ImportError, match=r"pip install 'rl4llm_fast\[tensorboard\]'"):
         train_sft(SFTConfig(**settings(tmp_path, tensorboard=True)), model=tiny_model(), rows=demonstrations())
+
+
+def test_on_a_gpu_phases_are_events_and_nobody_waits_within_a_step(monkeypatch):
+    clock, waited = [0.0], []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "the step's"
+            self.at = clock[0]
+
+        def synchronize(self):
+            waited.append(self.at)
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("everything was waited for"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the step's")
+    phases = Phases(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "another thread's")
+
+    def mark(phase, milliseconds):
+        clock[0] += milliseconds
+        phases.mark(phase)
+
+    mark("forward", 20.0)
+    hook = threading.Thread(target=mark, args=("loss", 30.0))  # as from the backward pass
+    hook.start()
+    hook.join()
+    mark("backward", 50.0)
+    mark("forward", 1.0)
+    assert waited == []
+    expected = {"forward": 0.021, "loss": 0.03, "backward": 0.05}
+    assert {phase: value for phase, value in phases.seconds.items() if value} == pytest.approx(expected)
+    assert waited == [101.0]
+    assert phases.seconds == phases.seconds  # read again: nothing is counted twice, nobody waits
+    mark("optimizer", 4.0)
+    assert phases.seconds["optimizer"] == pytest.approx(0.004)
+    assert waited == [101.0, 105.0]
+
+
+def test_averages_take_all_metrics_off_the_device_at_once(monkeypatch):
+    averages, copies, tolist = Averages(), [], torch.Tensor.tolist
+    for tokens, value in ((1, 1.0), (3, 2.0)):
+        names = ("loss", "ratio_min", "ratio_max")
+        averages.add({name: torch.tensor(value, dtype=torch.bfloat16) for name in names}, tokens)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: copies.append(tensor.shape) or tolist(tensor))
+    assert averages.result() == {"loss": 1.75, "ratio_min": 1.0, "ratio_max": 2.0}
+    assert copies == [(6,)]

@@ -155,6 +155,32 @@ def test_two_processes_train_as_one(tmp_path):
     assert {f for f in files[0] if "reference/" not in f} == {f for f in files[1] if "reference/" not in f}
 
 
+ADDED_UP = """
+import torch, torch.distributed as dist
+from rl4llm_fast.trainer import distributed
+
+ranks = distributed.join()
+distributed.MESSAGE_BYTES = 1000
+torch.manual_seed(ranks.rank)
+shapes = [(3, 5), (200, 2), (7,), (), (11, 4), (90,), (300,)]
+given = [torch.randn(shape, dtype=torch.bfloat16 if i % 3 == 2 else torch.float32) for i, shape in enumerate(shapes)]
+given[4] = given[4].T.contiguous().T  # as a gradient may lie in memory
+one_by_one = [tensor.clone() for tensor in given]
+for tensor in one_by_one:
+    dist.all_reduce(tensor)
+messages, reduce = [], dist.all_reduce
+dist.all_reduce = lambda tensor, **options: messages.append(tensor.numel()) or reduce(tensor, **options)
+ranks.add_up(iter(given))
+assert all(torch.equal(a, b) for a, b in zip(given, one_by_one))
+assert messages == [15 + 1 + 44, 400, 7 + 90, 300], messages
+"""
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_gradients_that_travel_together_add_up_to_the_same_bits():
+    finish(start(2, free_port(), "-c", ADDED_UP))
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_the_example_of_a_sharded_head():
     text = finish(start(2, free_port(), ROOT / "examples" / "fsdp2_head.py"))[0]

@@ -113,9 +113,9 @@ def test_a_minibatch_beyond_max_ratio_is_left_out_alone(tmp_path):
     trainer = GRPOTrainer(cfg, model=tiny_model(), prompts=PROMPTS, reward=count_sevens)
     inner, calls = trainer._accumulate, []
 
-    def first_explodes(batch, index, old, reference, averages):
+    def first_explodes(batch, index, old, reference, sampler, averages):
         calls.append(index)
-        loss = inner(batch, index, old, reference, averages)
+        loss = inner(batch, index, old, reference, sampler, averages)
         averages.add({"ratio_max": torch.tensor(1e6 if len(calls) == 1 else 1.0)}, 1)
         return loss
 

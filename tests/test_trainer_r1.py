@@ -17,6 +17,7 @@ from rl4llm_fast.trainer.grpo import GRPOTrainer
 from rl4llm_fast.trainer.r1 import R1
 from rl4llm_fast.trainer.rewards import Sample
 from rl4llm_fast.trainer.run import Trainer
+from rl4llm_fast.trainer.scorers import Judge
 from rl4llm_fast.trainer.sft import SFTTrainer
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -235,15 +236,52 @@ def test_the_helpful_judge_reads_the_summary_and_the_harmless_one_everything(tmp
     assert [made.judges[name]("p", text) for name in ("helpful", "harmless")] == ["good", text]
 
 
-def test_a_reward_model_as_judge(tmp_path):
+def saved_reward_model(folder):
     from rl4llm_fast.trainer import RewardModel
 
-    model, tokenizer = RewardModel.of(text_model()), tiny_tokenizer()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    ids = [tokenizer(text)["input_ids"] for text in ("say q", "qq")]
-    expected = float(model([[*ids[0], *ids[1], END]]).detach())
-    assert r1.judge(str(tmp_path), torch.device("cpu"))("say q", "qq") == pytest.approx(expected, rel=1e-5)
+    model = RewardModel.of(text_model())
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def scored(model, prompt, text):
+    ids = [tiny_tokenizer()(part)["input_ids"] for part in (prompt, text)]
+    return float(model([[*ids[0], *ids[1], END]]).detach())
+
+
+def test_a_reward_model_as_judge(tmp_path):
+    model = saved_reward_model(tmp_path)
+    made = Judge(str(tmp_path), torch.device("cpu"))
+    assert made("say q", "qq") == pytest.approx(scored(model, "say q", "qq"), rel=1e-5)
+    summed = Judge(str(tmp_path), torch.device("cpu"), rewards.summary_of)
+    text = "<think>a</think><answer>b</answer>"
+    assert summed("say q", text) == pytest.approx(scored(model, "say q", "b"), rel=1e-5)
+
+
+def test_judges_read_the_answers_of_a_step_together(tmp_path):
+    """In forward passes of 16; where one answer is at fault they are read one by one, and it alone scores 0."""
+    model = saved_reward_model(tmp_path)
+    made, sizes = Judge(str(tmp_path), torch.device("cpu")), []
+    forward = made.model.forward
+
+    def counted(sequences):
+        sizes.append(len(sequences))
+        if any(len(ids) > 20 for ids in sequences):
+            raise IndexError("too long")
+        return forward(sequences)
+
+    made.model.forward = counted
+    mixed = r1.MixedRewards(rewards.of_function(lambda e, text: 1.0, "accuracy"), {"helpful": made})
+    texts = ["q" * (1 + i % 3) + "ab"[i % 2] * (i % 5) for i in range(40)]
+    samples = [Sample({"general": "say q"}, text) for text in texts] + [Sample({"question": "a?"}, "aa")]
+    found = mixed.score_all(samples)
+    assert sizes == [16, len(set(texts)) - 16]
+    expected = {text: scored(model, "say q", text) for text in texts}
+    assert [score for score, _ in found] == pytest.approx([*map(expected.get, texts), 1.0], rel=1e-4, abs=1e-5)
+    found = mixed.score_all([*samples[:3], Sample({"general": "say q"}, "q" * 30)])
+    assert [score for score, _ in found] == pytest.approx([*map(expected.get, texts[:3]), 0.0], rel=1e-4, abs=1e-5)
+    assert [name for name, _ in mixed.attempts.raised] == ["helpful"]
 
 
 # Distillation

@@ -108,7 +108,7 @@ def test_packed_layout_by_hand():
     assert layout.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
     assert layout.source.tolist() == [1, 2, 3, 6, 7]
     assert layout.token_ids.tolist() == [7, 8, 9, 9, 9]
-    assert layout.visible[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+    assert (~layout.unseen())[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
 
 
 # The data

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .devices import to_device
 from .sampling import Rollout, completion_of
 
 PerAnswer: TypeAlias = "list[Tensor] | None"  # one tensor an answer, as long as the answer
@@ -54,7 +55,7 @@ class Batch:
 
 def packed(values: PerAnswer, index: list[int], device: torch.device) -> Tensor | None:
     """Per-answer tensors, the chosen ones, one behind the other."""
-    return None if values is None else torch.cat([values[i] for i in index]).to(device)
+    return None if values is None else to_device(torch.cat([values[i] for i in index]), device)
 
 
 def joined(one: Rollout, other: Rollout) -> Rollout:

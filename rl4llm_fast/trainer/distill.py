@@ -204,7 +204,8 @@ def _sample_rest(
 
     if teacher is None:
         teacher, tokenizer = load_model(c.teacher, precision=c.precision, device=choose_device(c.device))
-    policy, end_ids = Policy(teacher.eval(), autocast=c.precision == "autocast"), end_token_ids(teacher, tokenizer)
+    policy = Policy(teacher.eval(), autocast=c.precision == "autocast", layout="plain")  # it only samples
+    end_ids = end_token_ids(teacher, tokenizer)
     asked = framed(Task(train=questions, reward=task.reward), c, tokenizer)
     fit = answerable(asked.train, "questions", tokenizer, Limits.of(teacher), c.max_new_tokens, c.strict)
     known, size = set(map(id, fit)), c.sampling_batch_size

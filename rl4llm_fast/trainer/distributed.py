@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MESSAGE_BYTES = 32 * 2**20  # of gradients: long enough for a link's full speed
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -63,16 +65,51 @@ class Ranks:
         return box[0]
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Each tensor becomes the sum of everybody's."""
-        if self.size > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        """Each tensor becomes the sum of everybody's; small ones travel together, for each message has a price.
+
+        Two messages at a time: while one is on its way the next is put together.
+        """
+        if self.size == 1:
+            return
+        sent: list[tuple[Any, Tensor, list[Tensor]]] = []  # what is waited for, the message, the tensors in it
+        for part in in_messages(tensors):
+            message = part[0] if len(part) == 1 else torch.cat([tensor.reshape(-1) for tensor in part])
+            sent.append((dist.all_reduce(message, async_op=True), message, part))
+            if len(sent) > 1:
+                _arrived(*sent.pop(0))
+        for one in sent:
+            _arrived(*one)
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the first process's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.data, src=0)
+
+
+def in_messages(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one device and dtype together, up to ``MESSAGE_BYTES``; a larger one is a message by itself."""
+    found: list[list[Tensor]] = []
+    filling: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        kind, size = (tensor.device, tensor.dtype), tensor.numel() * tensor.element_size()
+        if size >= MESSAGE_BYTES:
+            found.append([tensor])
+            continue
+        part, used = filling.get(kind, ([], 0))
+        if not part or used + size > MESSAGE_BYTES:
+            part, used = [], 0
+            found.append(part)
+        part.append(tensor)
+        filling[kind] = part, used + size
+    return found
+
+
+def _arrived(work: Any, message: Tensor, part: list[Tensor]) -> None:
+    work.wait()
+    if len(part) > 1:
+        pieces = message.split([tensor.numel() for tensor in part])
+        torch._foreach_copy_(part, [piece.view(tensor.shape) for piece, tensor in zip(pieces, part, strict=True)])
 
 
 def join() -> Ranks:

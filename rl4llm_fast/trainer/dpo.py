@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of
+from .devices import to_device
+from .layout import starts_of
 from .metrics import plot_curves
 from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
 from .run import TrainResult
@@ -176,13 +177,10 @@ class DPOTrainer(ReferenceTrainer):
         lengths = [len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
         first, second = _split(logp, lengths)
         ref_first, ref_second = (None, None) if reference is None else _split(reference, lengths)
-        starts = [
-            torch.tensor([0, *accumulate(part)], dtype=torch.int32, device=device)
-            for part in (lengths[::2], lengths[1::2])
-        ]
+        starts = [starts_of(part, device) for part in (lengths[::2], lengths[1::2])]
         options = dict(c.loss_options)
         if prob := [pair.prob for pair in pairs if pair.prob is not None]:
-            options["prob"] = torch.tensor(prob, device=device)
+            options["prob"] = to_device(torch.tensor(prob), device)
         if c.loss == "2d_dpo":
             given = segment_tensors([pair.segments for pair in pairs if pair.segments is not None], device)
             (segments, weights), (other_segments, other_weights) = given

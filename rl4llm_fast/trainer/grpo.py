@@ -18,6 +18,7 @@ from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig, silent_at_zero
 from .data import answerable
+from .devices import to_device
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .named import named_function
@@ -224,14 +225,13 @@ class GRPOTrainer(SamplingTrainer):
     def score(self, examples: Sequence[Example], rollout: Rollout) -> tuple[list[float], list[dict[str, float]]]:
         """The reward of each answer, and what each rule gave to it."""
 
-        def one(i: int) -> tuple[float, dict[str, float]]:
+        def one(i: int) -> Sample:
             answer = rollout.answers[i]
             completion = completion_of(answer, self.end_ids, self.tokenizer)
-            return self.rewards.score(
-                Sample(examples[i // rollout.group_size], completion, len(answer), rollout.ended[i])
-            )
+            return Sample(examples[i // rollout.group_size], completion, len(answer), rollout.ended[i])
 
-        found = self.ranks.map(one, range(len(rollout.answers)))
+        own = [one(i) for i in self.ranks.share(range(len(rollout.answers)))]
+        found = self.ranks.gather(self.rewards.score_all(own))
         self.rewards.attempts.report(self.ranks)
         return [total for total, _ in found], [trace for _, trace in found]
 
@@ -279,8 +279,9 @@ class GRPOTrainer(SamplingTrainer):
         groups = list(range(len(batch.rollout.answers) // size)) if batch.groups is None else batch.groups
         used = [i for g in groups for i in range(g * size, (g + 1) * size) if self._counts(batch, i)]
         old: PerAnswer = None
+        sampler = [torch.tensor(values) for values in batch.rollout.logprobs]
         if c.old_logprobs == "sampler":
-            old = [torch.tensor(values) for values in batch.rollout.logprobs]
+            old = sampler
         elif c.epochs * c.minibatches > 1:
             old = self._logprobs_without_grad(self.policy, batch, used)
         reference = self._logprobs_without_grad(self.reference, batch, used) if self.reference else None
@@ -294,7 +295,7 @@ class GRPOTrainer(SamplingTrainer):
                 index = [i for g in part for i in range(int(g) * size, (int(g) + 1) * size) if self._counts(batch, i)]
                 loss, own = 0.0, Averages()
                 if any(taught[i] for i in index):  # else nothing to learn from: no step, not even of the momentum
-                    loss = self._accumulate(batch, index, old, reference, own)
+                    loss = self._accumulate(batch, index, old, reference, sampler, own)
                     metrics = {"loss": loss, "ratio_max": max(self.ranks.gather([own.largest("ratio_max")]))}
                     norms.append(self.update_weights(step, metrics, {"answers": index, **vars(batch)}))
                 if index:
@@ -310,7 +311,13 @@ class GRPOTrainer(SamplingTrainer):
         return self.config.overlong == "keep" or batch.rollout.ended[answer]
 
     def _accumulate(
-        self, batch: Batch, index: list[int], old: PerAnswer, reference: PerAnswer, averages: Averages
+        self,
+        batch: Batch,
+        index: list[int],
+        old: PerAnswer,
+        reference: PerAnswer,
+        sampler: list[Tensor],
+        averages: Averages,
     ) -> float:
         """Gradients of one minibatch, micro-batch by micro-batch, normalised by the tokens of all of it."""
         c, answers = self.config, batch.rollout.answers
@@ -318,8 +325,8 @@ class GRPOTrainer(SamplingTrainer):
         if silent_at_zero(c):
             live = batch.is_live()
             index = [i for i in index if live[i]]
-        sampler = [torch.tensor(values) for values in batch.rollout.logprobs]
-        total, device = 0.0, self.policy.device
+        device = self.policy.device
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read once: a minibatch waits for its GPU no more
         for micro in self.micro_batches(index):
             lengths = [len(answers[i]) for i in micro]
             sampled = packed(sampler, micro, device)
@@ -334,7 +341,7 @@ class GRPOTrainer(SamplingTrainer):
                     )
                 with self.policy.precision():
                     loss, metrics, logp = objective(
-                        c, source, packed(old, micro, device), batch.advantages_of(micro).to(device), lengths,
+                        c, source, packed(old, micro, device), to_device(batch.advantages_of(micro), device), lengths,
                         num_tokens, num_sequences, ref_logp=packed(reference, micro, device), entropy=entropy,
                         sampled=sampled,
                     )  # fmt: skip
@@ -342,9 +349,9 @@ class GRPOTrainer(SamplingTrainer):
                 loss.backward()
             self.phases.mark("backward")
             averages.add(metrics, sum(lengths))
-            if sampled is not None:  # what bf16 and the cache make of the same weights
-                averages.add({"sampler_gap": (logp - sampled).abs().mean()}, sum(lengths))
-            total += float(loss.detach())
+            assert sampled is not None  # what bf16 and the cache make of the same weights:
+            averages.add({"sampler_gap": (logp - sampled).abs().mean()}, sum(lengths))
+            total += loss.detach()
         return self.ranks.sum(total)
 
     @property
@@ -356,7 +363,8 @@ class GRPOTrainer(SamplingTrainer):
         with self.policy.precision():
             hidden, weight, bias = self.policy.head_inputs(layout)
         self.phases.mark("forward")
-        return Head(hidden[layout.prediction], weight, bias, layout.token_ids[layout.prediction], self.policy.softcap)
+        of_answers = layout.of_answers
+        return Head(of_answers(hidden), weight, bias, of_answers(layout.token_ids), self.policy.softcap)
 
     def _layout(self, policy: Policy, batch: Batch, index: list[int]) -> Layout:
         rollout = batch.rollout
@@ -366,17 +374,19 @@ class GRPOTrainer(SamplingTrainer):
     @torch.no_grad()
     def _logprobs_without_grad(self, policy: Policy, batch: Batch, index: list[int]) -> list[Tensor]:
         """Log-probabilities of the tokens of the answers in ``index`` under ``policy`` as it is now; none of others."""
-        found = [torch.empty(0)] * len(batch.rollout.answers)
+        found, lengths = [torch.empty(0)] * len(batch.rollout.answers), list(map(len, batch.rollout.answers))
+        own: list[Tensor] = []
         for micro in self.micro_batches(index):
             with self.chosen_backend():
                 layout = self._layout(policy, batch, micro)
                 logp, _ = policy.token_logprobs(
                     layout, temperature=self.config.temperature, from_hidden=self.from_hidden
                 )
-            for i, own in zip(micro, logp.split([len(batch.rollout.answers[i]) for i in micro]), strict=True):
-                found[i] = own
+            own.append(logp)
         if self.ranks.size > 1:
-            for i, logp in self.ranks.gather([(i, found[i].cpu()) for i in self.ranks.share(index)]):
+            own = self.ranks.gather([torch.cat(own).cpu()] if own else [])
+        if own:
+            for i, logp in zip(index, torch.cat(own).split([lengths[i] for i in index]), strict=True):
                 found[i] = logp
         self.phases.mark("logprobs")
         return found

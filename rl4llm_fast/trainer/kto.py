@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import Row, answer_token_ids, check_length, digest, field_of, load_rows, prompt_of
+from .devices import to_device
 from .distributed import say
 from .metrics import plot_curves
 from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
@@ -138,13 +139,13 @@ class KTOTrainer(ReferenceTrainer):
                 reference = self.reference_logprobs(texts, [row.reference[1] for row in part if row.reference])
                 total += (self.logprobs(texts, measured=False) - reference).double().sum()
         z = max(0.0, self.config.beta * ranks.sum(total) / max(len(rows), 1))
-        self.z = torch.tensor(z, device=self.device)
+        self.z = to_device(torch.tensor(z), self.device)
         self.share = sum(row.desirable for row in rows) / max(len(rows), 1)
 
     def loss(self, rows: Sequence[Labelled]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``rows``, some of those that ``before_rows`` saw, and their part of its metrics."""
         c, texts = self.config, self._own(rows)
-        desirable = torch.tensor([row.desirable for row in rows], device=self.device)
+        desirable = to_device(torch.tensor([row.desirable for row in rows]), self.device)
         with self.chosen_backend():
             reference = self.reference_logprobs(texts, [row.reference[0] for row in rows if row.reference])
             logp = self.logprobs(texts)
@@ -152,7 +153,7 @@ class KTOTrainer(ReferenceTrainer):
             padded, ref = (nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True) for x in (logp, reference))
             live = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
             options = {"beta": c.beta, "kl": self.z, "lambda_d": c.lambda_d, "lambda_u": c.lambda_u}
-            loss, found = rf.kto_loss(padded, ref, desirable, mask=live.to(self.device), **options)
+            loss, found = rf.kto_loss(padded, ref, desirable, mask=to_device(live, self.device), **options)
         # Means over the desirable and over the others: weighted so that the parts' means over rows are the batch's.
         share = desirable.float().mean()
         chosen = found["reward_chosen"] * share / self.share if self.share else torch.zeros_like(loss)

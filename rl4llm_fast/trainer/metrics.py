@@ -19,22 +19,44 @@ PHASES = ("sample", "reward", "logprobs", "forward", "loss", "backward", "optimi
 
 
 class Phases:
-    """Seconds by phase: ``mark(name)`` gives the time since the last mark to ``name``."""
+    """Seconds by phase: ``mark(name)`` gives the time since the last mark to ``name``.
+
+    On a GPU a mark is an event in the stream that was current when this was made, also where the mark comes from a hook
+    of the backward pass, whose thread is another. So a phase is the time between two points of the GPU's work (or of
+    the CPU's, where the GPU waits for it), and nobody waits for anybody before ``seconds`` is read.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._pending: list[tuple[str, Any, Any]] = []  # phase, the events that it lies between
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._last = self._now()
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # kernels run behind the clock's back otherwise
-        return time.perf_counter()
+    def _now(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def mark(self, phase: str) -> None:
+        """What came since the last mark was ``phase``."""
         now = self._now()
-        self.seconds[phase] += now - self._last
+        if self._stream is None:
+            self._seconds[phase] += now - self._last
+        else:
+            self._pending.append((phase, self._last, now))
         self._last = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase so far; on a GPU it waits for the last mark, so read it once a step."""
+        if self._pending:
+            self._last.synchronize()
+            for phase, begin, end in self._pending:
+                self._seconds[phase] += begin.elapsed_time(end) / 1e3
+            self._pending.clear()
+        return dict(self._seconds)
 
 
 class Averages:
@@ -57,12 +79,22 @@ class Averages:
         values = [value.float() for value, _ in self._values.get(name, ())]
         return float(torch.stack(values).max()) if values else -math.inf
 
+    def _numbers(self) -> dict[str, list[float]]:
+        """The values of each metric, by one copy off each device."""
+        found: dict[str, list[float]] = {key: [0.0] * len(pairs) for key, pairs in self._values.items()}
+        by_device: dict[torch.device, list[tuple[str, int, Tensor]]] = defaultdict(list)
+        for key, pairs in self._values.items():
+            for i, (value, _) in enumerate(pairs):
+                by_device[value.device].append((key, i, value))
+        for group in by_device.values():
+            numbers = torch.stack([value.float() for _, _, value in group]).tolist()
+            for (key, i, _), number in zip(group, numbers, strict=True):
+                found[key][i] = number
+        return found
+
     def result(self, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008
         """Over the micro-batches of all processes."""
-        own: list[tuple[str, list[float], list[float]]] = []
-        for key, pairs in self._values.items():
-            stacked = torch.stack([v.float() for v, _ in pairs])  # one copy off the device for a metric
-            own.append((key, stacked.tolist(), [weight for _, weight in pairs]))
+        own = [(key, numbers, [weight for _, weight in self._values[key]]) for key, numbers in self._numbers().items()]
         found: dict[str, tuple[list[float], list[float]]] = {}
         for name, more, counts in ranks.gather(own):
             known = found.setdefault(name, ([], []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import rl4llm_fast as rf
 
 from ..fused import linear_policy_loss_and_logprobs
 from .config import GRPOConfig
+from .layout import starts_of
 
 
 class Head(NamedTuple):
@@ -46,7 +46,6 @@ def objective(
         advantages: (B,), one per answer, or (N,), one per token; ``lengths`` the answers' tokens.
         old_logp, ref_logp, entropy, sampled: (N,) each; ``sampled`` are the sampler's own log-probabilities.
     """
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=advantages.device)
     options: dict[str, Any] = dict(config.loss_options)
     if config.rollout_correction != "none" and sampled is not None:
         options["rollout_logp"] = sampled
@@ -61,7 +60,7 @@ def objective(
         options["kl_gradient"] = config.kl_gradient
     options |= {
         "kind": config.loss,
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": starts_of(lengths, advantages.device),
         "aggregation": config.aggregation,
         "num_tokens": num_tokens,
         "num_sequences": num_sequences,

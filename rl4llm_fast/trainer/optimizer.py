@@ -113,9 +113,9 @@ class MasterAdamW:
         self._hooks.clear()
 
     def _write_back(self) -> None:
-        for parameter, master in zip(self.params, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+        pairs = [(p, m) for p, m in zip(self.params, self.masters, strict=True) if m is not p]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and moments, each in one piece in the first process: any number of them can go on from it."""

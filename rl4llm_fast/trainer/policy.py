@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .layout import Layout, forward_flops, grow_forest, layout_of, plain_layout, shared_layout
+from .layout import Layout, Shape, forward_flops, plain_layout, plain_shape, shared_layout
 
-Hook = Callable[[], None]
+# What ``layout = "auto"`` allows a mask on a GPU, its boolean twin included: it is there beside the activations.
+MASK_BYTES = 2**30
+# Attention with a mask leaves out no pair of tokens, where causal attention leaves out half: 2. On a GPU it is not
+# flash attention either; that it takes twice as long for a pair is a guess, which no measurement stands behind yet.
+_MASKED, _MASKED_ON_GPU = 2.0, 4.0
 
 
 class Policy:
@@ -45,6 +50,13 @@ class Policy:
         other._find_head()
         return other
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in, and a mask must be in."""
+        cut: torch.dtype | None = getattr(self.model, "computes_in", None)  # over processes: see sharding.py
+        own: torch.dtype = next(self.model.parameters()).dtype
+        return torch.bfloat16 if self.autocast else cut or own
+
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
             return contextlib.nullcontext()
@@ -66,14 +78,21 @@ class Policy:
     def choose_layout(
         self, prompts: Sequence[list[int]], answers: Sequence[list[int]], groups: Sequence[int]
     ) -> Layout:
-        plain = plain_layout(prompts, answers)
-        if self.layout == "plain":
-            return plain.to(self.device)
-        forest = grow_forest(prompts, answers, groups)
+        """The rows of a forward pass over the answers; neighbours of the same group share a prompt."""
+        if self.layout != "plain":
+            shared = shared_layout(prompts, answers, groups)
+            if self.layout == "shared" or self._pays(shared.shape, plain_shape(prompts, answers)):
+                return shared.to(self.device)
+        return plain_layout(prompts, answers).to(self.device)
+
+    def _pays(self, shared: Shape, plain: Shape) -> bool:
+        """Whether a shared layout takes fewer products than a plain one, and on a GPU no more than ``MASK_BYTES``."""
+        gpu, (rows, width) = self.device.type == "cuda", shared
+        if gpu and rows * width * width * (1 + self.dtype.itemsize) > MASK_BYTES:
+            return False
         size = (self.parameters, self.config.num_hidden_layers, self.config.hidden_size)
-        # Before there is a mask: of long answers it would outgrow the memory that the plain rows spare.
-        cheaper = forward_flops(forest.shape, True, *size) < forward_flops(plain.shape, False, *size)
-        return (layout_of(forest) if cheaper or self.layout == "shared" else plain).to(self.device)
+        masked = _MASKED_ON_GPU if gpu else _MASKED
+        return forward_flops(shared, masked, *size) < forward_flops(plain, 1.0, *size)
 
     def token_logprobs(
         self,
@@ -101,7 +120,7 @@ class Policy:
         else:
             result = self._from_logits(layout, temperature, return_entropy, mark)
         logp, entropy = result if isinstance(result, tuple) else (result, None)
-        return logp[layout.prediction], None if entropy is None else entropy[layout.prediction]
+        return layout.of_answers(logp), None if entropy is None else layout.of_answers(entropy)
 
     def _from_logits(
         self, layout: Layout, temperature: float, return_entropy: bool, mark: Callable[[str], None]
@@ -137,13 +156,10 @@ class Policy:
 
     def _predicting(self, layout: Layout) -> Tensor:
         """The hidden states (M, D) that predict, or for a model that is called whole their logits."""
-        mask = layout.visible
-        if mask is not None:  # additive, which every attention that takes a 4-D mask understands
-            dtype = torch.bfloat16 if self.autocast else next(self.model.parameters()).dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
         hidden, _ = self.hidden(
-            input_ids=layout.input_ids, position_ids=layout.position_ids, attention_mask=mask, use_cache=False
-        )
+            input_ids=layout.input_ids, position_ids=layout.position_ids.expand_as(layout.input_ids),
+            attention_mask=layout.additive_mask(self.dtype), use_cache=False,
+        )  # fmt: skip
         return hidden.flatten(0, 1)[layout.source]
 
     def _find_head(self) -> None:
@@ -164,27 +180,40 @@ class Policy:
             self.softcap = None  # the model's own forward has applied it, and whatever else stands behind the head
 
     def _why_not_shared(self) -> str | None:
-        """Try both layouts on four tokens: models with other attention than a mask can express show it here."""
-        prompts, answers = [[1, 2, 3]] * 2, [[4, 5, 6], [4, 7, 8]]
+        """Try both layouts on three short answers: models with other attention than a mask can express show it here.
+
+        They differ by rounding, and by how much depends on the model: as a measure of it the plain rows are computed
+        once more beside a longer one, with a mask that says what they do without. Whatever that gives, the difference
+        has to be small beside the one to the same row without its mask, which is what a model that does not look at
+        masks computes.
+        """
         size = self.config.vocab_size
-        prompts, answers = ([[t % size for t in row] for row in rows] for rows in (prompts, answers))
+        prompts = [[1 % size, 2 % size, 3 % size]] * 3
+        answers = [[4 % size, *(token % size for token in range(5 * i, 5 * i + 5))] for i in (1, 2, 3)]
         implementation = getattr(self.config, "_attn_implementation", "eager")
         if implementation not in ("sdpa", "eager"):
             return f"its attention ({implementation}) takes no 4-D mask"
         window = getattr(self.config, "sliding_window", None)
         if window and getattr(self.config, "use_sliding_window", True):
             return "it has sliding-window attention"
+        plain, shared = plain_layout(prompts, answers), shared_layout(prompts, answers, [0, 0, 0])
+        wide = plain_layout([*prompts, prompts[0]], [*answers, [*answers[0], *answers[1], *answers[2]]])
+        wide = replace(wide, until=torch.full_like(wide.input_ids, wide.shape[1]))
+        found: list[Tensor] = []
         try:
             with torch.no_grad(), self._evaluating():
-                plain, _ = self.token_logprobs(plain_layout(prompts, answers).to(self.device), temperature=1.0)
-                shared, _ = self.token_logprobs(
-                    shared_layout(prompts, answers, [0, 0]).to(self.device), temperature=1.0
-                )
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            return f"it does not take a 4-D mask: {error}"
-        half = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16) or self.autocast
-        if not torch.allclose(plain, shared, rtol=0.0, atol=0.1 if half else 1e-3):
-            return f"its log-probabilities differ by {float((plain - shared).abs().max()):.2g} from one row an answer"
+                for layout in (plain, shared, wide, replace(shared, until=None)):
+                    logp, _ = self.token_logprobs(layout.to(self.device), temperature=1.0)
+                    found.append(logp[: len(plain.token_ids)].float())
+        except (TypeError, ValueError, RuntimeError, IndexError) as raised:
+            return f"it does not take a 4-D mask: {raised}"
+        error, rounding, blind = (float((other - found[0]).abs().max()) for other in found[1:])
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        if not error <= min(max(0.1 if half else 1e-3, 4 * rounding), blind / 4):
+            return (
+                f"its log-probabilities differ by {error:.2g} from one row an answer, by {blind:.2g} without the mask, "
+                f"and rounding makes {rounding:.2g}"
+            )
         return None
 
     @contextlib.contextmanager

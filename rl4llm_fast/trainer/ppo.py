@@ -16,11 +16,12 @@ from torch import nn
 import rl4llm_fast as rf
 
 from .data import Limits, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, usable
+from .layout import starts_of
 from .metrics import Averages, Phases, plot_curves
 from .named import named_function
 from .optimizer import learning_rate
 from .ppo_config import PPOConfig
-from .ppo_models import Experience, Models, starts_of
+from .ppo_models import Experience, Models
 from .reward_model import RewardModel, load_reward_model
 from .rewards import name_of
 from .run import TrainResult
@@ -292,14 +293,14 @@ class PPOTrainer(SamplingTrainer):
 
     def gradients_ptx(self, number: int) -> float:
         """Those of λ times the supervised loss (3) of the pre-training batch of an update, counted from 0 (14)."""
-        c, total = self.config, 0.0
+        c, total = self.config, torch.zeros((), dtype=torch.float64, device=self.device)
         batch = examples_of_step(self.ptx, number + 1, c.ptx_batch_size, c.seed)
         for micro in self.micro_batches(batch):
             loss = self.models.supervised_loss(micro, num_tokens=sum(len(answer) for _, answer in batch))
             self.phases.mark("loss")
             (c.ptx_coef * loss).backward()  # type: ignore[no-untyped-call]
             self.phases.mark("backward")
-            total += float(loss.detach())
+            total += loss.detach()
         return self.ranks.sum(total)
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 
 from .distributed import Ranks
-from .layout import Layout, plain_layout
+from .layout import Layout, plain_layout, starts_of
 from .model import recompute_layers
 from .policy import Policy
 from .ppo_config import PPOConfig
@@ -128,8 +127,3 @@ class Models:
         )
         assert isinstance(logp, Tensor)
         return logp
-
-
-def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """cu_seqlens of answers one behind the other."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -10,7 +10,9 @@ A finished stage is not run again; one that was cut off goes on from its own che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 import shutil
 import time
@@ -19,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from . import checkpoint
@@ -31,7 +32,6 @@ from .distributed import only_one
 from .grpo import GRPOTrainer
 from .model import end_token_ids, load_model
 from .policy import Policy
-from .reward_model import RewardModel, load_reward_model
 from .rewards import (
     SCRIPTS,
     Rewards,
@@ -46,6 +46,7 @@ from .rewards import (
 )
 from .run import TrainResult
 from .sampling import evaluate
+from .scorers import Judge
 from .settings import RunConfig, check_keys
 from .sft import SFTConfig, train_sft
 from .tasks import Example, Reward, Task, load_task, prompt_token_ids
@@ -179,11 +180,12 @@ class R1:
         self.cold_start = self.usable(text_rows(c.cold_start_data, cold_start_rows, "cold_start_data", c.strict))
         device = choose_device(c.device)
         self.judges: dict[str, Reward] = {}  # of prompts without rules
-        if helpful or c.helpful_model:
-            score = helpful or judge(c.helpful_model, device)
-            self.judges["helpful"] = lambda prompt, text: score(prompt, summary_of(text))
+        if helpful is not None:
+            self.judges["helpful"] = lambda prompt, text: helpful(prompt, summary_of(text))
+        elif c.helpful_model:
+            self.judges["helpful"] = Judge(c.helpful_model, device, summary_of)
         if harmless or c.harmless_model:
-            self.judges["harmless"] = harmless or judge(c.harmless_model, device)
+            self.judges["harmless"] = harmless or Judge(c.harmless_model, device)
         if self.general and c.general_share and not self.judges:
             raise ValueError(
                 "config: helpful_model, harmless_model: only a reward model can score the prompts of general_data in "
@@ -245,6 +247,7 @@ class R1:
         start = time.perf_counter()
         if number:
             getattr(self, f"run_{name}")(source, base)
+            gc.collect()  # a model whose layers are computed again refers to itself: it would stay on the GPU
         seconds = time.perf_counter() - start
         measured = self.measure(str(folder / "model") if number else source)
         row = {"step": number, "stage": name, **measured, "seconds": seconds}
@@ -309,7 +312,7 @@ class R1:
         c = self.config
         model, tokenizer = self.load(source)
         task = self.framed(tokenizer)
-        policy = Policy(model.eval(), autocast=c.precision == "autocast")
+        policy = Policy(model.eval(), autocast=c.precision == "autocast", layout="plain")  # it only samples
         asked = answerable(task.heldout, "held-out questions", tokenizer, Limits.of(model), c.max_new_tokens, c.strict)
         found = evaluate(
             policy, asked, task.reward, tokenizer=tokenizer, end_ids=end_token_ids(model, tokenizer),
@@ -329,33 +332,22 @@ class MixedRewards(Rewards):
     def __init__(self, rules: Rewards, judges: Mapping[str, Reward]) -> None:
         super().__init__(rules.rules)
         self.judged = Rewards({name: (1.0, of_prompt(judge)) for name, judge in judges.items()}, self.attempts)
+        self.models = [judge for judge in judges.values() if isinstance(judge, Judge)]
 
     def score(self, sample: Sample) -> tuple[float, dict[str, float]]:
         return self.judged.score(sample) if "general" in sample.example else super().score(sample)
+
+    def score_all(self, samples: Sequence[Sample]) -> list[tuple[float, dict[str, float]]]:
+        general = [(sample.example["general"], sample.text) for sample in samples if "general" in sample.example]
+        for model in self.models:
+            with contextlib.suppress(Exception):  # answers are then read one by one, and the one at fault scores 0
+                model.read(general)
+        return super().score_all(samples)
 
 
 def of_prompt(judge: Reward) -> Ruled:
     """A judge as a rule for the prompts that are no questions of the task."""
     return Ruled(lambda example, text: judge(example["general"], text))
-
-
-def judge(folder: str, device: torch.device) -> Reward:
-    """(prompt, text) -> the score of the reward model in ``folder``, which ``train rm`` wrote.
-
-    Its scale does not matter: advantages compare answers to the same prompt.
-    """
-    from transformers import AutoTokenizer
-
-    model: RewardModel = load_reward_model(folder, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def score(prompt: str, text: str) -> float:
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        return float(model([prompt_token_ids(prompt, tokenizer) + ids + end]))
-
-    return score
 
 
 def general_example(row: Row, tokenizer: Any) -> Example:

@@ -38,7 +38,7 @@ def answer_logprobs(
         if tap is not None:
             tap(hidden, weight, bias, layout)
         logp = rf.linear_token_logprobs(hidden, weight, layout.token_ids, bias, softcap=policy.softcap)
-    return logp[layout.prediction]
+    return layout.of_answers(logp)
 
 
 @torch.no_grad()

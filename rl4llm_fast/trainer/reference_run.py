@@ -14,6 +14,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 
 from .data import DataConfig
+from .devices import to_device
 from .distributed import Ranks
 from .layout import Layout
 from .policy import Policy
@@ -104,7 +105,7 @@ class ReferenceTrainer(MeanLossTrainer):
     def reference_logprobs(self, texts: Texts, kept: Sequence[Tensor]) -> Tensor:
         """The reference's, (N,): ``kept`` where precomputed."""
         if self.reference is None:
-            return torch.cat(list(kept)).to(self.device)
+            return to_device(torch.cat(list(kept)), self.device)
         with torch.no_grad():
             return answer_logprobs(self.reference, *texts)
 
@@ -134,7 +135,8 @@ class Drift:
         self.hidden: list[Tensor] = []
         self.head: tuple[Tensor, Tensor | None] | None = None
         self.tap: Callable[..., None] | None = None
-        self.at, self.total, self.tokens = 0, 0.0, 0
+        self.at, self.tokens = 0, 0
+        self.total: float | Tensor = 0.0
 
     def keep(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> None:
         if self.head is None:
@@ -156,5 +158,6 @@ class Drift:
             hidden, weight, self.hidden[self.at], self.head[0], bias, self.head[1], softcap=self.softcap
         )
         self.at += 1
-        self.total += float(kl[layout.prediction].double().sum())
-        self.tokens += len(layout.prediction)
+        kl = layout.of_answers(kl)
+        self.total = self.total + kl.double().sum()  # read at the end, once
+        self.tokens += len(kl)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import to_device
+
 
 class RewardModel(nn.Module):
     """r = w·h + b in fp32, h the decoder's last hidden state of a sequence's last token (survey §4.1.3).
@@ -47,10 +49,10 @@ class RewardModel(nn.Module):
         ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
-        last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=device)
+        last = to_device(torch.tensor([len(sequence) - 1 for sequence in sequences]), device)
         precision: Any = torch.autocast(device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with precision:
-            hidden = self.decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            hidden = self.decoder(input_ids=to_device(ids, device), use_cache=False).last_hidden_state
         scores: Tensor = hidden[torch.arange(len(sequences), device=device), last].float() @ self.weight + self.bias
         return scores
 

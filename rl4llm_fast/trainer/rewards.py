@@ -186,6 +186,10 @@ class Rewards:
         trace = {name: finite(name, value(name, rule), sample) for name, (_, rule) in self.rules.items()}
         return sum(self.rules[name][0] * value for name, value in trace.items()), trace
 
+    def score_all(self, samples: Sequence[Sample]) -> list[tuple[float, dict[str, float]]]:
+        """``score`` of each."""
+        return [self.score(sample) for sample in samples]
+
 
 def trace_means(traces: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each rule over the answers that it was asked about."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, ranked_answers
+from .devices import to_device
 from .metrics import plot_curves
 from .reward_model import RewardModel
 from .run import MeanLossTrainer, TrainResult
@@ -104,14 +105,14 @@ class RMTrainer(MeanLossTrainer):
     def loss(self, rankings: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of ``rankings``; the mean share of a row's pairs in the right order, and the mean score."""
         sequences = [ranking.prompt + answer for ranking in rankings for answer in ranking.answers]
-        prompt_ids = torch.tensor([i for i, r in enumerate(rankings) for _ in r.answers], device=self.device)
-        ranks = torch.tensor([rank for r in rankings for rank in r.ranks], device=self.device)
+        prompt_ids = to_device(torch.tensor([i for i, r in enumerate(rankings) for _ in r.answers]), self.device)
+        ranks = to_device(torch.tensor([rank for r in rankings for rank in r.ranks]), self.device)
         scores = self.model(sequences)
         self.phases.mark("forward")
         with self.chosen_backend():
             if all(len(r.answers) == 2 for r in rankings):
                 pairs = torch.tensor([2 * i + place for i, r in enumerate(rankings) for place in _order(r)])
-                better, worse = scores[pairs.to(self.device)].unflatten(0, (-1, 2)).unbind(1)
+                better, worse = scores[to_device(pairs, self.device)].unflatten(0, (-1, 2)).unbind(1)
                 loss = rf.reward_model_loss(better, worse, margin=self.config.margin or None)
             else:
                 loss = rf.ranked_reward_loss(scores, ranks, prompt_ids)

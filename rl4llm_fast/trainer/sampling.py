@@ -12,6 +12,7 @@ from torch import Tensor
 import rl4llm_fast as rf
 
 from .attempts import Attempts
+from .devices import to_device
 from .distributed import Ranks
 from .policy import Policy
 from .rewards import Sample, finite, name_of
@@ -113,58 +114,68 @@ def _sample_batch(
     width = max(map(len, prompts))
     lengths = torch.tensor([len(p) for p in prompts])
     input_ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # padded on the left
-    attention_mask = (torch.arange(width) >= (width - lengths)[:, None]).to(device)
-    padded = bool((lengths < width).any())  # without padding no mask: attention takes its fast path
     positions = (torch.arange(width) - (width - lengths)[:, None]).clamp_(min=0)
+    attention_mask: Tensor | None = None  # without padding no mask: attention takes its fast path
+    if (lengths < width).any():
+        attention_mask = to_device(torch.arange(width) >= (width - lengths)[:, None], device)
     hidden, cache = policy.hidden(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask if padded else None,
-        position_ids=positions.to(device),
-        use_cache=True,
-    )
+        input_ids=to_device(input_ids, device), attention_mask=attention_mask,
+        position_ids=to_device(positions, device), use_cache=True,
+    )  # fmt: skip
     if group_size > 1:
         cache.batch_repeat_interleave(group_size)
     logits = policy.logits(hidden[:, -1]).repeat_interleave(group_size, 0)
-    attention_mask = attention_mask.repeat_interleave(group_size, 0)
-    position = lengths.repeat_interleave(group_size)
+    if attention_mask is not None:
+        attention_mask = attention_mask.repeat_interleave(group_size, 0)
+    position = to_device(lengths.repeat_interleave(group_size), device)
+    ends = to_device(torch.tensor(sorted(end_ids), dtype=torch.long), device)
 
     alive = torch.arange(rows)  # the answers that the cache's rows belong to
-    running = torch.ones(rows, dtype=torch.bool)
-    answers: list[list[int]] = [[] for _ in range(rows)]
-    logprobs: list[list[float]] = [[] for _ in range(rows)]
+    running = torch.ones(rows, dtype=torch.bool, device=device)  # those of them that have not ended
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []  # for each position the answers, their tokens, log-probabilities
     for t in range(max_new_tokens):
-        uniform = uniforms.next()[alive].to(device)
+        uniform = to_device(uniforms.next()[alive], device)
         chosen = _draw(policy, logits, uniform, temperature, top_p, top_k, greedy)
         logp = rf.token_logprobs(logits, chosen, temperature=temperature, softcap=policy.softcap, backend=backend)
         assert isinstance(logp, Tensor)
-        tokens, values = chosen.tolist(), logp.tolist()
-        for i, token, value in zip(alive.tolist(), tokens, values, strict=True):
-            if running[i]:
-                answers[i].append(token)
-                logprobs[i].append(value)
-                if token in end_ids:
-                    running[i] = False
-        still = running[alive]
+        drawn.append((alive, chosen, logp))
+        running = running & (chosen[:, None] != ends).all(1)
+        still = running.cpu()  # all that a position brings from a GPU: tokens stay there until the end
         if t + 1 == max_new_tokens or not still.any():
             break
         if still.sum() <= 0.75 * len(still):  # answers that have ended leave the batch; not one by one: it costs a copy
             keep = still.nonzero().flatten()
             alive = alive[keep]
-            keep = keep.to(device)
+            keep = to_device(keep, device)
             cache.batch_select_indices(keep)
-            chosen, attention_mask = chosen[keep], attention_mask[keep]
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=True)
+            chosen, running, position = chosen[keep], running[keep], position[keep]
+            if attention_mask is not None:
+                attention_mask = attention_mask[keep]
+        if attention_mask is not None:
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=True)
         hidden, cache = policy.hidden(
-            input_ids=chosen[:, None],
-            attention_mask=attention_mask if padded else None,
-            position_ids=(position[alive] + t)[:, None].to(device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+            input_ids=chosen[:, None], attention_mask=attention_mask, position_ids=(position + t)[:, None],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
         logits = policy.logits(hidden[:, -1])
-    rollout.answers += answers
-    rollout.logprobs += logprobs
-    rollout.ended += (~running).tolist()
+    _collect(rollout, drawn, rows, end_ids)
+
+
+def _collect(
+    rollout: Rollout, drawn: Sequence[tuple[Tensor, Tensor, Tensor]], rows: int, end_ids: frozenset[int]
+) -> None:
+    """Put what was drawn, position by position, into the rollout as answers, each up to its first end token."""
+    at = torch.cat([t * rows + alive for t, (alive, _, _) in enumerate(drawn)])
+    tokens, logp = (torch.cat([part[which] for part in drawn]).cpu() for which in (1, 2))
+    count = len(drawn)
+    ids = torch.full((count * rows,), -1).index_put_((at,), tokens).unflatten(0, (count, rows)).T
+    values = logp.new_zeros(count * rows).index_put_((at,), logp).unflatten(0, (count, rows)).T
+    is_end = torch.isin(ids, torch.tensor(sorted(end_ids), dtype=torch.long))
+    ended = is_end.any(1)
+    lengths = torch.where(ended, is_end.int().argmax(1) + 1, count).tolist()
+    rollout.answers += [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+    rollout.logprobs += [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]
+    rollout.ended += ended.tolist()
 
 
 def _draw(

@@ -11,10 +11,12 @@ import torch
 
 from .attempts import Attempts
 from .distributed import Ranks
-from .reward_model import RewardModel
+from .reward_model import RewardModel, load_reward_model
 from .rewards import Sample, finite, name_of
 from .sampling import completion_of
-from .tasks import Example, Reward
+from .tasks import Example, Reward, prompt_token_ids
+
+_READ = 16  # answers that a judge reads at a time
 
 
 @dataclass
@@ -62,13 +64,48 @@ def model_scorer(model: RewardModel, batch_size: int, *, vocabulary: int, ranks:
     def score(prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[float]:
         sequences = ranks.share([p.ids + answer for p, answer in zip(prompts, answers, strict=True)])
         size = batch_size or max(len(sequences), 1)
-        own: list[float] = []
-        for start in range(0, len(sequences), size):
-            own += model(sequences[start : start + size]).tolist()
-        scores = ranks.gather(own)
+        parts = [model(sequences[start : start + size]) for start in range(0, len(sequences), size)]
+        scores = ranks.gather(torch.cat(parts).tolist() if parts else [])
         bad = next((i for i, value in enumerate(scores) if not math.isfinite(value)), None)
         if bad is not None:
             raise ValueError(f"reward model: wanted a finite score, got {scores[bad]} for {prompts[bad].example!r}")
         return scores
 
     return score
+
+
+class Judge:
+    """(prompt, text) -> the score of the reward model in ``folder``, which ``train rm`` wrote.
+
+    Its scale does not matter: advantages compare answers to the same prompt. ``view`` is what it sees of a text.
+    """
+
+    def __init__(self, folder: str, device: torch.device, view: Callable[[str], str] = str) -> None:
+        from transformers import AutoTokenizer
+
+        self.model: RewardModel = load_reward_model(folder, device=device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.view = view
+        self.scores: dict[tuple[str, str], float] = {}  # of the answers that were read last
+
+    def __call__(self, prompt: str, text: str) -> float:
+        if (prompt, text) not in self.scores:
+            self.read([(prompt, text)])
+        return self.scores[prompt, text]
+
+    @torch.no_grad()
+    def read(self, answers: Sequence[tuple[str, str]]) -> None:
+        """Score prompts with their answers, ``_READ`` at a time, and keep the scores."""
+        self.scores = {}
+        encoded = sorted(
+            ((self._encode(*answer), answer) for answer in dict.fromkeys(answers)), key=lambda pair: len(pair[0])
+        )
+        parts = [encoded[i : i + _READ] for i in range(0, len(encoded), _READ)]  # of about one length: little padding
+        found = [self.model([ids for ids, _ in part]) for part in parts]
+        if found:
+            self.scores = dict(zip((answer for _, answer in encoded), torch.cat(found).tolist(), strict=True))
+
+    def _encode(self, prompt: str, text: str) -> list[int]:
+        ids = list(self.tokenizer(self.view(text), add_special_tokens=False)["input_ids"])
+        end = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        return prompt_token_ids(prompt, self.tokenizer) + ids + end

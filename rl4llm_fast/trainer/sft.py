@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import rl4llm_fast as rf
 
 from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
-from .layout import packed_layout, plain_layout
+from .layout import packed_layout, plain_layout, starts_of
 from .metrics import Phases, plot_curves
 from .policy import Policy
 from .run import Trainer, TrainResult
@@ -123,7 +122,7 @@ class SFTTrainer(Trainer):
         else:
             layout = plain_layout(prompts, answers)
         layout = layout.to(self.device)
-        starts = torch.tensor([0, *accumulate(map(len, answers))], dtype=torch.int32, device=self.device)
+        starts = starts_of([len(answer) for answer in answers], self.device)
         with self.chosen_backend(), self.policy.precision():
             hidden, weight, bias = self.policy.head_inputs(layout)
             self.phases.mark("forward")

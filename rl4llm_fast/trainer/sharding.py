@@ -42,6 +42,7 @@ def shard(model: Any, ranks: Ranks, precision: str) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor of 1 is else a kind of sum that gloo has not
+    model.computes_in = compute or torch.float32  # unlike its parameters
     model.decode = types.MethodType(_decode, model)
     register_fsdp_forward_method(model, "decode")
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import segments as library
 from ..sequences import layout_of
 from .data import Row, digest, field_of, token_ids_of
+from .devices import to_device
 from .named import named_function
 
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+|[。！？]+[”’」』）]*\s*|\s*\n\s*")
@@ -153,7 +154,7 @@ def segment_tensors(
             weights.append([*own.weights, *[0.0] * (most - len(own.spans))])
         shape = (len(pairs), most)
         segments = torch.tensor(spans, dtype=torch.int32).reshape(*shape, 2)
-        found.append((segments.to(device), torch.tensor(weights).reshape(shape).to(device)))
+        found.append((to_device(segments, device), to_device(torch.tensor(weights).reshape(shape), device)))
     return found[0], found[1]
 
 

@@ -55,7 +55,8 @@ class ValueModel(nn.Module):
         ids = layout.input_ids
         precision: Any = torch.autocast(ids.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with precision:
-            hidden = self.decoder(input_ids=ids, position_ids=layout.position_ids, use_cache=False).last_hidden_state
+            positions = layout.position_ids.expand_as(ids)
+            hidden = self.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         values: Tensor = self.head(hidden.flatten(0, 1)[layout.source])
         return values
 
