@@ -292,8 +292,9 @@ struct kl_k1_importance {
     const F diff = ref - logp;
     const F kl = -diff;
     const F t = M::exp(logp - old);
-    const F t2 = kl * t;
-    return {t2, t + t2};
+    const F weighted = kl * t;
+    const F d_weighted = t + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -306,10 +307,11 @@ struct kl_k1_importance_clamp {
     const F t = -d;
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
     const F t2 = M::exp(logp - old);
-    const F t3 = kl * t2;
+    const F weighted = kl * t2;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), -d_d, M::c(0.0));
-    return {t3, d_kl * t2 + t3};
+    const F d_weighted = d_kl * t2 + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -369,9 +371,10 @@ struct kl_k2_importance {
     const F diff = ref - logp;
     const F kl = diff * diff / M::c(2.0);
     const F t = M::exp(logp - old);
-    const F t2 = kl * t;
+    const F weighted = kl * t;
     const F d_kl = (-diff - diff) / M::c(2.0);
-    return {t2, d_kl * t + t2};
+    const F d_weighted = d_kl * t + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -384,11 +387,12 @@ struct kl_k2_importance_clamp {
     const F t = d * d / M::c(2.0);
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
     const F t2 = M::exp(logp - old);
-    const F t3 = kl * t2;
+    const F weighted = kl * t2;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
-    const F t4 = (d_d * d + d * d_d) / M::c(2.0);
-    const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), t4, M::c(0.0));
-    return {t3, d_kl * t2 + t3};
+    const F t3 = (d_d * d + d * d_d) / M::c(2.0);
+    const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), t3, M::c(0.0));
+    const F d_weighted = d_kl * t2 + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -447,12 +451,11 @@ struct kl_k3_importance {
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
-    const F t = M::exp(diff);
-    const F kl = t - diff - M::c(1.0);
-    const F t2 = M::exp(logp - old);
-    const F t3 = kl * t2;
-    const F d_kl = -t - M::c(-1.0);
-    return {t3, d_kl * t2 + t3};
+    const F kl = M::exp(diff) - diff - M::c(1.0);
+    const F t = M::exp(logp - old);
+    const F weighted = kl * t;
+    const F d_weighted = t + -(diff + M::c(1.0)) * t;
+    return {weighted, d_weighted};
   }
 };
 
@@ -466,10 +469,11 @@ struct kl_k3_importance_clamp {
     const F t2 = t - d - M::c(1.0);
     const F kl = M::clamp(t2, M::c(-10.0), M::c(10.0));
     const F t3 = M::exp(logp - old);
-    const F t4 = kl * t3;
+    const F weighted = kl * t3;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t2 >= M::c(-10.0)) & (t2 <= M::c(10.0)), t * d_d - d_d, M::c(0.0));
-    return {t4, d_kl * t3 + t4};
+    const F d_weighted = d_kl * t3 + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -528,9 +532,10 @@ struct kl_abs_importance {
     const F diff = ref - logp;
     const F kl = M::abs(diff);
     const F t = M::exp(logp - old);
-    const F t2 = kl * t;
+    const F weighted = kl * t;
     const F d_kl = -M::sign(diff);
-    return {t2, d_kl * t + t2};
+    const F d_weighted = d_kl * t + weighted;
+    return {weighted, d_weighted};
   }
 };
 
@@ -543,10 +548,11 @@ struct kl_abs_importance_clamp {
     const F t = M::abs(d);
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
     const F t2 = M::exp(logp - old);
-    const F t3 = kl * t2;
+    const F weighted = kl * t2;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), M::sign(d) * d_d, M::c(0.0));
-    return {t3, d_kl * t2 + t3};
+    const F d_weighted = d_kl * t2 + weighted;
+    return {weighted, d_weighted};
   }
 };
 

@@ -270,8 +270,9 @@ def kl_k1_importance(logp, ref, old):
     diff = ref - logp
     kl = -diff
     t = exp(logp - old)
-    t2 = kl * t
-    return t2, t + t2
+    weighted = kl * t
+    d_weighted = t + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -282,10 +283,11 @@ def kl_k1_importance_clamp(logp, ref, old):
     t = -d
     kl = clamp(t, -10.0, 10.0)
     t2 = exp(logp - old)
-    t3 = kl * t2
+    weighted = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), -d_d, 0.0)
-    return t3, d_kl * t2 + t3
+    d_weighted = d_kl * t2 + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -335,9 +337,10 @@ def kl_k2_importance(logp, ref, old):
     diff = ref - logp
     kl = diff * diff / 2.0
     t = exp(logp - old)
-    t2 = kl * t
+    weighted = kl * t
     d_kl = (-diff - diff) / 2.0
-    return t2, d_kl * t + t2
+    d_weighted = d_kl * t + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -348,11 +351,12 @@ def kl_k2_importance_clamp(logp, ref, old):
     t = d * d / 2.0
     kl = clamp(t, -10.0, 10.0)
     t2 = exp(logp - old)
-    t3 = kl * t2
+    weighted = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
-    t4 = (d_d * d + d * d_d) / 2.0
-    d_kl = tl.where((t >= -10.0) & (t <= 10.0), t4, 0.0)
-    return t3, d_kl * t2 + t3
+    t3 = (d_d * d + d * d_d) / 2.0
+    d_kl = tl.where((t >= -10.0) & (t <= 10.0), t3, 0.0)
+    d_weighted = d_kl * t2 + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -401,12 +405,11 @@ def kl_k3_straight_through_clamp(logp, ref, old):
 def kl_k3_importance(logp, ref, old):
     """k3 of ref against logp, gradient: importance."""
     diff = ref - logp
-    t = exp(diff)
-    kl = t - diff - 1.0
-    t2 = exp(logp - old)
-    t3 = kl * t2
-    d_kl = -t - -1.0
-    return t3, d_kl * t2 + t3
+    kl = exp(diff) - diff - 1.0
+    t = exp(logp - old)
+    weighted = kl * t
+    d_weighted = t + -(diff + 1.0) * t
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -418,10 +421,11 @@ def kl_k3_importance_clamp(logp, ref, old):
     t2 = t - d - 1.0
     kl = clamp(t2, -10.0, 10.0)
     t3 = exp(logp - old)
-    t4 = kl * t3
+    weighted = kl * t3
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t2 >= -10.0) & (t2 <= 10.0), t * d_d - d_d, 0.0)
-    return t4, d_kl * t3 + t4
+    d_weighted = d_kl * t3 + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -470,9 +474,10 @@ def kl_abs_importance(logp, ref, old):
     diff = ref - logp
     kl = tl.abs(diff)
     t = exp(logp - old)
-    t2 = kl * t
+    weighted = kl * t
     d_kl = -sign(diff)
-    return t2, d_kl * t + t2
+    d_weighted = d_kl * t + weighted
+    return weighted, d_weighted
 
 
 @triton.jit
@@ -483,10 +488,11 @@ def kl_abs_importance_clamp(logp, ref, old):
     t = tl.abs(d)
     kl = clamp(t, -10.0, 10.0)
     t2 = exp(logp - old)
-    t3 = kl * t2
+    weighted = kl * t2
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), sign(d) * d_d, 0.0)
-    return t3, d_kl * t2 + t3
+    d_weighted = d_kl * t2 + weighted
+    return weighted, d_weighted
 
 
 @triton.jit

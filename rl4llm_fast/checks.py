@@ -265,6 +265,6 @@ def as_rows(logits: Tensor) -> Tensor:
     elif logits.dim() == 3:
         rows = logits
     else:
-        rows = logits.reshape(-1, logits.shape[-2], vocabulary)
+        rows = logits.flatten(0, -3)
     # clone: an empty tensor counts as contiguous whatever its strides, and would keep them
     return rows if rows.stride(-1) == 1 or vocabulary <= 1 else rows.clone(memory_format=torch.contiguous_format)

@@ -133,7 +133,7 @@ def linear_policy_loss_and_logprobs(
         raise ValueError("entropy: made here from the hidden states; entropy_coef asks for it")
     chunk_tokens = check_chunk(chunk_tokens)
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
-    kept = token_ids != ignore_index
+    kept = token_ids != checks.integer("ignore_index", ignore_index)
     mask = kept if mask is None else kept & mask
     if tp_group is None:
         reference.check_token_ids(token_ids, mask, ignore_index, weight.shape[0])

@@ -96,7 +96,7 @@ def linear_preference_loss(
     checks.has_shape("token_ids", token_ids, lead, "hidden without D")
     checks.same_device("token_ids", token_ids, hidden, "hidden")
     mask = checks.live_mask("mask", mask, lead, hidden, "hidden without D")
-    kept = token_ids != ignore_index
+    kept = token_ids != checks.integer("ignore_index", ignore_index)
     mask = kept if mask is None else kept & mask
     if tp_group is None:
         reference.check_token_ids(token_ids, mask, ignore_index, weight.shape[0])
@@ -166,8 +166,7 @@ def linear_preference_loss(
 
 def _check_kind(kind: str, ref_logp: Tensor | None, ref_hidden: Tensor | None) -> None:
     """A reference where the kind has one, by the names that it has here."""
-    if kind not in KINDS:
-        return  # preference_loss says so
+    checks.choice("kind", kind, tuple(KINDS))
     if kind in WITHOUT_REFERENCE:
         for name, given in (("ref_logp", ref_logp), ("ref_hidden", ref_hidden)):
             if given is not None:

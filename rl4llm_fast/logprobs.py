@@ -98,9 +98,9 @@ def token_logprobs(
         IndexError: a token id outside [0, V) on the CPU, naming position and value. On a GPU that row gives NaN, or
             the same error where RL4LLM_FAST_DEBUG=1.
     """
-    _check_logits(logits)
+    check_logits(logits)
     lead = logits.shape[:-1]
-    _check_ids_shape(token_ids, logits, "logits")
+    check_ids_shape(token_ids, logits, "logits")
     checks.integer("ignore_index", ignore_index)
     if inplace_backward and belongs_to_a_leaf(logits):
         raise ValueError(
@@ -253,7 +253,7 @@ def linear_token_logprobs(
     """
     compute_dtype = check_linear(hidden, weight, bias, sharded=tp_group is not None)
     check_dtypes(compute_dtype, logits_dtype, grad_weight_dtype)
-    _check_ids_shape(token_ids, hidden, "hidden")
+    check_ids_shape(token_ids, hidden, "hidden")
     group = check_group(tp_group)
     lead = hidden.shape[:-1]
     checks.integer("ignore_index", ignore_index)
@@ -302,13 +302,13 @@ def linear_token_logprobs(
     return (logp, entropy.reshape(lead)) if return_entropy else logp
 
 
-def _check_ids_shape(token_ids: Tensor, rows: Tensor, like: str) -> None:
-    checks.is_integer("token_ids", token_ids)
-    checks.same_device("token_ids", token_ids, rows, like)
+def check_ids_shape(token_ids: Tensor, rows: Tensor, like: str, name: str = "token_ids") -> None:
+    checks.is_integer(name, token_ids)
+    checks.same_device(name, token_ids, rows, like)
     lead = rows.shape[:-1]
     if token_ids.dim() not in (rows.dim() - 1, rows.dim()) or token_ids.shape[: len(lead)] != lead:
         raise ValueError(
-            f"token_ids: wanted {tuple(lead)}, or that with K ids a row behind it, to match {like} "
+            f"{name}: wanted {tuple(lead)}, or that with K ids a row behind it, to match {like} "
             f"{checks.shape(rows)}; got {checks.shape(token_ids)}"
         )
 
@@ -324,7 +324,7 @@ def flat_rows(mask: Tensor | None, tau: Tensor) -> tuple[Tensor | None, Tensor]:
     return flat_mask, tau.reshape(-1).contiguous() if tau.dim() else tau
 
 
-def _check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor) -> None:
     checks.is_float("logits", logits)
     if logits.dim() == 0:
         raise ValueError("logits: wanted (..., V), got a 0-d tensor")

@@ -266,8 +266,7 @@ _AT_LEAST_0 = ("eps_low", "eps_high", "beta")
 
 def formula_and_knobs(kind: str, given: dict[str, Any]) -> tuple[str, dict[str, Number]]:
     """The formula's name, and its knobs by name."""
-    if kind not in formulas.KINDS:
-        raise ValueError(f"kind: wanted one of {', '.join(formulas.KINDS)}, got {kind!r}")
+    checks.choice("kind", kind, tuple(formulas.KINDS))
     defaults = formulas.KINDS[kind]
     for name in given:
         if name not in defaults:

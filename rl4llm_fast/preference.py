@@ -284,8 +284,7 @@ def ranked_reward_loss(scores: Tensor, ranks: Tensor, prompt_ids: Tensor, *, bac
 
 def _knobs(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     """The kind's knobs with their defaults, checked as far as Python numbers go."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: wanted one of {', '.join(KINDS)}, got {kind!r}")
+    checks.choice("kind", kind, tuple(KINDS))
     defaults = KINDS[kind]
     for name, value in given.items():
         if name not in defaults:

@@ -120,6 +120,10 @@ class TestLogProbs:
     def test_bad_input(self) -> None:
         with pytest.raises(ValueError, match="temperature"):
             ours.log_probs_from_logits(torch.zeros(1, 3), torch.zeros(1, dtype=torch.long), 0.0)
+        for logits in (torch.ones(2, 3), torch.ones(2, 3).bfloat16()):
+            with pytest.raises(ValueError, match="labels: wanted"):
+                ours.log_probs_from_logits(logits, torch.zeros(1, dtype=torch.long), 2.0)
+            assert torch.equal(logits, torch.ones_like(logits))  # not divided for nothing
         rows = torch.zeros(1, 3)
         for name, call in (
             ("logits", lambda: ours.log_probs_from_logits([[0.0]], rows)),

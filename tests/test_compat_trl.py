@@ -124,6 +124,12 @@ class TestSelectiveLogSoftmax:
             ours.selective_log_softmax(logits, index)
         with pytest.raises(ValueError, match="row_mask"):
             ours.selective_log_softmax(logits, index, row_mask=torch.ones(3))
+        with pytest.raises(ValueError, match=r"index: wanted \(2,\), or that with K ids"):
+            ours.selective_log_softmax(logits, index[:1])
+        with pytest.raises(TypeError, match="index: wanted an integer tensor"):
+            ours.selective_log_softmax(logits, index.float())
+        with pytest.raises(TypeError, match=r"logits: wanted a torch\.Tensor, got NoneType"):
+            ours.selective_log_softmax(None, index)
 
 
 class TestEntropy:

@@ -96,6 +96,19 @@ def test_importance_on_policy(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_importance_far_from_the_reference(backend, dtype):
+    """k3's derivative is −d·ρ exactly: nothing of exp(d), which the product rule would add and take away again."""
+    if dtype == torch.float64 and backend not in ("eager", "cpu"):
+        pytest.skip("fp64 is for the CPU")
+    d = torch.tensor([-60.0, -10.0, 10.0, 20.0, 30.0, 60.0], dtype=dtype)
+    logp = torch.full_like(d, -1.0).requires_grad_()
+    old = torch.full_like(d, -1.5)
+    rf.kl_estimate(logp, logp.detach() + d, gradient="importance", old_logp=old, backend=backend).sum().backward()
+    torch.testing.assert_close(logp.grad, -d * math.exp(0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
 def test_shapes(backend, shape):
     logp = torch.zeros(shape, requires_grad=True)

@@ -329,6 +329,8 @@ def test_liger(loss_type):
         (TypeError, "token_ids: wanted", {"token_ids": torch.zeros(2, 3)}),
         (IndexError, r"token_ids: 9 at position \(1, 2\)", {"token_ids": torch.tensor([[0, 0, 0], [0, 0, 9]])}),
         (ValueError, "kind: wanted one of", {"kind": "dpo"}),
+        (TypeError, "ignore_index: wanted an int, got bool", {"ignore_index": True}),
+        (TypeError, "ignore_index: wanted an int, got str", {"ignore_index": "-100"}),
         (ValueError, "epsilon: not a knob", {"epsilon": 0.1}),
         (ValueError, "entropy: made here", {"entropy": torch.zeros(2, 3)}),
         (ValueError, "kl_coef: needs ref_logp", {"kl_coef": 0.1}),

@@ -126,7 +126,8 @@ class TestRegistration:
 
 ROLLOUT = {"rollout_logp": torch.zeros(2, 3), "rollout_correction": "mask"}
 ERRORS = [
-    ({"kind": "dpo"}, "kind: wanted one of pg, cpi"),
+    ({"kind": "dpo"}, "kind: wanted one of 'pg', 'cpi'"),
+    ({"kind": ["pg"]}, "kind: wanted one of"),
     ({"kind": "pg", "eps_low": 0.1}, "eps_low: not a knob of kind 'pg'"),
     ({"epsilon": 0.1}, "epsilon: not a knob.*eps_low"),
     ({"aggregation": "mean"}, "aggregation: wanted one of"),

@@ -155,7 +155,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"kind": "dpo2"}, ValueError, "kind: wanted one of dpo, robust"),
+            ({"kind": "dpo2"}, ValueError, "kind: wanted one of 'dpo', 'robust'"),
+            ({"kind": ["dpo"]}, ValueError, "kind: wanted one of"),
             ({"gamma": 0.5}, ValueError, "gamma: not a knob of kind 'dpo', which has label_smoothing"),
             ({"label_smoothing": None}, ValueError, "label_smoothing: wanted a number"),
             ({"label_smoothing": 1.5}, ValueError, "label_smoothing: wanted a number >= 0"),

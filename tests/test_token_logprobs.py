@@ -82,7 +82,7 @@ def test_options(backend, dtype, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0), (2, 3, 0), (0, 2, 3)])
 @pytest.mark.parametrize("k", [None, 0, 1, 4])
 def test_leading_shapes_and_k_ids(backend, lead, k):
     logits = torch.randn(*lead, 33)

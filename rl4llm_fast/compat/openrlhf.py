@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..kl import kl_estimate
-from ..logprobs import token_logprobs
+from ..logprobs import check_ids_shape, token_logprobs
 from ..returns import gae
 from . import patching, rounding
 from .patching import Patch, Target
@@ -30,12 +30,13 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
         (...), in the dtype of the logits; with ``torch.log_softmax``'s bits in bf16 and fp16 on a CPU.
     """
     checks.are_tensors(logits=logits, labels=labels)
+    check_ids_shape(labels, logits, "logits", "labels")  # before the logits are divided
     if not temperature > 0:
         raise ValueError(f"temperature: wanted a number > 0, got {temperature}")
     if temperature != 1.0:
         logits.div_(temperature)
     if logits.device.type == "cpu":
-        return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False)[0]
+        return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False, name="labels")[0]
     return token_logprobs(logits, labels).to(logits.dtype)
 
 

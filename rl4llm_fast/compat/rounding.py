@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..logprobs import token_entropy, token_logprobs
+from ..logprobs import check_ids_shape, check_logits, token_entropy, token_logprobs
 
 NO_IGNORED_ID = -(2**63)  # for namesakes without an ignore_index: −100 is out of range like any other id
 
@@ -42,13 +42,15 @@ def rounds_like_torch(logits: Tensor) -> bool:
 
 
 def logprobs_and_entropy(
-    logits: Tensor, index: Tensor, temperature: float, mask: Tensor | None, entropy: bool
+    logits: Tensor, index: Tensor, temperature: float, mask: Tensor | None, entropy: bool, *, name: str
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(z/τ) at the ids, and the entropy: in fp32 (fp64), or in bf16 and fp16 on a CPU with torch's own bits.
 
     There the value is that of ``torch.log_softmax`` in the logits' dtype, some rows at a time, and the gradient the
-    kernel's: nothing of the size of the logits is kept for it.
+    kernel's: nothing of the size of the logits is kept for it. ``name`` is the namesake's for the ids.
     """
+    check_logits(logits)
+    check_ids_shape(index, logits, "logits", name)
     exact = rounds_like_torch(logits)
     logp = uncertainty = None
     if differentiable(logits) or not exact:
@@ -59,7 +61,7 @@ def logprobs_and_entropy(
             logp = token_logprobs(logits, index, **common)
     if exact:
         scaled = logits.detach() if temperature == 1.0 else logits.detach() / temperature
-        logp = with_gradient(_torch_logprobs(scaled, index, mask), logp)
+        logp = with_gradient(_torch_logprobs(scaled, index, mask, name), logp)
         if entropy:
             uncertainty = with_gradient(_torch_entropy(scaled, 128), uncertainty)
             uncertainty = uncertainty if mask is None else uncertainty.masked_fill(~mask, 0.0)
@@ -69,6 +71,7 @@ def logprobs_and_entropy(
 
 def entropy(logits: Tensor, rows_at_a_time: int = 128) -> Tensor:
     """The entropy, as :func:`logprobs_and_entropy` gives it."""
+    check_logits(logits)
     if not rounds_like_torch(logits):
         return token_entropy(logits)
     return with_gradient(
@@ -77,7 +80,7 @@ def entropy(logits: Tensor, rows_at_a_time: int = 128) -> Tensor:
 
 
 @torch.no_grad()
-def _torch_logprobs(logits: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+def _torch_logprobs(logits: Tensor, index: Tensor, mask: Tensor | None, name: str) -> Tensor:
     rows = logits.reshape(-1, logits.shape[-1])
     ids = index.reshape(rows.shape[0], index.shape[-1] if index.dim() == logits.dim() else 1)
     if mask is not None:
@@ -85,7 +88,7 @@ def _torch_logprobs(logits: Tensor, index: Tensor, mask: Tensor | None) -> Tenso
     invalid = (ids < 0) | (ids >= rows.shape[-1])
     if not torch.compiler.is_compiling() and bool(invalid.any()):  # compiled, gather itself raises
         row, column = (int(i) for i in invalid.nonzero()[0])
-        raise IndexError(f"index: wanted ids in [0, {rows.shape[-1]}), got {int(ids[row, column])} at row {row}")
+        raise IndexError(f"{name}: wanted ids in [0, {rows.shape[-1]}), got {int(ids[row, column])} at row {row}")
     pieces = zip(rows.split(128), ids.long().split(128), strict=True)
     logp = torch.cat([z.log_softmax(-1).gather(-1, i) for z, i in pieces])
     if mask is not None:

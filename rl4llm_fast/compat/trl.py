@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import products, tiles
+from .. import checks, products, tiles
 from ..logprobs import linear_token_logprobs, token_logprobs
 from . import patching, rounding
 from .patching import Patch, Target
@@ -245,6 +245,7 @@ def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor 
 def _logp_and_entropy(
     logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
+    checks.are_tensors(logits=logits, index=index)
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if row_mask is not None and row_mask.shape != index.shape:
@@ -252,7 +253,7 @@ def _logp_and_entropy(
     several = index.dim() == logits.dim()
     live = None if row_mask is None else row_mask != 0
     mask = live.any(-1) if live is not None and several else live
-    logp, uncertainty = rounding.logprobs_and_entropy(logits, index, temperature, mask, entropy)
+    logp, uncertainty = rounding.logprobs_and_entropy(logits, index, temperature, mask, entropy, name="index")
     dtype = _result_dtype(logits, index, row_mask)
     logp = logp.to(dtype)
     if several and live is not None:

@@ -46,7 +46,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """
     checks.are_tensors(logits=logits, labels=labels)
     if logits.device.type == "cpu":
-        return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False)[0]
+        return rounding.logprobs_and_entropy(logits, labels, 1.0, None, False, name="labels")[0]
     in_place = inplace_backward and not belongs_to_a_leaf(logits)
     return token_logprobs(logits, labels, inplace_backward=in_place)
 
