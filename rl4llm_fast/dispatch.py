@@ -92,6 +92,20 @@ _triton_error: str | None = None
 extension: ModuleType | None = None
 
 
+class _Final(torch.autograd.Function):
+    """Gradients as they are; what would differentiate them again raises."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """``count`` gradients, and behind them what they are gradients of."""
+        ctx.message = message
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.message)
+
+
 def _refuse_double_backward(namespace: str, name: str, library: torch.library.Library, functional: bool) -> None:
     message = (
         f"rl4llm_fast::{name} cannot be differentiated again: the library's gradients are explicit formulas without a "
@@ -102,14 +116,16 @@ def _refuse_double_backward(namespace: str, name: str, library: torch.library.Li
         raise RuntimeError(message)
 
     def in_place(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise RuntimeError(message)
         op = getattr(getattr(torch.ops, namespace), name).default
+        sources = [a for a in args if isinstance(a, Tensor) and a.requires_grad] if torch.is_grad_enabled() else []
+        if sources and not op._schema.returns:  # the gradient would be written where no graph could know of it
+            raise RuntimeError(message)
         for argument, declared in zip(args, op._schema.arguments, strict=True):
             if argument is not None and declared.alias_info is not None and declared.alias_info.is_write:
                 torch.autograd.graph.increment_version(argument)  # what makes other consumers' backward raise
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            grads = op(*args)
+        return _Final.apply(message, len(grads), *grads, *sources) if sources else grads  # type: ignore[no-untyped-call]
 
     if functional:
         torch.library.register_autograd(f"{namespace}::{name}", backward, lib=library)
