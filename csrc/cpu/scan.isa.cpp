@@ -173,8 +173,10 @@ RL4LLM_INLINE void step(Formula& formula, const ScanRow<typename L::S>& row, con
     tokens.input[k] = there ? load<L>(stage.input_ptr[k] + i, lanes) : zero;
     if (!all_live && there) tokens.input[k] = only(live, tokens.input[k]);
   }
-  const int64_t score_at = plain ? -1 : stage.score_at - i;
-  if (score_at >= 0 && score_at < lanes) tokens.input[in_rewards][score_at] += row.score;
+  if constexpr (!plain) {
+    const int64_t score_at = stage.score_at - i;
+    if (score_at >= 0 && score_at < lanes) tokens.input[in_rewards][score_at] += row.score;
+  }
 
   F factor = constant<L>(formula.decay), products = powers.all;
   F local = formula.offset(row, tokens, factor, carry.next_value);

@@ -57,7 +57,7 @@ def compare(op, x, mask, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("length", [1, 63, 400])
 def test_rows(op, dtype, length):
-    if dtype != torch.float32 and length not in (63, 400):
+    if dtype != torch.float32 and length != 63:
         pytest.skip("dtypes differ in the loads only")
     x, last = [torch.randn(3, length).to(dtype) for _ in range(4)], torch.randn(3).to(dtype)
     for mode, mask in itertools.product(MODES, [None, holes(3, length)]):
