@@ -1,7 +1,7 @@
 // Vectors of fp32 in the registers of one instruction set: for *.isa.cpp files only (isa.h says how to write one).
 //
 // Gives, in namespace rl4llm::RL4LLM_ISA:
-//   Vec            fp32 × Vec::width      + - * /, fma, max (the second where either is NaN), abs, select_less
+//   Vec            fp32 × Vec::width      + - * /, fma, max, min (the second where either is NaN), abs, select_less
 //   Vec64          one double, the same interface: fp64 runs the same kernels, in plain scalar code
 //   load2, store2  two vectors from or to memory of float, bf16, fp16 (double for Vec64): 2·width neighbours, in an
 //                  order that only the two functions know (bf16 keeps even and odd elements apart: no shuffles);
@@ -57,9 +57,7 @@ RL4LLM_VECTOR_OPERATORS(Vec)
 
 // 2^x by splitting x = n + f, 0 <= f < 1: a minimax polynomial of degree 6 for 2^f (its own relative error is 2e-9, so
 // that only fp32 rounding remains), exactly 1 at 0.
-RL4LLM_INLINE Vec exp2(Vec x) {
-  Vec n, f;
-  split_integer(x, n, f);
+RL4LLM_INLINE Vec exp2_of_parts(Vec f, Vec n, Vec x) {
   Vec p = Vec::of(2.16129164e-4f);
   p = fma(p, f, Vec::of(1.24678461e-3f));
   p = fma(p, f, Vec::of(9.6754516e-3f));
@@ -68,6 +66,17 @@ RL4LLM_INLINE Vec exp2(Vec x) {
   p = fma(p, f, Vec::of(6.93147044e-1f));
   p = fma(p, f, Vec::of(1.0f));
   return scale_by_power_of_2(p, n, x);
+}
+RL4LLM_INLINE Vec exp2(Vec x) {
+  Vec n, f;
+  split_integer(x, n, f);
+  return exp2_of_parts(f, n, x);
+}
+// 2^(x + rest), where rest is below an ulp of x.
+RL4LLM_INLINE Vec exp2(Vec x, Vec rest) {
+  Vec n, f;
+  split_integer(x, n, f);
+  return exp2_of_parts(f + rest, n, x);
 }
 // The same for any x, −inf included.
 RL4LLM_INLINE Vec exp2_or_0(Vec x) { return exp2(kExp2TakesAll ? x : max(Vec::of(kLeast<Vec>), x)); }
@@ -110,19 +119,34 @@ RL4LLM_INLINE Vec tanh_curve(Vec square) {
   return p * square;
 }
 
-// z' − origin and tanh(z/c), with z' = c·tanh(z/c) = z + z·curve near 0, where the exponential would cancel. z' is
-// rounded once, before the origin is subtracted: so the row's maximum is 0 exactly, and a distribution of one token has
-// p = 1 exactly at any temperature. Infinities and NaN stay what they are in z'.
+// x·k to more digits than fp32 has: the product as it is rounded, and what the rounding dropped (without a fused
+// multiply-add only what k's own rounding did).
+struct Factor {
+  float rounded, rest;
+};
+RL4LLM_INLINE Factor factor(double k) { return {float(k), float(k - double(float(k)))}; }
+RL4LLM_INLINE Vec product(Vec x, Factor k, Vec& rest) {
+  const Vec rounded = x * Vec::of(k.rounded);
+  rest = fma(x, Vec::of(k.rest), fma(x, Vec::of(k.rounded), Vec::of(0.0f) - rounded));
+  return rounded;
+}
+
+// z' − origin and tanh(z/c), with z' = c·tanh(z/c) = z + z·curve near 0, where the exponential would cancel, and
+// c − c·rest from there on. Either way what is rounded is added to a number that is exact, so that z' is off by little
+// more than its own rounding: a logit of 20 weighs each ulp with 2e-6 in the exponent. z' is rounded once, before the
+// origin is subtracted: so the row's maximum is 0 exactly, and a distribution of one token has p = 1 exactly at any
+// temperature. Infinities and NaN stay what they are in z'.
 RL4LLM_INLINE void softcap(Vec z, float c, float origin, Vec& shifted, Vec& tanh) {
-  const Vec a = z / Vec::of(c), size = abs(a), curve = tanh_curve(a * a);
-  // 2^(−2|a|·log2 e), held where tanh is 1 anyway.
-  const Vec t = exp2(max(Vec::of(-100.0f), size * Vec::of(-2.8853900817779268f)));
-  const Vec far = with_sign_of((Vec::of(1.0f) - t) / (Vec::of(1.0f) + t), a);
-  const Vec near = Vec::of(0.9f);
-  tanh = select_less(size, near, fma(a, curve, a), far);
-  const Vec capped =
-      select_less(size, near, fma(z, curve, z), select_less(size, Vec::of(__builtin_inff()), far * Vec::of(c), z));
-  shifted = capped - Vec::of(origin);
+  const Vec one = Vec::of(1.0f), cap = Vec::of(c), near = Vec::of(0.9f);
+  const Vec size = min(abs(z), Vec::of(40.0f * c));  // from about 10·c on tanh is 1
+  const Factor inverse = factor(1.0 / double(c)), power = factor(-2.8853900817779268 / double(c));  // −2·log2(e)/c
+  const Vec a = fma(size, Vec::of(inverse.rest), size * Vec::of(inverse.rounded)), curve = tanh_curve(a * a);
+  Vec dropped;
+  const Vec x = product(size, power, dropped), t = exp2(x, dropped);  // e^(−2a)
+  const Vec rest = (t + t) / (one + t);                               // 1 − tanh a
+  tanh = with_sign_of(select_less(a, near, fma(a, curve, a), one - rest), z);
+  const Vec capped = select_less(a, near, fma(size, curve, size), fma(Vec::of(-c), rest, cap));
+  shifted = select_less(abs(z), Vec::of(__builtin_inff()), with_sign_of(capped, z), z) - Vec::of(origin);
 }
 
 struct Vec64 {

@@ -15,8 +15,9 @@ struct Vec {
 
 RL4LLM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 RL4LLM_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+RL4LLM_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 RL4LLM_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
-RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {
+RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {  // size >= 0
   const __m512i bit = _mm512_set1_epi32(int(0x80000000u));
   // (sign & bit) | (size & ~bit) in one instruction
   return {_mm512_castsi512_ps(

@@ -16,9 +16,10 @@ struct Vec {
 
 RL4LLM_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 RL4LLM_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+RL4LLM_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 RL4LLM_INLINE Vec abs(Vec a) { return {(Floats)((Ints)a.v & 0x7fffffff)}; }
-RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {
-  return {(Floats)(((Ints)sign.v & int32_t(0x80000000u)) | (Ints)abs(size).v)};
+RL4LLM_INLINE Vec with_sign_of(Vec size, Vec sign) {  // size >= 0
+  return {(Floats)(((Ints)sign.v & int32_t(0x80000000u)) | (Ints)size.v)};
 }
 RL4LLM_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return {a.v < b.v ? yes.v : no.v}; }
 // x = n + f, n = floor(x)
