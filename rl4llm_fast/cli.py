@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .errors import BackendError
 
 if TYPE_CHECKING:
+    from .trainer import TrainResult
     from .trainer.settings import RunConfig
-
-C = TypeVar("C", bound="RunConfig")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,50 +58,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             return demo([])
         else:
             _train(arguments.algorithm, arguments.config, arguments.overrides)
-    except (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, TypeError, ImportError, OSError, BackendError) as error:  # OSError: a disk that is full, too
         print(f"rl4llm-fast: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from .trainer.guard import Diverged
-
-        if not isinstance(error, Diverged):
+        message = _stopped(error)
+        if not message:
             raise
-        print(f"rl4llm-fast: {error}", file=sys.stderr)
+        print(f"rl4llm-fast: {message}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from the last checkpoint.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
         return 130
     return 0
 
 
+def _stopped(error: RuntimeError) -> str:
+    """What to say of a run that stopped for a reason that is no mistake in the code; "" of any other."""
+    import torch
+
+    from .trainer.guard import Diverged
+
+    if isinstance(error, Diverged):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        first = str(error).splitlines()[0]
+        return f"{first} A smaller micro_batch_size or gradient_checkpointing = true take less"
+    return ""
+
+
 def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
     from . import trainer
-    from .trainer.data import DataConfig, check_files
 
-    def fill(kind: type[C]) -> C:
-        config = trainer.fill(kind, path, overrides)
-        if isinstance(config, DataConfig):
-            check_files(config)  # before a model is loaded
-        return config
-
-    if algorithm == "sft":
-        result = trainer.train_sft(fill(trainer.SFTConfig))
-    elif algorithm == "rm":
-        result = trainer.train_rm(fill(trainer.RMConfig))
-    elif algorithm == "dpo":
-        result = trainer.train_dpo(fill(trainer.DPOConfig))
-    elif algorithm == "curry":
-        result = trainer.train_curry(fill(trainer.CurryConfig))
-    elif algorithm == "kto":
-        result = trainer.train_kto(fill(trainer.KTOConfig))
-    elif algorithm == "ppo":
-        result = trainer.train_ppo(fill(trainer.PPOConfig))
-    elif algorithm == "r1":
-        result = trainer.train_r1(fill(trainer.R1Config))
-    elif algorithm == "distill":
-        result = trainer.train_distill(fill(trainer.DistillConfig))
-    else:
-        result = trainer.train_grpo(trainer.load_config(path, overrides))
+    runs: dict[str, tuple[Callable[..., TrainResult], type[RunConfig]]] = {
+        "sft": (trainer.train_sft, trainer.SFTConfig),
+        "rm": (trainer.train_rm, trainer.RMConfig),
+        "dpo": (trainer.train_dpo, trainer.DPOConfig),
+        "curry": (trainer.train_curry, trainer.CurryConfig),
+        "kto": (trainer.train_kto, trainer.KTOConfig),
+        "ppo": (trainer.train_ppo, trainer.PPOConfig),
+        "grpo": (trainer.train_grpo, trainer.GRPOConfig),
+        "r1": (trainer.train_r1, trainer.R1Config),
+        "distill": (trainer.train_distill, trainer.DistillConfig),
+    }
+    run, kind = runs[algorithm]
+    config, start = trainer.fill(kind, path, overrides), time.time()
+    try:
+        result = run(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_next_run(config, start)) from None
     rewards = [row["reward_mean"] for row in result.history if "reward_mean" in row][-10:]
     if rewards:
         print(f"mean reward of the last {len(rewards)} steps: {sum(rewards) / len(rewards):.3f}")
@@ -111,7 +118,24 @@ def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
     }
     for name, value in measures.items():
         print(f"{name.replace('_', ' ')}: {value:.4g}")
-    print(f"The model, metrics.jsonl, the curves and the checkpoint lie in {result.output_dir}")
+    names = {"model": "the model", "metrics.jsonl": "metrics.jsonl", "checkpoint.pt": "the checkpoint"}
+    found = [what for name, what in names.items() if (result.output_dir / name).exists()]
+    print(f"In {result.output_dir} lie {', '.join([*found, 'the curves'])}")
+
+
+def _next_run(config: RunConfig, start: float) -> str:
+    """What the same command would do behind a run that began at ``start`` and was cut off."""
+    folder = Path(config.output_dir)
+    names = ("checkpoint.pt", "done.json", "sampled.jsonl")  # the two latter: of r1's stages, of distill's sampling
+    kept = [path for name in names for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
+    if not config.resume:  # what an earlier run left is none of this one's
+        kept = [path for path in kept if path.stat().st_mtime >= start]
+    if kept:
+        last = max(kept, key=lambda path: path.stat().st_mtime)
+        return f"The same command{'' if config.resume else ' with resume=true'} goes on from {last}"
+    every = config.checkpoint_every
+    first = f"the first is at step {every}" if every else "checkpoint_every is 0"
+    return f"There is no checkpoint yet ({first}): the same command begins anew"
 
 
 if __name__ == "__main__":

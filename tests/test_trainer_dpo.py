@@ -63,7 +63,7 @@ def test_probabilities_of_the_pairs(tmp_path):
         trainer_of(tmp_path, rows=[*pairs()[1:], rows[0]])
     for prob, loss, message in ((2, "dpo", r"\[0, 1\], got 2"), (0.5, "hinge", "hinge has none")):
         with pytest.raises(ValueError, match=message):
-            trainer_of(tmp_path, rows=[pairs()[0] | {"prob": prob}], strict=True, loss=loss)
+            trainer_of(tmp_path, rows=[pairs()[0] | {"prob": prob}], strict=True, loss=loss, heldout=0)
 
 
 def test_reference_layout_and_micro_batches_change_nothing(tmp_path):
@@ -145,7 +145,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="micro_batch_size: wanted 0 for orpo"):
         trainer_of(tmp_path, loss="orpo", micro_batch_size=2)
     with pytest.raises(ValueError, match="the same answer"):
-        trainer_of(tmp_path, rows=[{"prompt": [1], "chosen": [2, END], "rejected": [2, END]}], strict=True)
+        trainer_of(tmp_path, rows=[{"prompt": [1], "chosen": [2, END], "rejected": [2, END]}], strict=True, heldout=0)
     with pytest.raises(ValueError, match="rejected: missing"):
         trainer_of(tmp_path, rows=[{"prompt": [1], "chosen": [2, END]}], strict=True)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
-from tiny_data import settings
+from tiny_data import demonstrations, settings
 from tiny_llama import PROMPTS, tiny_model
 
 from rl4llm_fast.trainer import GRPOConfig, SFTConfig, Task, train_grpo, train_sft
 from rl4llm_fast.trainer.attempts import Attempts
+from rl4llm_fast.trainer.data import token_ids_of
 from rl4llm_fast.trainer.distill import text_rows
 from rl4llm_fast.trainer.distributed import Ranks
 from rl4llm_fast.trainer.run import differences
-from rl4llm_fast.trainer.tasks import load_task
+from rl4llm_fast.trainer.tasks import load_task, prompt_token_ids
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
 
@@ -93,12 +96,12 @@ def test_questions_that_cannot_be_used_are_counted(tmp_path, capsys):
 
 def test_rows_of_other_domains_that_cannot_be_used_are_counted(tmp_path, capsys):
     rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a"}, {"prompt": "", "answer": "b"}]
-    assert text_rows("", rows, "general_data", strict=False) == rows[:1]
+    assert text_rows("", rows, "general", strict=False) == rows[:1]
     said = capsys.readouterr().out
-    assert "general_data: 2 of 3 rows cannot be used" in said
+    assert "general_rows: 2 of 3 rows cannot be used" in said
     assert "line 2: wanted" in said
-    with pytest.raises(ValueError, match="general_data, line 2: wanted"):
-        text_rows("", rows, "general_data", strict=True)
+    with pytest.raises(ValueError, match="general_rows, line 2: wanted"):
+        text_rows("", rows, "general", strict=True)
 
 
 class Endless:
@@ -155,3 +158,45 @@ def test_a_model_unlike_the_config_is_named(given, asked, said):
 def test_a_model_unlike_the_config_is_said(tmp_path, capsys):
     run(tmp_path, prompts=PROMPTS, reward=picky, changes={"precision": "bf16"})
     assert "model: is trained as it was given, in torch.float32, where precision = bf16" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_what_there_was(tmp_path, monkeypatch):
+    cfg = settings(tmp_path, steps=1, checkpoint_every=1, save_model=True)
+    model = tiny_model()
+
+    def full(*given, **options):
+        if hasattr(given[-1], "write"):
+            given[-1].write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"model cannot be saved: .*No space left.*checkpoint.pt has its weights"):
+        train_sft(SFTConfig(**cfg), model=model, rows=demonstrations(20))
+    assert not (tmp_path / "model.partial").exists()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint of step 2 cannot .*No space left.*; the one before it is"):
+        train_sft(SFTConfig(**cfg | {"steps": 2}), model=tiny_model(), rows=demonstrations(20))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not (tmp_path / "checkpoint.partial").exists()
+
+
+def test_messages_that_a_template_does_not_take():
+    class Chat:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, messages, **options):
+            return "".join(message["content"] for message in messages)
+
+    for prompt, error in (([{"rol": "user"}], ValueError), ([{"role": "user", "content": 3}], ValueError)):
+        with pytest.raises(error, match=r"^prompt: the chat template does not take these messages: "):
+            prompt_token_ids({"prompt": prompt}, Chat())
+    with pytest.raises(TypeError, match=r"^prompt: wanted chat messages, each a mapping"):
+        prompt_token_ids([{"role": "user", "content": "a"}, 5], Chat())
+
+
+def test_truths_are_no_token_ids():
+    with pytest.raises(TypeError, match="prompt: wanted text, chat messages or token ids"):
+        prompt_token_ids([True, False], None)
+    with pytest.raises(TypeError, match="answer: wanted text or token ids"):
+        token_ids_of("answer", [True], None)

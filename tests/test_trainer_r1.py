@@ -217,7 +217,7 @@ def test_what_is_missing_shows_before_the_first_stage(tmp_path):
     with pytest.raises(ValueError, match="none of 2 rows can be used"):
         r1.R1(config, the_task(), held)
     assert len(r1.R1(config, the_task(), [*held, *demonstrations()]).cold_start) == len(demonstrations())
-    with pytest.raises(ValueError, match="general_data: none of 1 rows can be used"):
+    with pytest.raises(ValueError, match="general_rows: none of 1 rows can be used"):
         r1.R1(config, the_task(), demonstrations(), [{"prompt": "x"}])
 
 

@@ -136,7 +136,7 @@ def test_resumes_bit_exactly(tmp_path):
 )
 def test_rows_that_are_refused(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
-        trainer_of(tmp_path, [{"prompt": [1], **row}], strict=True)
+        trainer_of(tmp_path, [{"prompt": [1], **row}], strict=True, heldout=0)
 
 
 def test_the_config(tmp_path):

@@ -37,8 +37,8 @@ def test_the_example_is_a_valid_config():
         ("learnig_rate=1", "'learnig_rate'; the nearest is 'learning_rate'"),
         ("task_option.x=1", "'task_option'; the nearest is 'task_options'"),
         ("steps", "key=value"),
-        ("steps=1.5", "steps: wanted int, got 1.5"),
-        ("steps=true", "steps: wanted int"),
+        ("steps=1.5", "steps: wanted a whole number, got 1.5"),
+        ("steps=true", "steps: wanted a whole number"),
         ("steps.x=1", "steps"),
         ("steps=-1", "steps: wanted 0 or more"),
         ("temperature=0", "temperature: wanted more than 0"),
@@ -104,7 +104,7 @@ def test_cli_looks_for_the_data_before_it_loads_a_model(name, capsys, tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
     files = {"data": str(tmp_path / "data.jsonl"), name: str(tmp_path / "none.jsonl")}
     overrides = [part for key, path in files.items() for part in ("--set", f"{key}={path}")]
-    assert cli.main(["train", "dpo", "--set", "model=/not/looked/at", *overrides]) == 2
+    assert cli.main(["train", "dpo", "--set", "model=not/looked-at", *overrides]) == 2
     assert f"config: {name}: there is no file or folder '{tmp_path}/none.jsonl'" in capsys.readouterr().err
 
 

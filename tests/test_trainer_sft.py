@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_lines(tmp_path, capsys)
 
 @pytest.mark.parametrize(("row", "message"), BROKEN, ids=[message.split(":")[0] for _, message in BROKEN])
 def test_a_broken_row_stops_a_strict_run(tmp_path, row, message):
-    config = SFTConfig(**settings(tmp_path, strict=True, max_length=64))
+    config = SFTConfig(**settings(tmp_path, strict=True, max_length=64, heldout=0))
     with pytest.raises(ValueError, match="rows, line 2") as caught:
         SFTTrainer(config, model=tiny_model(), rows=[demonstrations(1)[0], row])
     assert message in str(caught.value)

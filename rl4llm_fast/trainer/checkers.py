@@ -91,10 +91,13 @@ def jsonl_task(path: str, *, seed: int = 0, heldout: int = 64, checker: str = "a
         return {**given, "answer": answer}
 
     rows: dict[str, Example] = {}
-    for row in usable(numbered_rows(path), path, question, strict):
+    for row in usable(numbered_rows(path, setting="task"), path, question, strict):
         rows.setdefault(row["prompt"], row)  # a question that comes twice is one
     if len(rows) <= heldout:
-        raise ValueError(f"{path}: {len(rows)} distinct prompts, too few to hold {heldout} of them out")
+        raise ValueError(
+            f"{path}: {len(rows)} distinct prompts, too few to hold {heldout} of them out (eval_prompts, "
+            "or heldout of train ppo)"
+        )
     examples = list(rows.values())
     order = np.random.default_rng([seed, 1]).permutation(len(examples)).tolist()
     held, train = ([examples[i] for i in sorted(part)] for part in (order[:heldout], order[heldout:]))

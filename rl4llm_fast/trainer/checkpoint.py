@@ -29,7 +29,11 @@ def save(
     optimizer: dict[str, Any],
     generator: torch.Generator,
 ) -> None:
-    """Write the state after ``step`` steps. A crash at any moment leaves the previous file or the new one."""
+    """Write the state after ``step`` steps. A crash at any moment leaves the previous file or the new one.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what there was stays.
+    """
     kind, keys, *position = np.random.get_state()
     state = {
         "step": step,
@@ -44,10 +48,15 @@ def save(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # the latter: torch's own, of a file that it could not end
+        partial.unlink(missing_ok=True)
+        kept = "; the one before it is still there" if path.is_file() else ""
+        raise OSError(f"{path}: the checkpoint of step {step} cannot be written: {error}{kept}") from error
     partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -56,8 +65,8 @@ def save(
         os.close(folder)
 
 
-def load(path: Path, config: RunConfig, data_key: str = "") -> dict[str, Any]:
-    """Read a checkpoint (tensors and plain values only: no code is run).
+def load(path: Path, config: RunConfig, data_key: str | None = "") -> dict[str, Any]:
+    """Read a checkpoint (tensors and plain values only: no code is run). ``data_key`` None: before the data is known.
 
     Raises:
         ValueError: it is of a run with other settings or data, or no checkpoint of this library.
@@ -72,7 +81,7 @@ def load(path: Path, config: RunConfig, data_key: str = "") -> dict[str, Any]:
     if other:
         changes = ", ".join(f"{key} {written.get(key)!r} -> {now[key]!r}" for key in other)
         raise ValueError(f"{path}: written with other settings ({changes}); use resume=false or another output_dir")
-    if state.get("data", "") != data_key:
+    if data_key is not None and state.get("data", "") != data_key:
         raise ValueError(f"{path}: written with other rows of data; use resume=false or another output_dir")
     return state
 

@@ -104,6 +104,7 @@ class GRPOConfig(RunConfig):
         "log_samples",
     )
     POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "top_p", "rollout_cap")
+    INFINITE: ClassVar[tuple[str, ...]] = ("rollout_cap",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,11 +122,21 @@ class GRPOConfig(RunConfig):
         if self.supervision == "process":  # its normalisation is that of §6.3, over all steps of a group
             self.wanted(self.advantage_scale == "group", "advantage_scale", "group under process supervision")
             self.wanted(self.advantage_baseline == "mean", "advantage_baseline", "mean under process supervision")
+        check_stop_tokens(self)
+
+    def ops(self) -> tuple[str, ...]:
+        return ("linear_policy_loss",) if self.head == "hidden" else ("policy_loss",)  # the first needs all of that
 
 
 def silent_at_zero(config: GRPOConfig) -> bool:
     """Whether answers of advantage 0 give neither loss nor gradient, so that they need no forward pass."""
     return config.loss in _SILENT_AT_ZERO and config.kl_coef == 0 and config.entropy_coef == 0
+
+
+def check_stop_tokens(config: Any) -> None:
+    """Raise ValueError unless ``stop_tokens`` are token ids and texts; whether a text is one token shows later."""
+    known = all(isinstance(token, (int, str)) and not isinstance(token, bool) for token in config.stop_tokens)
+    config.wanted(known, "stop_tokens", "token ids, or texts that are one token")
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> GRPOConfig:

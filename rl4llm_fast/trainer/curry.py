@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import Row, check_length, digest, load_rows, prompt_of, ranked_answers
+from .data import Parts, Row, check_length, digest, encode_rows, prompt_of, ranked_answers
 from .dpo import DPOConfig, DPOTrainer, Pair
+from .preflight import config_of
 from .run import TrainResult
 from .tasks import examples_of_step
 
@@ -90,16 +91,17 @@ class CurryTrainer(DPOTrainer):
     name = "Curry-DPO"
     can_shard = False  # each round's reference is computed by shares, whose forward passes are not as many everywhere
     file = "curry"
+    fields = ("prompt", "answers", "ranks")
     config: CurryConfig
     rounds: list[list[Pair]]
     round = 0
 
     def __init__(self, config: CurryConfig | None = None, **given: Any) -> None:
-        super().__init__(config or CurryConfig(), **given)
+        super().__init__(config_of(CurryConfig, config), **given)
 
-    def read_data(self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None) -> None:
+    def encode_parts(self, parts: Parts) -> None:
         c = self.config
-        train, heldout = load_rows(c, rows, heldout_rows, self.encode_ranking)
+        train, heldout = encode_rows(c, parts, self.encode_ranking)
         self.data_key = digest(*map(asdict, train))
         self.rounds = in_rounds([pair for ranking in train for pair in ranking.pairs(c.pairs)], c.rounds)
         self.train = [pair for part in self.rounds for pair in part]

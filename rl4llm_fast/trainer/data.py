@@ -56,69 +56,178 @@ class Limits:
         return cls(getattr(config, "max_position_embeddings", None), getattr(config, "vocab_size", None))
 
 
-def load_rows(
+@dataclass
+class Part:
+    """Rows as they were read or given, with their lines; what is no JSON has an exception in its place."""
+
+    name: str
+    numbered: list[tuple[int, Row | Exception]]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many can be used at most."""
+        return sum(not isinstance(row, Exception) for _, row in self.numbered)
+
+    def usable(self, encode: Callable[[Row], Encoded], strict: bool, *, report: bool = True) -> list[Encoded]:
+        """What ``encode`` makes of the rows; see ``usable``."""
+        return usable(self.numbered, self.name, lambda row: encode(_object(row, self.columns)), strict, report=report)
+
+
+Parts = tuple[Part, "Part | None"]  # to train on, held out; None: some of the first
+
+
+def read_rows(
     config: DataConfig,
     rows: Sequence[Row] | None,
     heldout_rows: Sequence[Row] | None,
-    encode: Callable[[Row], Encoded],
-) -> tuple[list[Encoded], list[Encoded]]:
-    """The rows to train on and the held-out ones, encoded: those given, or those of the config's files.
+    fields: Callable[[Row], Sequence[str]],
+    *,
+    names: tuple[str, str] = ("rows", "heldout_rows"),
+) -> Parts:
+    """The rows to train on and the held-out ones, those given or those of the config's files, before a model is there.
+
+    Args:
+        fields: what a row must have.
+        names: what the caller's user calls ``rows`` and ``heldout_rows``.
 
     Raises:
-        ValueError: no data, none that can be used, or under ``strict`` the first row that cannot, with its line.
+        TypeError: rows that are given, and are no rows.
+        ValueError: no data, none of it with the fields, or too few rows; under ``strict`` the first row without them.
         FileNotFoundError: there is no such file.
+        ImportError: the package datasets is missing, where it takes it.
     """
     if rows is None and not config.data:
-        raise ValueError("config: data: wanted a JSONL file, a data set of Hugging Face (or rows from Python), got ''")
-
-    def usable_rows(given: Sequence[Row] | None, source: str, split: str, name: str) -> list[Encoded]:
-        numbered = list(enumerate(given, 1)) if given is not None else numbered_rows(source, split)
-        names = config.columns if given is None else {}
-        return usable(
-            numbered, source if given is None else name, lambda row: encode(_object(row, names)), config.strict
+        raise ValueError(
+            f"config: data: wanted a JSONL file, a data set of Hugging Face (or {names[0]} from Python), got ''"
         )
-
-    train = usable_rows(rows, config.data, config.split, "rows")
+    check_files(config, rows is None, heldout_rows is None)
+    train, heldout = part_of(rows, names[0], config.data, "data", config.split, config.columns), None
     if heldout_rows is not None or config.heldout_data or config.heldout_split:
+        setting = "heldout_data" if config.heldout_data else "data"
         source, split = config.heldout_data or config.data, config.heldout_split or config.split
-        return train, usable_rows(heldout_rows, source, split, "heldout_rows")
-    return hold_out(train, config)
+        heldout = part_of(heldout_rows, names[1], source, setting, split, config.columns)
+    check_fields((train, heldout), fields, config)
+    if heldout is None:
+        _check_heldout(config, train.count)
+    return train, heldout
+
+
+def check_fields(parts: Iterable[Part | None], fields: Callable[[Row], Sequence[str]], config: DataConfig) -> None:
+    """Look for what a row must have; which rows have it not is reported when they are encoded.
+
+    Raises:
+        ValueError: no row has it, or under ``strict`` the first that has it not; a column that is in no row.
+    """
+    there = [part for part in parts if part is not None]
+    for part in there:
+        part.usable(lambda row: [field_of(row, name) for name in fields(row)], config.strict, report=False)
+    rows = [row for part in there if part.columns for _, row in part.numbered if isinstance(row, dict)]
+    wanted = fields(rows[0]) if rows else ()
+    for ours, theirs in config.columns.items():
+        if ours in wanted and not any(theirs in row for row in rows):
+            raise ValueError(f"config: columns.{ours}: no row of the data has a field {theirs!r}")
+
+
+def part_of(
+    rows: Sequence[Row] | None,
+    name: str,
+    source: str,
+    setting: str,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+) -> Part:
+    """``rows``, which the user calls ``name``; where there are none those of ``source``, which the config calls
+    ``setting``.
+    """
+    if rows is not None:
+        return Part(name, list(enumerate(listed(name, rows), 1)))
+    return Part(source, numbered_rows(source, split, setting), columns or {})
+
+
+def encode_rows(
+    config: DataConfig, parts: Parts, encode: Callable[[Row], Encoded]
+) -> tuple[list[Encoded], list[Encoded]]:
+    """What ``encode`` makes of the rows to train on, and of the held-out ones.
+
+    Raises:
+        ValueError: none can be used, or too few; under ``strict`` the first row that cannot, with its line.
+    """
+    train, heldout = parts
+    found = train.usable(encode, config.strict)
+    return hold_out(found, config) if heldout is None else (found, heldout.usable(encode, config.strict))
 
 
 def hold_out(rows: Sequence[Encoded], config: DataConfig) -> tuple[list[Encoded], list[Encoded]]:
     """``rows`` without ``config.heldout`` of them, and those."""
-    if config.heldout >= len(rows):
-        raise ValueError(f"config: heldout: wanted fewer than the {len(rows)} rows there are, got {config.heldout}")
+    _check_heldout(config, len(rows))
     order = np.random.default_rng([config.seed, 1]).permutation(len(rows))
     held = set(order[: config.heldout].tolist())
     return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
-def check_files(config: DataConfig) -> None:
-    """Raise FileNotFoundError, naming the setting, for data that is neither a file or folder nor the form of an id."""
-    for name in ("data", "heldout_data"):
+def _check_heldout(config: DataConfig, count: int) -> None:
+    if config.heldout >= count:
+        raise ValueError(f"config: heldout: wanted fewer than the {count} rows there are, got {config.heldout}")
+
+
+def listed(name: str, rows: Any) -> list[Any]:
+    """Rows or prompts that are given, as a list.
+
+    Raises:
+        TypeError: one row, a text, or what cannot be gone through; ``name`` is what they are called.
+    """
+    if isinstance(rows, (str, bytes, Path)):
+        raise TypeError(f"{name}: wanted a list of rows, got {rows!r}; a file or data set goes into the config")
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+        raise TypeError(f"{name}: wanted a list of rows, got {type(rows).__name__}")
+    return list(rows)
+
+
+def check_files(config: DataConfig, data: bool = True, heldout: bool = True) -> None:
+    """Look for the files of the settings ``data`` and ``heldout_data``, where these are read.
+
+    Raises:
+        FileNotFoundError: one is neither a file or folder nor has the form of an id.
+        ValueError: a split of a file, which has none: its held-out rows would be those to train on.
+    """
+    for name, is_read in (("data", data), ("heldout_data", heldout)):
         source = getattr(config, name)
-        if source and not Path(source).exists() and not _DATASET_ID.fullmatch(source):
-            raise FileNotFoundError(f"config: {name}: there is no file or folder {source!r}")
+        if source and is_read:
+            _check_source(source, name)
+    source = config.heldout_data or config.data
+    if heldout and config.heldout_split and Path(source).is_file():
+        raise ValueError(
+            f"config: heldout_split: wanted a split of a data set, got {config.heldout_split!r}, and {source!r} is a "
+            "file, which has none; heldout_data names another file"
+        )
 
 
-def numbered_rows(source: str, split: str = "train") -> list[tuple[int, Row | Exception]]:
+def _check_source(source: str, setting: str) -> None:
+    if not source or (not Path(source).exists() and not _DATASET_ID.fullmatch(source)):
+        raise FileNotFoundError(f"config: {setting}: there is no file or folder {source!r}")
+
+
+def numbered_rows(source: str, split: str = "train", setting: str = "data") -> list[tuple[int, Row | Exception]]:
     """The rows of a JSONL file with their lines, an exception in the place of one that is no JSON; or of a data set.
+
+    ``setting`` is what the config calls the source.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the package datasets is missing, where it takes it.
         ValueError: datasets cannot load it.
     """
+    _check_source(source, setting)
     path = Path(source)
-    if not path.is_file() and (path.is_dir() or _DATASET_ID.fullmatch(source)):
-        return list(enumerate(_data_set(source, split), 1))
+    if not path.is_file():
+        return list(enumerate(_data_set(source, split, setting), 1))
     numbered: list[tuple[int, Row | Exception]] = []
     for line, text in enumerate(path.read_bytes().split(b"\n"), 1):  # U+2028 and the like end no line of JSON
         if text.strip():
             try:
                 numbered.append((line, json.loads(text)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 numbered.append((line, error))
     return numbered
 
@@ -126,7 +235,7 @@ def numbered_rows(source: str, split: str = "train") -> list[tuple[int, Row | Ex
 _DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.json)")  # owner/name
 
 
-def _data_set(source: str, split: str) -> Any:
+def _data_set(source: str, split: str, setting: str) -> Any:
     require("datasets", extra="datasets")
     import datasets
 
@@ -136,7 +245,7 @@ def _data_set(source: str, split: str) -> Any:
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # what it raises depends on where the data comes from
-        raise ValueError(f"data: datasets cannot load split {split!r} of {source!r}: {error}") from error
+        raise ValueError(f"config: {setting}: datasets cannot load split {split!r} of {source!r}: {error}") from error
 
 
 def _object(row: Row, columns: Mapping[str, str]) -> Row:
@@ -147,9 +256,14 @@ def _object(row: Row, columns: Mapping[str, str]) -> Row:
 
 
 def usable(
-    numbered: Iterable[tuple[int, Row | Exception]], name: str, encode: Callable[[Row], Encoded], strict: bool
+    numbered: Iterable[tuple[int, Row | Exception]],
+    name: str,
+    encode: Callable[[Row], Encoded],
+    strict: bool,
+    *,
+    report: bool = True,
 ) -> list[Encoded]:
-    """What ``encode`` makes of the rows; those that it refuses are counted and reported with their lines.
+    """What ``encode`` makes of the rows; those that it refuses are counted, and with ``report`` printed.
 
     Raises:
         ValueError: under ``strict`` at the first of them; else if not one row can be used.
@@ -166,9 +280,11 @@ def usable(
                 raise ValueError(f"{name}, line {line}: {error}") from error
             refused.append(f"  line {line}: {error}")
     count = len(found) + len(refused)
-    if refused:
+    if refused and report:
         more = [f"  and {len(refused) - 5} more"] if len(refused) > 5 else []
         say("\n".join([f"{name}: {len(refused)} of {count} rows cannot be used", *refused[:5], *more]))
+    if not count:
+        raise ValueError(f"{name}: wanted rows, there are none")
     if not found:
         raise ValueError(f"{name}: none of {count} rows can be used" + "".join("\n" + r for r in refused[:5]))
     return found
@@ -210,7 +326,8 @@ def token_ids_of(name: str, answer: Any, tokenizer: Any) -> list[int]:
             raise ValueError(f"{name}: empty")
         ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
         return ids if tokenizer.eos_token_id is None else [*ids, int(tokenizer.eos_token_id)]
-    if not isinstance(answer, (list, tuple)) or not all(isinstance(token, int) for token in answer):
+    numbers = isinstance(answer, (list, tuple)) and all(isinstance(t, int) and not isinstance(t, bool) for t in answer)
+    if not numbers:
         raise TypeError(f"{name}: wanted text or token ids, got {type(answer).__name__}")
     if not answer:
         raise ValueError(f"{name}: empty")

@@ -18,6 +18,29 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def available_device(name: str) -> torch.device:
+    """``choose_device``, when it is here: a config may be written on another machine than the one it runs on.
+
+    Raises:
+        ValueError: PyTorch has no such device here.
+    """
+    device = choose_device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            why = "sees no GPU" if torch.backends.cuda.is_built() else f"{torch.__version__} is built without CUDA"
+            raise ValueError(f"config: device: wanted one that is here, got {name!r}: PyTorch {why}")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"config: device: wanted one of cuda:0 to cuda:{count - 1}, got {name!r}")
+        return device
+    try:
+        torch.ones(1, device=device).item()  # "meta" makes tensors too, and computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"config: device: wanted one that is here, got {name!r}: {first}") from error
+    return device
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for products in bf16: without them one takes longer than in fp32."""
     if device.type == "cuda":

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from .attempts import Attempts
-from .data import Limits, Row, answerable, digest, hold_out, load_rows, numbered_rows, usable
+from .data import Limits, Part, Parts, Row, answerable, check_fields, check_files, digest, hold_out, part_of
 from .devices import choose_device
 from .distributed import only_one
 from .metrics import History
 from .model import end_token_ids, load_model
 from .policy import Policy
+from .preflight import check_model, check_type, checked, config_of
 from .rewards import (
     SCRIPTS,
     Sample,
@@ -74,6 +75,11 @@ class DistillConfig(SFTConfig):
     NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("eval_prompts", "min_language", "max_repetition")
     POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "top_p")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.wanted(self.top_p <= 1, "top_p", "at most 1")
+        self.wanted(self.min_language <= 1, "min_language", "a share in [0, 1]")
+
 
 def train_distill(
     config: DistillConfig | None = None,
@@ -98,15 +104,21 @@ def train_distill(
     Raises:
         ValueError: no answer of the teacher was right and readable.
     """
-    c = config or DistillConfig()
     only_one("train distill")
+    c = config_of(DistillConfig, config)
+    by_name = teacher is None and bool(c.teacher)
+    checked(DistillConfig, c, model, loads=by_name)
+    if by_name:
+        check_model("teacher", c.teacher)
+    check_type("task", task, Task, "a name goes into config.task")
+    others, heldout = read_others(c, rows)
     task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
     if model is None:
         model, loaded = load_model(c.model, precision=c.precision, device=choose_device(c.device))
         tokenizer = tokenizer or loaded
     kept = sampled_rows(c, task, teacher or model if teacher is not None or not c.teacher else None, tokenizer)
     made = [encoded_row(row, c, tokenizer) for row in kept]
-    trainer = DistillTrainer(c, model, tokenizer, framed(task, c, tokenizer), made, rows)
+    trainer = DistillTrainer(c, model, tokenizer, framed(task, c, tokenizer), made, others, heldout)
     try:
         return trainer.run()
     finally:
@@ -127,11 +139,31 @@ def encoded_row(row: Row, c: DistillConfig, tokenizer: Any) -> Row:
     return r1_zero_example(row, tokenizer, c.template_example) if c.template == "r1_zero" else row
 
 
+def read_others(c: DistillConfig, rows: Sequence[Row] | None) -> tuple[Part | None, Part | None]:
+    """The rows of other domains and the held-out ones, where there are some.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError, ImportError: see ``data.read_rows``.
+    """
+    check_files(c, rows is None)
+    found = part_of(rows, "rows", c.data, "data", c.split, c.columns) if rows is not None or c.data else None
+    if found is not None and rows is not None and not found.numbered:
+        found = None  # none are needed
+    heldout: Part | None = None
+    if c.heldout_data or c.heldout_split:
+        setting, split = "heldout_data" if c.heldout_data else "data", c.heldout_split or c.split
+        heldout = part_of(None, "", c.heldout_data or c.data, setting, split, c.columns)
+    check_fields((found, heldout), lambda row: ("prompt", "answer"), c)
+    return found, heldout
+
+
 def text_rows(source: str, rows: Sequence[Row] | None, name: str, strict: bool) -> list[Row]:
     """{"prompt", "answer"}, both text, of ``rows`` or of a file or data set; others are counted and reported.
 
+    The user knows the two as ``name`` with _rows and _data behind it.
+
     Raises:
-        FileNotFoundError, ValueError: see ``data.usable`` and ``data.numbered_rows``.
+        TypeError, FileNotFoundError, ValueError: see ``data.usable``, ``data.listed`` and ``data.numbered_rows``.
     """
 
     def check(row: Row) -> Row:
@@ -140,7 +172,7 @@ def text_rows(source: str, rows: Sequence[Row] | None, name: str, strict: bool) 
             raise ValueError(f'wanted {{"prompt": text, "answer": text}}, got {str(row)[:80]}')
         return {"prompt": pair[0], "answer": pair[1]}
 
-    return usable(numbered_rows(source) if rows is None else enumerate(rows, 1), name, check, strict)
+    return part_of(rows, f"{name}_rows", source, f"{name}_data").usable(check, strict)
 
 
 def why_not(answer: str, ended: bool, c: DistillConfig) -> str:
@@ -256,26 +288,24 @@ class DistillTrainer(SFTTrainer):
         tokenizer: Any,
         task: Task,
         rows: Sequence[Row],
-        others: Sequence[Row] | None,
+        others: Part | None = None,
+        heldout: Part | None = None,
     ) -> None:
-        self.others = others
+        self.others, self.measured = others, heldout
         super().__init__(c, model=model, tokenizer=tokenizer, rows=rows)
         asked = answerable(task.heldout, "held-out questions", tokenizer, self.limits, c.max_new_tokens, c.strict)
         self.task, self.max_new_tokens = replace(task, heldout=asked), c.max_new_tokens
 
-    def read(
-        self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None
-    ) -> tuple[list[EncodedRow], list[EncodedRow]]:
+    def read(self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None) -> Parts:
+        return part_of(rows, "rows", "", ""), self.measured
+
+    def encode_parts(self, parts: Parts) -> tuple[list[EncodedRow], list[EncodedRow]]:
         """The sampled rows and those of other domains, each with its own lines where one cannot be used."""
-        c = self.config
-        whole = replace(c, heldout=0, heldout_data="", heldout_split="")
-        train, _ = load_rows(whole, rows, None, self.encode)
-        if self.others or (self.others is None and c.data):
-            train += load_rows(whole, self.others, None, self.encode)[0]
-        if c.heldout_data or c.heldout_split:
-            source = replace(whole, data=c.heldout_data or c.data, split=c.heldout_split or c.split)
-            return train, load_rows(source, None, None, self.encode)[0]
-        return hold_out(train, c)
+        c, (sampled, heldout) = self.config, parts
+        train = sampled.usable(self.encode, c.strict)
+        if self.others is not None:
+            train += self.others.usable(self.encode, c.strict)
+        return hold_out(train, c) if heldout is None else (train, heldout.usable(self.encode, c.strict))
 
     def heldout_row(self) -> dict[str, float]:
         """The accuracy of greedy answers, beside the loss of held-out rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import Row, answer_token_ids, check_length, digest, load_rows, prompt_of
+from .data import Parts, Row, answer_token_ids, check_length, digest, encode_rows, prompt_of, read_rows
 from .devices import to_device
 from .layout import starts_of
 from .metrics import plot_curves
+from .preflight import check_loss, checked
 from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
 from .run import TrainResult
 from .two_dimensional import Segmenter, Segments, segment_metrics, segment_tensors
@@ -45,7 +47,7 @@ class DPOConfig(ReferenceConfig):
         whole = self.over_all_tokens
         self.wanted(not whole or self.micro_batch_size == 0, "micro_batch_size", f"0 for {self.loss} over tokens")
         numbers = all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in self.aspect_weights)
-        self.wanted(numbers, "aspect_weights", "numbers")
+        self.wanted(numbers and all(map(math.isfinite, self.aspect_weights)), "aspect_weights", "numbers")
         if self.loss == "2d_dpo":
             self.wanted(not self.average, "average", "false for 2d_dpo, whose segments are sums")
             self.wanted(not self.loss_options, "loss_options", "none for 2d_dpo, whose segments are data")
@@ -53,6 +55,9 @@ class DPOConfig(ReferenceConfig):
             self.wanted(self.segment_scores == "row", "segment_scores", f"'row' for {self.loss}, which has no segments")
             self.wanted(not self.aspect_weights, "aspect_weights", f"none for {self.loss}, which has no segments")
             self.wanted(self.score_max == 0, "score_max", f"0 for {self.loss}, which has no segments")
+
+    def ops(self) -> tuple[str, ...]:
+        return ("preference_loss",)
 
     @property
     def over_all_tokens(self) -> bool:
@@ -102,6 +107,7 @@ class DPOTrainer(ReferenceTrainer):
 
     name = "DPO"
     file = "dpo"
+    fields: tuple[str, ...] = ("prompt", "chosen", "rejected")  # of a row
 
     def __init__(
         self,
@@ -112,21 +118,24 @@ class DPOTrainer(ReferenceTrainer):
         rows: Sequence[Row] | None = None,
         heldout_rows: Sequence[Row] | None = None,
     ) -> None:
-        self.config = c = config or DPOConfig()
+        self.config = c = checked(DPOConfig, config, model)
         self.with_reference = c.loss not in _WITHOUT_REFERENCE
         one, segment = torch.zeros(2), Segments([[0, 1]], [1.0])
         pair = Pair([0], [0], [0], segments=(segment, segment))
-        self._pair_loss([pair], one, one if self.with_reference else None)  # a wrong knob shows before the work
+        check_loss(c, lambda: self._pair_loss([pair], one, one if self.with_reference else None))
+        parts = read_rows(c, rows, heldout_rows, lambda row: self.fields)
+        if c.loss == "2d_dpo":
+            self.segmenter = Segmenter(tokenizer, c.segment_scores, c.aspect_weights, c.score_max)
         super().__init__(c, model, tokenizer)
         c.wanted(self.ranks.size == 1 or not c.over_all_tokens, "loss", "a mean over pairs, with several processes")
         if c.loss == "2d_dpo":
-            self.segmenter = Segmenter(self.tokenizer, c.segment_scores, c.aspect_weights, c.score_max)
-        self.read_data(rows, heldout_rows)
+            self.segmenter.tokenizer = self.tokenizer
+        self.encode_parts(parts)
         self.set_up(with_reference=self.with_reference)
 
-    def read_data(self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None) -> None:
+    def encode_parts(self, parts: Parts) -> None:
         """Fill ``train``, ``heldout`` and ``data_key``."""
-        self.train, self.heldout = load_rows(self.config, rows, heldout_rows, self.encode)
+        self.train, self.heldout = encode_rows(self.config, parts, self.encode)
         self.data_key = digest(*map(asdict, self.train))
         known = {pair.prob is not None for pair in self.train + self.heldout}
         if len(known) > 1:

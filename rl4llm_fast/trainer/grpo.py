@@ -17,7 +17,7 @@ import rl4llm_fast as rf
 from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig, silent_at_zero
-from .data import answerable
+from .data import answerable, listed
 from .devices import to_device
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
@@ -25,6 +25,7 @@ from .named import named_function
 from .objective import Head, check_objective, objective
 from .optimizer import learning_rate
 from .policy import Policy
+from .preflight import check_callable, check_sampler, check_type, checked
 from .rewards import Rewards, Sample, make_rewards, of_function, r1_zero_task, trace_means
 from .run import TrainResult
 from .sampler import Sampler, SamplingTrainer
@@ -89,7 +90,10 @@ class GRPOTrainer(SamplingTrainer):
         rewards: Rewards | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        self.config = c = config or GRPOConfig()
+        self.config = c = checked(GRPOConfig, config, model)
+        check_sampler(c, sampler)
+        check_type("task", task, Task, "a name goes into config.task")
+        check_callable(reward=reward, step_reward=step_reward)
         check_objective(c)  # a wrong setting shows before the work
         if rewards is None and c.rewards:  # a wrong name or weight too
             rewards = make_rewards(c.rewards, c.reward_options, self.correct, max_new_tokens=c.max_new_tokens)
@@ -101,7 +105,7 @@ class GRPOTrainer(SamplingTrainer):
         if (prompts is None) != (reward is None) or (prompts is not None and task is not None):
             raise ValueError("prompts, reward: wanted both, or a task, or none of them")
         if prompts is not None and reward is not None:
-            task = Task(train=prompts, reward=reward)
+            task = Task(train=listed("prompts", prompts), reward=reward)
         self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
         if len(self.task.train) == 0:
             raise ValueError("prompts: none to train on")

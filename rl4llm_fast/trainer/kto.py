@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import Row, answer_token_ids, check_length, digest, field_of, load_rows, prompt_of
+from .data import Row, answer_token_ids, check_length, digest, encode_rows, field_of, prompt_of, read_rows
 from .devices import to_device
 from .distributed import say
 from .metrics import plot_curves
+from .preflight import checked
 from .reference_run import ReferenceConfig, ReferenceTrainer, Texts
 from .run import TrainResult
 
@@ -30,6 +31,9 @@ class KTOConfig(ReferenceConfig):
     output_dir: str = "runs/kto"
 
     POSITIVE: ClassVar[tuple[str, ...]] = ("lambda_d", "lambda_u")
+
+    def ops(self) -> tuple[str, ...]:
+        return ("kto_loss",)
 
 
 @dataclass
@@ -87,9 +91,10 @@ class KTOTrainer(ReferenceTrainer):
         rows: Sequence[Row] | None = None,
         heldout_rows: Sequence[Row] | None = None,
     ) -> None:
-        self.config = c = config or KTOConfig()
+        self.config = c = checked(KTOConfig, config, model)
+        parts = read_rows(c, rows, heldout_rows, lambda row: ("prompt", "answer", "desirable"))
         super().__init__(c, model, tokenizer)
-        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.train, self.heldout = encode_rows(c, parts, self.encode)
         for part in (self.train, self.heldout):
             _mismatch(part, min(c.max_length, self.limits.context or c.max_length))
         self.data_key = digest(*map(asdict, self.train))

@@ -22,7 +22,7 @@ def named_function(name: str, setting: str) -> Callable[..., Any]:
         sys.path.insert(0, here)  # a console script does not look there by itself
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise ValueError(f"config: {setting}: no function {name!r}: {error}") from error
     finally:
         if added and here in sys.path:

@@ -12,6 +12,7 @@ import rl4llm_fast as rf
 from ..fused import linear_policy_loss_and_logprobs
 from .config import GRPOConfig
 from .layout import starts_of
+from .preflight import check_loss
 
 
 class Head(NamedTuple):
@@ -75,6 +76,6 @@ def objective(
 
 
 def check_objective(config: GRPOConfig) -> None:
-    """Call the loss once on one token, so that a wrong kind, knob or aggregation is an error before any work."""
+    """Call the loss once on one token; see ``check_loss``."""
     one = torch.zeros(1)
-    objective(config, one, one, one, [1], 1, 1, ref_logp=one, entropy=one, sampled=one)
+    check_loss(config, lambda: objective(config, one, one, one, [1], 1, 1, ref_logp=one, entropy=one, sampled=one))

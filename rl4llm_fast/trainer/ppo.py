@@ -15,20 +15,35 @@ from torch import nn
 
 import rl4llm_fast as rf
 
-from .data import Limits, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, usable
+from .data import (
+    Limits,
+    Part,
+    Row,
+    answer_token_ids,
+    check_length,
+    digest,
+    encode_rows,
+    part_of,
+    prompt_of,
+    read_rows,
+    usable,
+)
 from .layout import starts_of
 from .metrics import Averages, Phases, plot_curves
 from .named import named_function
 from .optimizer import learning_rate
 from .ppo_config import PPOConfig
 from .ppo_models import Experience, Models
-from .reward_model import RewardModel, load_reward_model
+from .preflight import check_callable, check_loss, check_sampler, check_type, checked
+from .reward_model import RewardModel, head_of, load_reward_model
 from .rewards import name_of
 from .run import TrainResult
 from .sampler import Sampler, SamplingTrainer
 from .sampling import Rollout
 from .scorers import Prompt, Scorer, function_scorer, model_scorer
 from .tasks import Example, Reward, Task, examples_of_step, load_task, prompt_token_ids
+
+_NAMES = ("prompts", "heldout_prompts")  # what rows are called here
 
 
 def train_ppo(
@@ -93,35 +108,47 @@ class PPOTrainer(SamplingTrainer):
         ptx_rows: Sequence[Row] | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        self.config = c = config or PPOConfig()
+        self.config = c = checked(PPOConfig, config, model)
+        check_sampler(c, sampler)
+        check_type("task", task, Task, "a name goes into config.task")
+        check_type("reward_model", reward_model, RewardModel, "a folder goes into config.reward_model")
+        check_callable(reward=reward, heldout_reward=heldout_reward)
         one = torch.zeros(1)
-        rf.policy_loss(one, one, one, kind=c.loss, aggregation=c.aggregation, cu_seqlens=torch.tensor([0, 1]),
-                       max_length=c.max_new_tokens, **c.loss_options)  # fmt: skip  # a wrong knob shows before the work
+        check_loss(c, lambda: rf.policy_loss(
+            one, one, one, kind=c.loss, aggregation=c.aggregation, cu_seqlens=torch.tensor([0, 1]),
+            max_length=c.max_new_tokens, **c.loss_options,
+        ))  # fmt: skip
         if heldout_reward is None and c.heldout_reward:
             heldout_reward = named_function(c.heldout_reward, "heldout_reward")
         if reward is None and c.reward:
             reward = named_function(c.reward, "reward")
+        scored = reward_model is not None or bool(c.reward_model)
+        if scored + (reward is not None) + (task is not None or bool(c.task)) != 1:
+            raise ValueError("reward_model, reward, task: wanted one of them to score the answers")
+        c.wanted(scored or c.value != "reward_model", "value", "policy or shared, without a reward model")
+        if reward_model is None and scored:
+            head_of(c.reward_model, "config: reward_model")
         if task is None and c.task:
             task = load_task(c.task, seed=c.seed, heldout=c.heldout, strict=c.strict, **c.task_options)
-        if sum(bool(source) for source in (task, reward_model or c.reward_model, reward)) != 1:
-            raise ValueError("reward_model, reward, task: wanted one of them to score the answers")
+        read = None if task else read_rows(c, prompts, heldout_prompts, lambda row: ("prompt",), names=_NAMES)
+        more: Part | None = None
+        if c.ptx_coef > 0:
+            c.wanted(ptx_rows is not None or bool(c.ptx_data), "ptx_data", "a JSONL file, for ptx_coef > 0")
+            more = part_of(ptx_rows, "ptx_rows", c.ptx_data, "ptx_data", c.split, c.columns)
         super().__init__(c, model, tokenizer)
 
         # The prompts, and what PPO-ptx mixes in
-        if task is not None:
+        if read is not None:
+            self.train, self.heldout = encode_rows(c, read, self.encode)
+        elif task is not None:
             parts = {"task": task.train, "held-out task": task.heldout}
             self.train, self.heldout = (
                 usable(enumerate(part, 1), name, self.encode, c.strict) if len(part) else []
                 for name, part in parts.items()
             )
-        else:
-            self.train, self.heldout = load_rows(c, prompts, heldout_prompts, self.encode)
         if not self.train:
             raise ValueError("prompts: none to train on")
-        self.ptx: list[tuple[list[int], list[int]]] = []
-        if c.ptx_coef > 0:
-            whole = replace(c, data=c.ptx_data, heldout_data="", heldout_split="", heldout=0)
-            self.ptx, _ = load_rows(whole, ptx_rows, None, self.encode_ptx)
+        self.ptx = [] if more is None else more.usable(self.encode_ptx, c.strict)
         self.data_key = digest([prompt.ids for prompt in self.train], self.ptx)
 
         # The four models

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from .config import check_stop_tokens
 from .data import DataConfig
 
 
@@ -89,6 +90,7 @@ class PPOConfig(DataConfig):
         "ptx_coef",
     )
     POSITIVE: ClassVar[tuple[str, ...]] = ("temperature", "top_p", "value_clip")
+    INFINITE: ClassVar[tuple[str, ...]] = ("trust_region", "value_clip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,3 +100,7 @@ class PPOConfig(DataConfig):
         self.wanted(self.minibatches <= self.batch_size, "minibatches", "at most batch_size")
         self.wanted(self.kl_target == 0 or self.kl_coef > 0, "kl_target", "kl_coef > 0 to begin with")
         self.wanted(self.kl_old_target == 0 or self.loss == "kl_pen", "kl_old_target", 'loss = "kl_pen"')
+        check_stop_tokens(self)
+
+    def ops(self) -> tuple[str, ...]:
+        return "linear_policy_loss", "value_loss", "gae"

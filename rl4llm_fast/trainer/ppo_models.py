@@ -70,8 +70,6 @@ class Models:
             self.value_model = ValueModel.of_reward_model(reward_model, dtype, autocast=autocast)
             if config.gradient_checkpointing:  # a copy of the policy does already what the policy does
                 recompute_layers(self.value_model)
-        elif config.value == "reward_model":
-            raise ValueError("config: value: wanted policy or shared, got 'reward_model', and no reward model")
         else:
             self.value_model = ValueModel.of_policy(self.policy.decoder, autocast=autocast)
 

@@ -31,7 +31,10 @@ from .distill import DistillConfig, question_of, text_rows, train_distill
 from .distributed import only_one
 from .grpo import GRPOTrainer
 from .model import end_token_ids, load_model
+from .objective import check_objective
 from .policy import Policy
+from .preflight import check_callable, check_type, checked
+from .reward_model import head_of
 from .rewards import (
     SCRIPTS,
     Rewards,
@@ -91,6 +94,9 @@ class R1Config(RunConfig):
         self.wanted(0 <= self.general_share < 1, "general_share", "a share in [0, 1)")
         for name in STAGES:
             self.stage(name)  # a wrong setting of the last stage shows before the first
+
+    def ops(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(op for name in STAGES for op in self.stage(name).ops()))
 
     def stage(self, name: str) -> Any:
         """The settings of one stage.
@@ -153,7 +159,12 @@ def train_r1(
         helpful, harmless: functions (prompt, text) -> number in place of ``helpful_model`` and ``harmless_model``.
     """
     only_one("train r1")
-    recipe = R1(config or R1Config(), task, cold_start_rows, general_rows, helpful, harmless)
+    config = checked(R1Config, config, model, loads=True)
+    check_type("task", task, Task, "a name goes into config.task")
+    check_callable(helpful=helpful, harmless=harmless)
+    if model is not None and tokenizer is None:
+        raise ValueError("tokenizer: wanted one beside the model: its questions are text")
+    recipe = R1(config, task, cold_start_rows, general_rows, helpful, harmless)
     return recipe.run(model, tokenizer)
 
 
@@ -173,11 +184,17 @@ class R1:
         self.folder = Path(c.output_dir)
         if cold_start_rows is None:
             c.wanted(bool(c.cold_start_data), "cold_start_data", "a JSONL file (or rows from Python)")
+        for name in ("helpful_model", "harmless_model"):
+            if folder := getattr(c, name):
+                head_of(folder, f"config: {name}")
         self.task = task or load_task(c.task, seed=c.seed, heldout=c.eval_prompts, strict=c.strict, **c.task_options)
+        for name in ("reasoning_rl", "final_rl"):  # their loss and rules are not made before the stage
+            check_objective(c.stage(name))
+            self.rules(c.stage(name), self.task)
         self.general: list[Row] = []
         if general_rows or (general_rows is None and c.general_data):
-            self.general = text_rows(c.general_data, general_rows, "general_data", c.strict)
-        self.cold_start = self.usable(text_rows(c.cold_start_data, cold_start_rows, "cold_start_data", c.strict))
+            self.general = text_rows(c.general_data, general_rows, "general", c.strict)
+        self.cold_start = self.usable(text_rows(c.cold_start_data, cold_start_rows, "cold_start", c.strict))
         device = choose_device(c.device)
         self.judges: dict[str, Reward] = {}  # of prompts without rules
         if helpful is not None:

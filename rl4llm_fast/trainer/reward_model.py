@@ -63,6 +63,20 @@ class RewardModel(nn.Module):
         (Path(folder) / "reward_head.json").write_text(json.dumps(head), encoding="utf-8")
 
 
+def head_of(folder: str | Path, name: str) -> Path:
+    """The file of a reward model's folder that holds its head.
+
+    Raises:
+        ValueError: there is no reward model in ``folder``, which the user knows as ``name``.
+    """
+    path = Path(folder) / "reward_head.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{name}: no reward_head.json in {str(folder)!r}; wanted what RewardModel.save_pretrained wrote"
+        )
+    return path
+
+
 def load_reward_model(folder: str | Path, *, device: str | torch.device = "cpu") -> RewardModel:
     """The reward model that ``RewardModel.save_pretrained`` wrote.
 
@@ -71,11 +85,6 @@ def load_reward_model(folder: str | Path, *, device: str | torch.device = "cpu")
     """
     from transformers import AutoModel
 
-    path = Path(folder) / "reward_head.json"
-    if not path.is_file():
-        raise ValueError(
-            f"folder: no reward_head.json in {str(folder)!r}; wanted what RewardModel.save_pretrained wrote"
-        )
-    head = json.loads(path.read_text(encoding="utf-8"))
+    head = json.loads(head_of(folder, "folder").read_text(encoding="utf-8"))
     decoder = AutoModel.from_pretrained(folder, dtype="auto").to(device)
     return RewardModel(decoder, torch.tensor(head["weight"], device=device), head["bias"]).eval()

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of, ranked_answers
+from .data import (
+    DataConfig,
+    Row,
+    answer_token_ids,
+    check_length,
+    digest,
+    encode_rows,
+    prompt_of,
+    ranked_answers,
+    read_rows,
+)
 from .devices import to_device
 from .metrics import plot_curves
+from .preflight import check_backend, checked, device_of
 from .reward_model import RewardModel
 from .run import MeanLossTrainer, TrainResult
 
@@ -80,9 +91,12 @@ class RMTrainer(MeanLossTrainer):
         rows: Sequence[Row] | None = None,
         heldout_rows: Sequence[Row] | None = None,
     ) -> None:
-        self.config = c = config or RMConfig()
+        self.config = c = checked(RMConfig, config, model)
+        parts = read_rows(c, rows, heldout_rows, _fields)
+        if not any("answers" in _fields(row) for _, row in parts[0].numbered):  # else a step may have no pair
+            check_backend(c, device_of(c, model), "reward_model_loss")
         super().__init__(c, model, tokenizer)
-        self.train, self.heldout = load_rows(c, rows, heldout_rows, self.encode)
+        self.train, self.heldout = encode_rows(c, parts, self.encode)
         self.data_key = digest(*map(asdict, self.train))
         if not isinstance(self.model, RewardModel):
             self.model = RewardModel.of(self.model, seed=c.seed)
@@ -142,6 +156,12 @@ class RMTrainer(MeanLossTrainer):
             "accuracy of pairs": {"accuracy": "batch", "heldout_accuracy": "held out"},
         }
         plot_curves(rows, folder / "rm.png", "Reward model", panels)
+
+
+def _fields(row: Any) -> tuple[str, ...]:
+    """What a row must have."""
+    ranked = isinstance(row, dict) and "answers" in row
+    return ("prompt", "answers", "ranks") if ranked else ("prompt", "chosen", "rejected")
 
 
 def _order(ranking: Ranking) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from . import checkpoint
 from .data import DataConfig, Limits
 from .devices import choose_device
 from .distributed import Ranks, join, say
-from .extras import require
 from .guard import Diverged, gradient_problem, problem_of, save_batch
 from .metrics import Averages, History, Phases, phase_table
 from .model import load_model, recompute_layers
@@ -71,12 +70,9 @@ class Trainer:
     updates = 0  # how often the weights have been changed since the run was started
 
     def __init__(self, config: RunConfig, model: nn.Module | None, tokenizer: Any) -> None:
-        require("transformers", "tqdm", extra="trainer")
         self.ranks = join()
         if self.ranks.size > 1 and not self.many_processes:
             raise ValueError(f"train {self.name.lower()}: runs in one process, but {self.ranks.size} were started")
-        if config.tensorboard:
-            require("tensorboard", extra="tensorboard")
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
@@ -197,16 +193,28 @@ class Trainer:
             )  # fmt: skip
 
     def save_model(self, folder: Path) -> None:
-        """The trained model and its tokenizer as a folder that is there whole or not at all."""
+        """The trained model and its tokenizer as a folder that is there whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk.
+        """
         sharded = self.run_config.parallel == "fsdp" and self.ranks.size > 1
         options = {"state_dict": whole_state(self.model, self.run_config.precision, self.ranks)} if sharded else {}
         if not self.ranks.first:
             return
+        from safetensors import SafetensorError
+
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial, **options)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(partial)
+        try:
+            self.model.save_pretrained(partial, **options)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            path = folder.parent / "checkpoint.pt"
+            kept = f"; {path} has its weights, and the same run started again saves it" if path.is_file() else ""
+            raise OSError(f"{folder}: the model cannot be saved: {error}{kept}") from error
         shutil.rmtree(folder, ignore_errors=True)  # of a run before this one
         partial.rename(folder)
 

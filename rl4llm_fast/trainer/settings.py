@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -78,11 +79,19 @@ class RunConfig:
         "max_ratio",
     )
     POSITIVE: ClassVar[tuple[str, ...]] = ("adam_eps",)
+    INFINITE: ClassVar[tuple[str, ...]] = ("max_grad_norm", "max_ratio")  # bounds, of which inf is none
 
     def __post_init__(self) -> None:
+        owners = [cls for cls in type(self).__mro__ if issubclass(cls, RunConfig)]
+        unbounded = {name for owner in owners for name in vars(owner).get("INFINITE", ())}
         for spec in dataclasses.fields(self):
-            setattr(self, spec.name, _typed(spec.name, getattr(self, spec.name), _default(spec)))
-        for owner in [cls for cls in type(self).__mro__ if issubclass(cls, RunConfig)]:
+            value = _typed(spec.name, getattr(self, spec.name), _default(spec))
+            setattr(self, spec.name, value)
+            if isinstance(value, float):
+                infinite = value == math.inf and spec.name in unbounded
+                self.wanted(math.isfinite(value) or infinite, spec.name, "a finite number")
+            _no_nan(spec.name, value)
+        for owner in owners:
             limits = vars(owner)
             for name, choices in limits.get("CHOICES", {}).items():
                 self.wanted(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
@@ -93,8 +102,13 @@ class RunConfig:
             for name in limits.get("POSITIVE", ()):
                 self.wanted(getattr(self, name) > 0, name, "more than 0")
         self.wanted(all(0 <= beta < 1 for beta in self.adam_betas), "adam_betas", "two values in [0, 1)")
+        self.wanted(self.seed < 2**63, "seed", "less than 2 ** 63")
         if self.precision == "auto":
             self.precision = "bf16" if multiplies_bf16(choose_device(self.device)) else "fp32"
+
+    def ops(self) -> tuple[str, ...]:
+        """Ops of the library that a run calls whatever its model and data: what the backend must be able to run."""
+        return ()
 
     def wanted(self, holds: bool, name: str, what: str) -> None:
         """Raise ValueError naming the setting unless ``holds``."""
@@ -107,27 +121,49 @@ def fill(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
 
     Raises:
         ValueError: an unknown key (naming the nearest one, or all), a value of the wrong type or range, or no TOML.
+        FileNotFoundError: there is no such file.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: not a TOML file: {error}") from error
+    values: dict[str, Any] = {} if path is None else _read(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"--set: wanted key=value, got {override!r}")
-        table, _, leaf = key.strip().rpartition(".")
+        *tables, leaf = _path(key.strip(), override)
         target = values
-        if table:
-            _check_key(kind, table)
-            target = values.setdefault(table, {})
+        for table in tables:
+            _check_key(kind, tables[0])
+            target = target.setdefault(table, {})
             if not isinstance(target, dict):
                 raise ValueError(f"--set {override}: {table} is a value, not a table")
         target[leaf] = _parse(text.strip())
+        if not tables and not isinstance(target[leaf], str) and isinstance(_defaults(kind).get(leaf), str):
+            target[leaf] = text.strip()  # a folder may be called 2024
     check_keys(kind, values)
     return kind(**values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        hint = "; a setting goes behind --set" if "=" in str(path) else ""
+        raise FileNotFoundError(f"config: there is no file {str(path)!r}{hint}")
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark first
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from error
+    return values
+
+
+def _path(key: str, override: str) -> list[str]:
+    """The tables and the key in them that a dotted key of TOML names."""
+    path = []
+    try:
+        rest: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--set: wanted key=value or table.key=value, got {override!r}") from error
+    while isinstance(rest, dict):
+        ((name, rest),) = rest.items()
+        path.append(name)
+    return path
 
 
 def check_keys(kind: type[RunConfig], keys: Iterable[str]) -> None:
@@ -156,14 +192,35 @@ def _default(spec: dataclasses.Field[Any]) -> Any:
     return spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
 
 
+def _defaults(kind: type[RunConfig]) -> dict[str, Any]:
+    return {spec.name: _default(spec) for spec in dataclasses.fields(kind)}
+
+
+_KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a table",
+}  # fmt: skip
+
+
 def _typed(name: str, value: Any, default: Any) -> Any:
     """``value`` in the type of the default: an int counts as a float, a list as a tuple, nothing else is bent."""
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        if len(value) != len(default):
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != len(default):
             raise ValueError(f"config: {name}: wanted {len(default)} values, got {value!r}")
         return tuple(_typed(name, v, d) for v, d in zip(value, default, strict=True))
     if not isinstance(value, type(default)) or (isinstance(value, bool) and not isinstance(default, bool)):
-        raise ValueError(f"config: {name}: wanted {type(default).__name__}, got {value!r}")
+        raise ValueError(f"config: {name}: wanted {_KINDS[type(default)]}, got {value!r}")
     return value
+
+
+def _no_nan(name: str, value: Any) -> None:
+    """Raise ValueError for a NaN in a list or table: whatever it goes on to, it would poison without a word."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _no_nan(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _no_nan(name, item)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"config: {name}: wanted a number, got nan")

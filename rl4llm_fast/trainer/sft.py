@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import rl4llm_fast as rf
 
-from .data import DataConfig, Row, answer_token_ids, check_length, digest, load_rows, prompt_of
+from .data import DataConfig, Parts, Row, answer_token_ids, check_length, digest, encode_rows, prompt_of, read_rows
 from .layout import packed_layout, plain_layout, starts_of
 from .metrics import Phases, plot_curves
 from .policy import Policy
+from .preflight import checked
 from .run import Trainer, TrainResult
 from .tasks import examples_of_step
 
@@ -32,6 +33,9 @@ class SFTConfig(DataConfig):
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "aggregation": ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum"),
     }
+
+    def ops(self) -> tuple[str, ...]:
+        return ("linear_sft_loss",)
 
 
 @dataclass
@@ -80,19 +84,21 @@ class SFTTrainer(Trainer):
         rows: Sequence[Row] | None = None,
         heldout_rows: Sequence[Row] | None = None,
     ) -> None:
-        self.config = c = config or SFTConfig()
+        self.config = c = checked(SFTConfig, config, model)
+        parts = self.read(rows, heldout_rows)
         super().__init__(c, model, tokenizer)
-        self.train, self.heldout = self.read(rows, heldout_rows)
+        self.train, self.heldout = self.encode_parts(parts)
         self.data_key = digest(*map(asdict, self.train))
         layout = "shared" if c.packing else "plain"  # packed rows need what shared ones need: a mask of their own
         self.policy = Policy(self.model, autocast=c.precision == "autocast", layout=layout)
         self.optimizer = self.make_optimizer(self.model)
 
-    def read(
-        self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None
-    ) -> tuple[list[Example], list[Example]]:
-        """The rows to train on and the held-out ones."""
-        return load_rows(self.config, rows, heldout_rows, self.encode)
+    def read(self, rows: Sequence[Row] | None, heldout_rows: Sequence[Row] | None) -> Parts:
+        """The rows to train on and the held-out ones, before the model is there."""
+        return read_rows(self.config, rows, heldout_rows, lambda row: ("prompt", "answer"))
+
+    def encode_parts(self, parts: Parts) -> tuple[list[Example], list[Example]]:
+        return encode_rows(self.config, parts, self.encode)
 
     def encode(self, row: Row) -> Example:
         prompt, answer = prompt_of(row, self.tokenizer), answer_token_ids(row, "answer", self.tokenizer)

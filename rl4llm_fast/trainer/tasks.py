@@ -79,8 +79,10 @@ def load_task(
             raise ValueError(f"config: task: wanted a function that returns a Task, {name!r} returned {made!r}")
         return made
     require("reasoning_gym", extra="demo")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"task_options.size: wanted a whole number of at least 1, got {size!r}")
     if answer not in ("auto", "text", "last_number"):
-        raise ValueError(f"answer: wanted auto, text or last_number, got {answer!r}")
+        raise ValueError(f"task_options.answer: wanted auto, text or last_number, got {answer!r}")
     import reasoning_gym
 
     try:
@@ -149,12 +151,19 @@ def prompt_token_ids(example: Example, tokenizer: Any) -> list[int]:
             ids = tokenizer(prompt)["input_ids"]
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if not all(isinstance(message, dict) for message in messages):
+                raise TypeError("prompt: wanted chat messages, each a mapping with a role and a content")
             begun = messages[-1].get("role") == "assistant"
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
-            )
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=False
+                )
+            except Exception as error:  # what it raises depends on the template
+                raise ValueError(f"prompt: the chat template does not take these messages: {error}") from error
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif isinstance(prompt, (list, tuple)) and all(isinstance(token, int) for token in prompt):
+    elif isinstance(prompt, (list, tuple)) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in prompt
+    ):
         ids = prompt
     else:
         raise TypeError(f"prompt: wanted text, chat messages or token ids, got {type(prompt).__name__}")
