@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -110,9 +111,9 @@ def model(rounds: int) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", choices=["verl", "openrlhf", "hf"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(prog="python -m bench.dropin_functions", description=__doc__)
+    parser.add_argument("library", choices=["verl", "openrlhf", "hf"], help="verl and openrlhf must be installed")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--write", action="store_true", help="put the table into docs/drop-in.md")
     arguments = parser.parse_args()
     library = arguments.library
@@ -120,6 +121,8 @@ def main() -> None:
     if library == "hf":
         model(arguments.rounds).close(command, arguments.write)
         return
+    if importlib.util.find_spec(library) is None:
+        parser.error(f"library: {library} is not installed")
     drop_ins, tensors = importlib.import_module(f"rl4llm_fast.compat.{library}"), data()
     table = Table(f"dropin-{library}", ["function", library, "drop-in", "ratio"])
     replacements = {target.name: target.replacement for target in drop_ins.TARGETS}

@@ -104,9 +104,13 @@ def work(name: str, patched: bool, model: str, data: Path, steps: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.dropin_trainers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--trainers", default=",".join(TRAINERS), help="of grpo, dpo, kto")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each, in turns")
     parser.add_argument("--rows", type=Path, default=Path("data/film_reviews"), help="made by examples/film_reviews.py")
     parser.add_argument("--model", help="a folder; by default SmolLM2-135M-Instruct")
@@ -114,6 +118,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show what the trainers write")
     parser.add_argument("--work", nargs=2, metavar=("TRAINER", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := set(arguments.trainers.split(",")) - set(TRAINERS):
+        parser.error(f"--trainers: wanted names among {', '.join(TRAINERS)}, got {', '.join(sorted(unknown))}")
     if arguments.model is None:
         from rl4llm_fast.trainer import smollm2
 

@@ -58,8 +58,8 @@ def peak_mib(dtype: str, outputs: str, head: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(prog="python -m bench.dropins", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--write", action="store_true", help="put the table into docs/drop-in.md")
     parser.add_argument("--peak", nargs=3, metavar=("DTYPE", "OUTPUTS", "HEAD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -34,6 +34,7 @@ _COLOURS = {
 }
 _MARKS = dict(zip(_COLOURS, "osDv^<>PXhp*d8H", strict=True))
 _OP_COLOURS = ("#0b8a83", "#d1603d", "#5b7bbd", "#9a62b5", "#e0a458", "#7f8c46", "#c24f7e", "#3f9bd1")
+_OP_MARKS = ("o", "s", "^", "D")
 _AXES = {"N": "tokens N", "V": "vocabulary V", "D": "width of the hidden states D", "T": "positions T", "B": "rows B"}
 
 # File name suffix -> ink and paper: for pages in light and in dark.
@@ -176,8 +177,9 @@ def _roofline(plt: Any, records: list[dict[str, Any]], result: dict[str, Any]) -
     copy, products = result["ceilings_bytes_per_s"]["copy"], result["ceilings_flops_per_s"]
     ops = list(dict.fromkeys(record["op"] for record in records))
     points: list[tuple[float, float]] = []
-    for op, colour in zip(ops, _OP_COLOURS, strict=False):
-        for name, mark, face in (("eager", "o", "none"), (OURS, "o", colour)):
+    for i, op in enumerate(ops):  # as many as there are: when the colours are used up, in another shape
+        colour, mark = _OP_COLOURS[i % len(_OP_COLOURS)], _OP_MARKS[i // len(_OP_COLOURS) % len(_OP_MARKS)]
+        for name, face in (("eager", "none"), (OURS, colour)):
             at = [
                 (record["flops"] / record["bytes"], record["flops"] / (r["median_ms"] * 1e-3))
                 for record in records

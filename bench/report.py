@@ -325,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", nargs="?", const=gpu, type=pathlib.Path, help="rewrite its tables")
     arguments = parser.parse_args(argv)
     files = arguments.files or newest()
+    if missing := [str(path) for path in arguments.files if not path.is_file()]:
+        parser.error(f"files: there is no {', '.join(missing)}")
     if not files:
         print(f"no results in {RESULTS}: run python -m bench.run first")
         return 1

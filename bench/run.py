@@ -177,8 +177,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         choices=cases.SUITES,
-        default="smoke",
-        help="smoke: token_logprobs at V 49,152; cpu, gpu: every op; sweep: time against each size (default: smoke)",
+        help="smoke: token_logprobs at V 49,152; cpu, gpu: every op; sweep: time against each size "
+        "(default: smoke, and with --op cpu)",
     )
     parser.add_argument("--op", help="only the cases of this op")
     parser.add_argument("--peers", help="comma-separated; default: all, in the suite sweep eager and loop")
@@ -188,6 +188,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, metavar="M", help="start no case after M minutes; --resume goes on")
     parser.add_argument("--resume", action="store_true", help="go on with this commit's unfinished run of the suite")
     arguments = parser.parse_args(argv)
+    arguments.suite = arguments.suite or ("cpu" if arguments.op else "smoke")
     arguments.device = arguments.device or default_device(arguments.suite)
     if arguments.peers is None:
         backends = peers.BACKENDS if arguments.device == "cuda" else ()
@@ -222,8 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save(result: dict[str, Any]) -> None:
         report.write_json(folder / f"{stem(result['meta'])}.json", result)
 
+    try:
+        other = Base(arguments.base, device) if arguments.base else None
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     with contextlib.ExitStack() as stack:
-        base = stack.enter_context(Base(arguments.base, device)) if arguments.base else None
+        base = None if other is None else stack.enter_context(other)
         options = {"device": device, "minutes": arguments.minutes, "resumed": resumed, "save": save}
         result = run(arguments.suite, arguments.op, names, base, **options)
     print(report.table(result))

@@ -96,4 +96,6 @@ def counted() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("TRITON_INTERPRET=1 must be set: the bytes are counted in Triton's interpreter")
     print(json.dumps(count()))

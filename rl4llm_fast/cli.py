@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     commands.add_parser("info", help="versions, what was built with what, backends usable here, GPU")
-    commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager")
+    commands.add_parser("demo", help="train SmolLM2-135M on arithmetic and compare fused with eager", add_help=False)
     train = commands.add_parser(
         "train",
         help="train a language model",
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help="override a setting, e.g. --set learning_rate=2e-5 --set task_options.max_terms=3",
     )
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if others and arguments.command != "demo":  # which has options of its own
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
 
     try:
         if arguments.command == "info":
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "demo":
             from .trainer.demo import main as demo
 
-            return demo([])
+            return demo(others)
         else:
             _train(arguments.algorithm, arguments.config, arguments.overrides)
     except (ValueError, TypeError, ImportError, OSError, BackendError) as error:  # OSError: a disk that is full, too

@@ -359,7 +359,11 @@ def cpp_source() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rl4llm_fast.codegen", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m rl4llm_fast.codegen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     from . import codegen_pairs  # which uses this module

@@ -187,7 +187,7 @@ def test_minutes_end_a_run_and_another_commit_does_not_go_on_with_it(
 
 
 def test_one_op_alone_is_no_page_s_table(measured: list[str], tmp_path: pathlib.Path) -> None:
-    assert run.main(["--out", str(tmp_path), "--op", "token_logprobs", "--peers", "eager"]) == 0
+    assert run.main(["--suite", "smoke", "--out", str(tmp_path), "--op", "token_logprobs", "--peers", "eager"]) == 0
     (path,) = tmp_path.glob("*.json")
     assert path.stem.endswith("-token_logprobs")
     assert report.newest(tmp_path) == []

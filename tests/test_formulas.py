@@ -158,6 +158,8 @@ POINTS = [
     ]
 ]
 KNOBS = {
+    # a knob that this table does not name, at its default
+    **{name: value for knobs in formulas.KINDS.values() for name, value in knobs.items() if value is not None},
     "scale": 0.5,
     "clip": 0.3,
     "eps_low": 0.2,
