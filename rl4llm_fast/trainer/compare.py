@@ -174,7 +174,8 @@ def _peak(device: torch.device) -> int:
 
 def _work(name: str, path: Path) -> None:
     stored = json.loads(path.read_text(encoding="utf-8"))
-    settings: dict[str, Any] = stored["config"] | {"progress": False}
+    # The run that the batch is from may have left a checkpoint, of other settings than the eager step's.
+    settings: dict[str, Any] = stored["config"] | {"progress": False, "resume": False}
     if name == "eager":
         settings |= {"backend": "eager", "head": "logits"}
     kept = stored["batch"]
