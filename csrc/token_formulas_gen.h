@@ -291,9 +291,9 @@ struct kl_k1_importance {
   RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = -diff;
-    const F t = M::exp(logp - old);
-    const F weighted = kl * t;
-    const F d_weighted = t + weighted;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
+    const F d_weighted = rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -306,11 +306,11 @@ struct kl_k1_importance_clamp {
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = -d;
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
-    const F t2 = M::exp(logp - old);
-    const F weighted = kl * t2;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), -d_d, M::c(0.0));
-    const F d_weighted = d_kl * t2 + weighted;
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -370,10 +370,10 @@ struct kl_k2_importance {
   RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = diff * diff / M::c(2.0);
-    const F t = M::exp(logp - old);
-    const F weighted = kl * t;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_kl = (-diff - diff) / M::c(2.0);
-    const F d_weighted = d_kl * t + weighted;
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -386,12 +386,12 @@ struct kl_k2_importance_clamp {
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = d * d / M::c(2.0);
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
-    const F t2 = M::exp(logp - old);
-    const F weighted = kl * t2;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
-    const F t3 = (d_d * d + d * d_d) / M::c(2.0);
-    const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), t3, M::c(0.0));
-    const F d_weighted = d_kl * t2 + weighted;
+    const F t2 = (d_d * d + d * d_d) / M::c(2.0);
+    const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), t2, M::c(0.0));
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -452,9 +452,9 @@ struct kl_k3_importance {
   RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = M::exp(diff) - diff - M::c(1.0);
-    const F t = M::exp(logp - old);
-    const F weighted = kl * t;
-    const F d_weighted = t + -(diff + M::c(1.0)) * t;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
+    const F d_weighted = rho + -(diff + M::c(1.0)) * rho;
     return {weighted, d_weighted};
   }
 };
@@ -468,11 +468,11 @@ struct kl_k3_importance_clamp {
     const F t = M::exp(d);
     const F t2 = t - d - M::c(1.0);
     const F kl = M::clamp(t2, M::c(-10.0), M::c(10.0));
-    const F t3 = M::exp(logp - old);
-    const F weighted = kl * t3;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t2 >= M::c(-10.0)) & (t2 <= M::c(10.0)), t * d_d - d_d, M::c(0.0));
-    const F d_weighted = d_kl * t3 + weighted;
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -531,10 +531,10 @@ struct kl_abs_importance {
   RL4LLM_FORMULA KlToken<F> eval(F logp, F ref, F old) {
     const F diff = ref - logp;
     const F kl = M::abs(diff);
-    const F t = M::exp(logp - old);
-    const F weighted = kl * t;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_kl = -M::sign(diff);
-    const F d_weighted = d_kl * t + weighted;
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };
@@ -547,11 +547,11 @@ struct kl_abs_importance_clamp {
     const F d = M::clamp(diff, M::c(-20.0), M::c(20.0));
     const F t = M::abs(d);
     const F kl = M::clamp(t, M::c(-10.0), M::c(10.0));
-    const F t2 = M::exp(logp - old);
-    const F weighted = kl * t2;
+    const F rho = M::exp(logp - old);
+    const F weighted = kl * rho;
     const F d_d = M::where((diff >= M::c(-20.0)) & (diff <= M::c(20.0)), M::c(-1.0), M::c(0.0));
     const F d_kl = M::where((t >= M::c(-10.0)) & (t <= M::c(10.0)), M::sign(d) * d_d, M::c(0.0));
-    const F d_weighted = d_kl * t2 + weighted;
+    const F d_weighted = d_kl * rho + weighted;
     return {weighted, d_weighted};
   }
 };

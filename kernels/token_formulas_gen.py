@@ -269,9 +269,9 @@ def kl_k1_importance(logp, ref, old):
     """k1 of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = -diff
-    t = exp(logp - old)
-    weighted = kl * t
-    d_weighted = t + weighted
+    rho = exp(logp - old)
+    weighted = kl * rho
+    d_weighted = rho + weighted
     return weighted, d_weighted
 
 
@@ -282,11 +282,11 @@ def kl_k1_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = -d
     kl = clamp(t, -10.0, 10.0)
-    t2 = exp(logp - old)
-    weighted = kl * t2
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), -d_d, 0.0)
-    d_weighted = d_kl * t2 + weighted
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 
@@ -336,10 +336,10 @@ def kl_k2_importance(logp, ref, old):
     """k2 of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = diff * diff / 2.0
-    t = exp(logp - old)
-    weighted = kl * t
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_kl = (-diff - diff) / 2.0
-    d_weighted = d_kl * t + weighted
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 
@@ -350,12 +350,12 @@ def kl_k2_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = d * d / 2.0
     kl = clamp(t, -10.0, 10.0)
-    t2 = exp(logp - old)
-    weighted = kl * t2
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
-    t3 = (d_d * d + d * d_d) / 2.0
-    d_kl = tl.where((t >= -10.0) & (t <= 10.0), t3, 0.0)
-    d_weighted = d_kl * t2 + weighted
+    t2 = (d_d * d + d * d_d) / 2.0
+    d_kl = tl.where((t >= -10.0) & (t <= 10.0), t2, 0.0)
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 
@@ -406,9 +406,9 @@ def kl_k3_importance(logp, ref, old):
     """k3 of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = exp(diff) - diff - 1.0
-    t = exp(logp - old)
-    weighted = kl * t
-    d_weighted = t + -(diff + 1.0) * t
+    rho = exp(logp - old)
+    weighted = kl * rho
+    d_weighted = rho + -(diff + 1.0) * rho
     return weighted, d_weighted
 
 
@@ -420,11 +420,11 @@ def kl_k3_importance_clamp(logp, ref, old):
     t = exp(d)
     t2 = t - d - 1.0
     kl = clamp(t2, -10.0, 10.0)
-    t3 = exp(logp - old)
-    weighted = kl * t3
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t2 >= -10.0) & (t2 <= 10.0), t * d_d - d_d, 0.0)
-    d_weighted = d_kl * t3 + weighted
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 
@@ -473,10 +473,10 @@ def kl_abs_importance(logp, ref, old):
     """abs of ref against logp, gradient: importance."""
     diff = ref - logp
     kl = tl.abs(diff)
-    t = exp(logp - old)
-    weighted = kl * t
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_kl = -sign(diff)
-    d_weighted = d_kl * t + weighted
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 
@@ -487,11 +487,11 @@ def kl_abs_importance_clamp(logp, ref, old):
     d = clamp(diff, -20.0, 20.0)
     t = tl.abs(d)
     kl = clamp(t, -10.0, 10.0)
-    t2 = exp(logp - old)
-    weighted = kl * t2
+    rho = exp(logp - old)
+    weighted = kl * rho
     d_d = tl.where((diff >= -20.0) & (diff <= 20.0), -1.0, 0.0)
     d_kl = tl.where((t >= -10.0) & (t <= 10.0), sign(d) * d_d, 0.0)
-    d_weighted = d_kl * t2 + weighted
+    d_weighted = d_kl * rho + weighted
     return weighted, d_weighted
 
 

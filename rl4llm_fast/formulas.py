@@ -86,11 +86,12 @@ def kl_estimate(m: Any, logp: Any, ref: Any, old: Any, *, estimator: str, gradie
     if gradient == "straight_through":
         return m.with_gradient(kl, diff * diff / 2.0)
     if gradient == "importance":
-        weighted = kl * m.exp(logp - old)
+        rho = m.exp(logp - old)
+        weighted = kl * rho
         if estimator == "k3" and not clamp:
             # By the product rule the derivative −d·ρ is a difference of two numbers as large as ρ·exp(d), which leaves
             # nothing of it where d is 17 (fp32) or 37 (fp64); −(d + 1)·ρ has the same derivative.
-            return m.with_gradient(weighted, -(d + 1.0) * m.exp(logp - old))
+            return m.with_gradient(weighted, -(d + 1.0) * rho)
         return weighted
     return kl
 

@@ -17,6 +17,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import instruction_sets
 import pytest
 import torch
 
@@ -276,18 +277,10 @@ class TestInstructionSets:
 
 
 def usable_instruction_sets() -> list[str]:
-    extension = pytest.importorskip("rl4llm_fast._C")
-    usable = []
-    for isa in extension.build_info()["cpu_instruction_sets"]:
-        try:
-            extension.force_cpu_isa(isa)
-            usable.append(isa)
-        except ValueError:
-            continue
-        finally:
-            extension.force_cpu_isa(None)
-    assert "baseline" in usable
-    return usable
+    pytest.importorskip("rl4llm_fast._C")
+    found = instruction_sets.usable()
+    assert "baseline" in found
+    return found
 
 
 def import_path() -> str:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-
+import instruction_sets
 import pytest
 import torch
 
 import rl4llm_fast as rf
+from rl4llm_fast import dispatch
 from rl4llm_fast.testing import assert_as_good_as_eager
 
 compiled = "cpu" in rf.backends()["kl_divergence"]
 pytestmark = pytest.mark.skipif(not compiled, reason="no compiled backend here")
 
 
-def usable_instruction_sets() -> list[str]:
-    if not compiled:
-        return []
-    extension = importlib.import_module("rl4llm_fast._C")
-    usable = []
-    for isa in extension.build_info()["cpu_instruction_sets"]:
-        try:
-            extension.force_cpu_isa(isa)
-            usable.append(isa)
-        except ValueError:
-            pass
-    extension.force_cpu_isa(None)
-    return usable
-
-
-@pytest.fixture(params=usable_instruction_sets())
+@pytest.fixture(params=instruction_sets.usable())
 def isa(request):
-    extension = importlib.import_module("rl4llm_fast._C")
-    extension.force_cpu_isa(request.param)
+    dispatch.extension.force_cpu_isa(request.param)
     yield request.param
-    extension.force_cpu_isa(None)
+    dispatch.extension.force_cpu_isa(None)
 
 
 def capped(z, cap):
