@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+import interpreted
 import pytest
 import torch
 
 from rl4llm_fast.info import ledger_lines
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreted.patch_once()
 
 GPU_REASON = "no GPU here (torch.cuda.is_available() is False)"
 
