@@ -168,7 +168,7 @@ def test_separators_of_several_tokens():
 
 def test_step_advantages_by_hand():
     # Rewards 1 0 | 1 1: mean 3/4, std 1/2: 1/2 and −3/2 | 1/2 and 1/2; each token gets those of its own step and later.
-    found = advantages([Steps([1, 2], [1.0, 0.0]), Steps([0, 3], [1.0, 1.0])], 2, None)
+    found = advantages([Steps([1, 2], [1.0, 0.0]), Steps([0, 3], [1.0, 1.0])], 2, "eager")
     expected = torch.tensor([[-1.0, -1.0, -1.5, 0.0], [1.0, 0.5, 0.5, 0.5]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

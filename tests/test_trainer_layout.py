@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_llama import END, PROMPTS, config, run, tiny_model
 
-from rl4llm_fast.trainer.devices import to_device
+from rl4llm_fast import dispatch
+from rl4llm_fast.trainer.devices import host_backend, to_device
 from rl4llm_fast.trainer.layout import packed_layout, plain_layout, shared_layout
 from rl4llm_fast.trainer.policy import Policy
 
@@ -213,3 +214,13 @@ def test_models_whose_head_is_not_all_are_called_whole():
     assert inner is not None
     got, _ = other.token_logprobs(plain_layout(PROMPTS, [[1, 2]] * 4), temperature=0.5)  # ×0.5, ÷0.5
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_of_the_host_do_not_take_the_devices_backend(monkeypatch):
+    """RL4LLM_FAST_BACKEND=triton is meant for the GPU: GRPO's advantages are made on the host."""
+    here = "cpu" if dispatch.why_not("group_advantages", "cpu", "cpu") is None else "eager"
+    monkeypatch.setenv("RL4LLM_FAST_BACKEND", "triton")
+    assert host_backend("group_advantages", "auto") == here
+    assert host_backend("group_advantages", "eager") == "eager"
+    monkeypatch.setenv("RL4LLM_FAST_BACKEND", "eager")
+    assert host_backend("group_advantages", "auto") == "eager"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..machine import cpu_multiplies
 
 
@@ -56,3 +57,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.is_cuda or not tensor.numel():
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def host_backend(op: str, configured: str) -> str:
+    """For an op on a few numbers of the host: RL4LLM_FAST_BACKEND and the config name one for those of the device."""
+    plain = "eager" in (configured, dispatch.named(None)) or dispatch.why_not(op, "cpu", "cpu") is not None
+    return "eager" if plain else "cpu"

@@ -18,7 +18,7 @@ from .attempts import Attempts
 from .batch import Batch, PerAnswer, joined, packed
 from .config import GRPOConfig, silent_at_zero
 from .data import answerable, listed
-from .devices import to_device
+from .devices import host_backend, to_device
 from .layout import Layout
 from .metrics import Averages, History, Phases, plot_rewards
 from .named import named_function
@@ -255,15 +255,15 @@ class GRPOTrainer(SamplingTrainer):
 
     def advantages(self, rewards: list[float], steps: Sequence[Steps]) -> Tensor:
         """From the answers' rewards, (B,), or from those of their steps, (B, T)."""
-        c, backend = self.config, "eager" if self.config.backend == "eager" else None
+        c = self.config
         if steps:
-            return step_advantages(steps, c.group_size, backend)
+            return step_advantages(steps, c.group_size, host_backend("process_advantages", c.backend))
         return rf.group_advantages(
             torch.tensor(rewards),
             group_size=c.group_size,
             scale=None if c.advantage_scale == "none" else c.advantage_scale,  # type: ignore[arg-type]
             baseline=c.advantage_baseline,  # type: ignore[arg-type]
-            backend=backend,
+            backend=host_backend("group_advantages", c.backend),
         )
 
     def log_samples(self, step: int, batch: Batch) -> None:

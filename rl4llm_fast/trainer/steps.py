@@ -86,7 +86,7 @@ def score(
     return Steps(ends, [finite(name, value, sample) for value in values])
 
 
-def advantages(steps: Sequence[Steps], group_size: int, backend: str | None) -> Tensor:
+def advantages(steps: Sequence[Steps], group_size: int, backend: str) -> Tensor:
     """Advantages (B, T) of answers of up to T tokens: normalised over all steps of a group, summed over later steps."""
     width = max(len(s.ends) for s in steps)
     length = max(s.ends[-1] for s in steps) + 1
