@@ -7,7 +7,7 @@ from torch import Tensor
 from . import configs
 from .kl_math import bounded_difference, load_beta, load_mixture, log2_ratios
 from .rows import check_grid, check_pair, number_or_pointer, on_device, row_pointer, row_strides
-from .tl_math import LN2, LOG2E, capped, load_number, row_is_live
+from .tl_math import LN2, LOG2E, capped, capped_slope, load_number, row_is_live
 
 
 @triton.jit(do_not_specialize=["T", "temperature_stride"])
@@ -67,8 +67,8 @@ def kl_divergence_bwd_kernel(
     inverse_tau = 1.0 / load_number(temperature_ptr, temperature, row * temperature_stride)
     if HAS_SOFTCAP:
         cap = load_number(softcap_ptr, softcap, 0)
-        z, ratio = capped(z, cap)
-        ref_z, _ = capped(ref_z, cap)
+        z = capped(z, cap)
+        ref_z = capped(ref_z, cap)
     # As the forward kernels make them: what rounding does to a whole row then cancels, where 1/τ would blow it up.
     k = LOG2E * inverse_tau
     x, ref_x = z - tl.load(row_max_ptr + row), ref_z - tl.load(ref_row_max_ptr + row)
@@ -89,7 +89,7 @@ def kl_divergence_bwd_kernel(
         du = (1.0 - weight) * LN2 * p * ((p_over_m - mean) - rest)
     dz = du * (tl.load(grad_ptr + row) * inverse_tau)
     if HAS_SOFTCAP:
-        dz = dz * (1.0 - ratio * ratio)
+        dz = dz * capped_slope(z, cap)
     dz = tl.where(masked_out, 0.0, dz)
     tl.store(dlogits_row_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
 

@@ -90,8 +90,8 @@ def load_pair(row_ptr, other_row_ptr, columns, last, softcap, HAS_SOFTCAP: tl.co
     other_z = tl.load(other_row_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_first")
     other_z = other_z.to(tl.float32)
     if HAS_SOFTCAP:
-        z, _ = capped(z, softcap)
-        other_z, _ = capped(other_z, softcap)
+        z = capped(z, softcap)
+        other_z = capped(other_z, softcap)
     return z, other_z
 
 

@@ -36,27 +36,32 @@ def load_number(ptr, number, offset):
 
 
 @triton.jit
-def tanh(x):
-    """tanh to about 2 ulp: libdevice's is out of the interpreter's reach, and 1 − 2/(e^2x + 1) alone loses small x.
+def capped(z, softcap):
+    """z' = c·tanh(z/c). ±inf stands for itself: −inf is a masked-out token, +inf poisons its row.
 
-    The odd minimax polynomial below 0.625 is that of the Cephes library.
+    libdevice's tanh is out of the interpreter's reach. z' is z + z·curve near 0, where an exponential would cancel, and
+    c − c·rest from there on: what was rounded before is added to an exact number, so that z' is off by little more than
+    its own rounding (docs/numerics.md). The polynomial, minimax for |z| < 0.9·c, is that of csrc/cpu/vec.h.
     """
-    a = tl.abs(x)
-    q = x * x
-    small = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
-    small = tl.fma(q, small, -5.37397155531e-2)
-    small = tl.fma(q, small, 1.33314422036e-1)
-    small = tl.fma(q, small, -3.33332819422e-1)
-    small = tl.fma(q * x, small, x)
-    large = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
-    return tl.where(a < 0.625, small, tl.where(x < 0, -large, large))
+    x = z / softcap
+    square = x * x
+    curve = tl.fma(square, -4.51494939e-4, 2.57686329e-3)
+    curve = tl.fma(square, curve, -8.26512383e-3)
+    curve = tl.fma(square, curve, 2.16684038e-2)
+    curve = tl.fma(square, curve, -5.39321690e-2)
+    curve = tl.fma(square, curve, 1.33330390e-1)
+    curve = square * tl.fma(square, curve, -3.33333262e-1)
+    rest = 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)  # 1 − tanh |x|
+    c = tl.where(x < 0, -1.0, 1.0) * softcap
+    z_capped = tl.where(tl.abs(x) < 0.9, tl.fma(z, curve, z), tl.fma(-rest, c, c))
+    return tl.where(tl.abs(z) == float("inf"), z, z_capped)
 
 
 @triton.jit
-def capped(z, softcap):
-    """z' = c·tanh(z/c), and tanh(z/c). ±inf stands for itself: −inf is a masked-out token, +inf poisons its row."""
-    ratio = tanh(z / softcap)
-    return tl.where(tl.abs(z) == float("inf"), z, softcap * ratio), ratio
+def capped_slope(z_capped, softcap):
+    """dz'/dz = 1 − tanh²(z/c) from z': exactly 0 where z' is ±c."""
+    inverse = 1.0 / softcap
+    return ((softcap - z_capped) * inverse) * ((softcap + z_capped) * inverse)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import configs
 from .rows import check_grid, check_logits, number_or_pointer, on_device, row_pointer, row_strides
-from .tl_math import LN2, LOG2_ZERO, LOG2E, capped, load_number, merge, rebase, reference_max, row_is_live
+from .tl_math import LN2, LOG2_ZERO, LOG2E, capped, capped_slope, load_number, merge, rebase, reference_max, row_is_live
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def sum_part(row_ptr, first, last, tau, softcap, HAS_SOFTCAP: tl.constexpr, ENTR
         z = tl.load(row_ptr + columns, mask=columns < last, other=float("-inf"), eviction_policy="evict_first")
         z = z.to(tl.float32)
         if HAS_SOFTCAP:
-            z, _ = capped(z, softcap)
+            z = capped(z, softcap)
         new_m = tl.maximum(m, tl.max(z, axis=1))
         s, xs = rebase(s, xs, m, new_m, k)
         # NaN: `max` may drop it, but 2^NaN puts it into s. +inf: inf − inf does the same.
@@ -64,7 +64,7 @@ def finish_row(row, row_ptr, live, m, s, xs, tau, softcap, token_ids_ptr, logp_p
         counts = tl.where(live, y != ignore_index, False)  # `&` of a block and a scalar fails in 3.9's interpreter
         z = tl.load(row_ptr + y, mask=counts & (y >= 0) & (y < V), other=0.0).to(tl.float32)
         if HAS_SOFTCAP:
-            z, _ = capped(z, softcap)
+            z = capped(z, softcap)
         logp = (z - m) / tau - log_sum
         tl.store(logp_ptr + row.to(tl.int64) * K + k, tl.where(counts, logp, 0.0), mask=k < K)
     if entropy_ptr is not None:
@@ -235,7 +235,7 @@ def token_logprobs_bwd_kernel(
     tau = load_number(temperature_ptr, temperature, row * temperature_stride)
     if HAS_SOFTCAP:
         cap = load_number(softcap_ptr, softcap, 0)
-        z, ratio = capped(z, cap)
+        z = capped(z, cap)
     log2_p = (z - tl.load(row_max_ptr + row)) * (LOG2E / tau) - tl.load(log_sum_ptr + row) * LOG2E
     p = tl.exp2(log2_p)
 
@@ -259,7 +259,7 @@ def token_logprobs_bwd_kernel(
                 du = tl.where(columns == y, du + tl.load(grad_logp_ptr + row.to(tl.int64) * K + k), du)
     dz = du * (1.0 / tau)
     if HAS_SOFTCAP:
-        dz = dz * (1.0 - ratio * ratio)
+        dz = dz * capped_slope(z, cap)
     dz = tl.where(masked_out, 0.0, dz)
     tl.store(dlogits_row_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
