@@ -16,6 +16,9 @@ constexpr int max_knobs = 3;
 
 // The metrics of a call, in the order of the vector that they leave in.
 enum Metric { metric_reward_chosen, metric_reward_rejected, metric_accuracy, metric_margin, num_metrics };
+// Of answers with labels, those of the desirable and of the others, and one more.
+enum { metric_weight_ratio = num_metrics, num_labelled_metrics };
+enum LabelledKnob { knob_kl, knob_lambda_d, knob_lambda_u, num_labelled_knobs };
 
 template <class F>
 struct PairLoss {
@@ -24,7 +27,7 @@ struct PairLoss {
 
 // (13, 38): −log σ(r_w − r_l − margin).
 struct bradley_terry {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F per_pair, F /*beta*/, const typename M::S* /*knobs*/) {
     const F t = chosen - rejected - per_pair;
@@ -35,7 +38,7 @@ struct bradley_terry {
 
 // (46): −log σ(βh).
 struct dpo {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* /*knobs*/) {
     const F t = beta * (chosen - rejected);
@@ -46,7 +49,7 @@ struct dpo {
 
 // (53): −p·log σ(βh) − (1−p)·log σ(−βh); label smoothing ε is p = 1 − ε.
 struct dpo_soft {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F per_pair, F beta, const typename M::S* /*knobs*/) {
     const F t = -per_pair;
@@ -65,7 +68,7 @@ struct dpo_soft {
 
 // (79): −w·log σ(βh), a pair of segments; w = 0 for one that does not exist.
 struct dpo_weighted {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F per_pair, F beta, const typename M::S* /*knobs*/) {
     const F t = -per_pair;
@@ -77,7 +80,7 @@ struct dpo_weighted {
 
 // (−(1−ε)·log σ(βh) + ε·log σ(−βh))/(1−2ε).
 struct robust {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* knobs) {
     const F label_smoothing = M::c(knobs[0]);
@@ -103,7 +106,7 @@ struct robust {
 
 // (68), (60): (h − (2p−1)/(2τ))².
 struct ipo {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F per_pair, F beta, const typename M::S* /*knobs*/) {
     const F t = (M::c(2.0) * per_pair - M::c(1.0)) / (M::c(2.0) * beta);
@@ -114,7 +117,7 @@ struct ipo {
 
 // max(0, 1 − βh); at βh = 1 the gradient is 0.
 struct hinge {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* /*knobs*/) {
     const F missing = M::c(1.0) - beta * (chosen - rejected);
@@ -126,7 +129,7 @@ struct hinge {
 
 // (75-78): −log σ(β(π_w − π_l)) − α·π_w.
 struct cpo {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* knobs) {
     const F alpha = M::c(knobs[0]);
@@ -139,7 +142,7 @@ struct cpo {
 
 // −log σ(β(π_w − π_l)) + α·nll_w, nll_w the mean over all chosen tokens of the batch.
 struct cpo_token {
-  static constexpr bool token_nll = true;
+  static constexpr bool token_nll = true, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F nll, F /*per_pair*/, F beta, const typename M::S* knobs) {
     const F alpha = M::c(knobs[0]);
@@ -152,7 +155,7 @@ struct cpo_token {
 
 // −log σ(β(π_w/|y_w| − π_l/|y_l|) − γ).
 struct simpo {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F /*nll*/, F /*per_pair*/, F beta, const typename M::S* knobs) {
     const F gamma = M::c(knobs[0]);
@@ -164,7 +167,7 @@ struct simpo {
 
 // nll_w − λ·log σ(log odds_w − log odds_l).
 struct orpo {
-  static constexpr bool token_nll = true;
+  static constexpr bool token_nll = true, labelled = false;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F rejected, F nll, F /*per_pair*/, F /*beta*/, const typename M::S* knobs) {
     const F lam = M::c(knobs[0]);
@@ -208,7 +211,7 @@ struct orpo {
 
 // (69-74): w·(1 − v), v = σ(r − z) where desirable, else σ(z − r); w = λ_D or λ_U.
 struct kto {
-  static constexpr bool token_nll = false;
+  static constexpr bool token_nll = false, labelled = true;
   template <class M, class F = typename M::F>
   RL4LLM_FORMULA PairLoss<F> eval(F chosen, F /*rejected*/, F /*nll*/, F per_pair, F beta, const typename M::S* knobs) {
     const F kl = M::c(knobs[0]);

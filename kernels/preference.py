@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rl4llm_fast.pair_formulas import FORMULAS, MAX_KNOBS, METRICS, PARAMS
+from rl4llm_fast.pair_formulas import FORMULAS, MAX_KNOBS, PARAMS
 
 from .configs import COMPILE
 from .pair_formulas_gen import PAIR
@@ -19,6 +19,8 @@ from .token_loss import check_rows
 BETA = tl.constexpr(PARAMS.index("beta"))
 PER_PAIR = tl.constexpr(PARAMS.index("per_pair"))
 NUM_PARAMS = tl.constexpr(len(PARAMS))
+# Of answers with labels.
+KL, LAMBDA_D, LAMBDA_U = (tl.constexpr(FORMULAS["kto"].knobs.index(name)) for name in ("kl", "lambda_d", "lambda_u"))
 
 BLOCK_T = 2048  # tokens that a program holds at once: 2 loads of 16 bytes a thread of each input; not yet measured
 WARPS = 8
@@ -117,11 +119,11 @@ def preference_finish_kernel(
     numbers,  # the same as numbers, or None; Triton's launcher has a variable named params
     loss_ptr,  # ()
     slopes_ptr,  # (2, B)
-    rewards_ptr,  # (2, B)
-    metrics_ptr,  # (len(METRICS),)
+    metrics_ptr,  # (the formula's,)
     B,
     FORMULA: tl.constexpr,
     TOKEN_NLL: tl.constexpr,
+    LABELLED: tl.constexpr,
     AVERAGE: tl.constexpr,
     PAIRS: tl.constexpr,
     TILE: tl.constexpr,
@@ -130,7 +132,7 @@ def preference_finish_kernel(
 
     Computes: L = 1/B·Σ ℓ(x_w, x_l), x a sum or a mean; per answer dL/dlogp of its live tokens; mean rewards β·x
     Grid: (1,), one program: a few numbers a pair, and no other order of adding them exists
-    Traffic: 48 bytes a pair
+    Traffic: 40 bytes a pair
     Numerics: fp64; without pairs all is 0
     Gradient: comes with the value from the generated formula, divided by B, and by |y| where x is a mean
     """
@@ -153,6 +155,7 @@ def preference_finish_kernel(
     worse = tl.zeros([TILE], tl.float64)
     right = tl.zeros([TILE], tl.float64)
     margin = tl.zeros([TILE], tl.float64)
+    good = tl.zeros([TILE], tl.float64)
     for b0 in range(0, B, TILE):
         b = b0 + tl.arange(0, TILE)
         inside = b < B
@@ -181,18 +184,40 @@ def preference_finish_kernel(
         tl.store(slopes_ptr + B + b, ((zero + d_rejected) / pairs).to(tl.float32), mask=inside)
         won = beta * x
         lost = beta * y
-        tl.store(rewards_ptr + b, won.to(tl.float32), mask=inside)
-        tl.store(rewards_ptr + B + b, lost.to(tl.float32), mask=inside)
         losses += tl.where(inside, loss, 0.0)
-        better += tl.where(inside, won, 0.0)
-        worse += tl.where(inside, lost, 0.0)
-        right += tl.where(inside & (won > lost), 1.0, 0.0)
-        margin += tl.where(inside, won - lost, 0.0)
+        if LABELLED:
+            desirable = inside & (per_pair > 0.5)
+            other = inside & (per_pair <= 0.5)
+            good += tl.where(desirable, 1.0, 0.0)
+            better += tl.where(desirable, won, 0.0)
+            worse += tl.where(other, won, 0.0)
+            # As fp32, which β and z came in: a reward that is z then is so exactly.
+            reward, bound = won.to(tl.float32), knobs[KL].to(tl.float32)
+            right += tl.where((desirable & (reward > bound)) | (other & (reward < bound)), 1.0, 0.0)
+        else:
+            better += tl.where(inside, won, 0.0)
+            worse += tl.where(inside, lost, 0.0)
+            right += tl.where(inside & (won > lost), 1.0, 0.0)
+            margin += tl.where(inside, won - lost, 0.0)
     tl.store(loss_ptr, (tl.sum(losses, axis=0) / pairs).to(tl.float32))
-    tl.store(metrics_ptr, (tl.sum(better, axis=0) / pairs).to(tl.float32))
-    tl.store(metrics_ptr + 1, (tl.sum(worse, axis=0) / pairs).to(tl.float32))
+    mean_better = tl.sum(better, axis=0)
+    mean_worse = tl.sum(worse, axis=0)
+    if LABELLED:
+        count = tl.sum(good, axis=0)
+        others = B - count
+        mean_better = mean_better / tl.maximum(count, 1.0)
+        mean_worse = mean_worse / tl.maximum(others, 1.0)
+        mean_margin = mean_better - mean_worse
+        weight_ratio = knobs[LAMBDA_D] * count / (knobs[LAMBDA_U] * others)
+        tl.store(metrics_ptr + 4, weight_ratio.to(tl.float32))
+    else:
+        mean_better = mean_better / pairs
+        mean_worse = mean_worse / pairs
+        mean_margin = tl.sum(margin, axis=0) / pairs
+    tl.store(metrics_ptr, mean_better.to(tl.float32))
+    tl.store(metrics_ptr + 1, mean_worse.to(tl.float32))
     tl.store(metrics_ptr + 2, (tl.sum(right, axis=0) / pairs).to(tl.float32))
-    tl.store(metrics_ptr + 3, (tl.sum(margin, axis=0) / pairs).to(tl.float32))
+    tl.store(metrics_ptr + 3, mean_margin.to(tl.float32))
 
 
 @triton.jit
@@ -256,15 +281,15 @@ def preference_loss_fwd(
     average: bool,
     gradients: bool,
 ) -> tuple[Tensor, ...]:
-    """schemas.OPS["preference_loss_fwd"]: (loss, slopes, rewards, metrics, and no gradients)."""
+    """schemas.OPS["preference_loss_fwd"]: (loss, slopes, metrics, and no gradients)."""
     if gradients:
         raise ValueError("gradients: preference_loss_bwd makes them here")
     check_rows("preference_loss_fwd", (torch.float32,), chosen=chosen, rejected=rejected, ref_chosen=ref_chosen,
                ref_rejected=ref_rejected, per_pair=per_pair)  # fmt: skip
     B = chosen.shape[0] if cu_chosen is None else cu_chosen.shape[0] - 1
     sides = 1 if rejected is None else 2
-    loss, metrics = chosen.new_empty(()), chosen.new_empty((len(METRICS),))
-    slopes, rewards = chosen.new_empty((2, B)), chosen.new_empty((2, B))
+    loss, slopes = chosen.new_empty(()), chosen.new_empty((2, B))
+    metrics = chosen.new_empty((len(FORMULAS[formula].metrics),))
     sums = chosen.new_empty((sides * B, 2), dtype=torch.float64)
     grid = check_grid("preference_loss_fwd", sides * B)
     with on_device(chosen):
@@ -275,11 +300,12 @@ def preference_loss_fwd(
                 **COMPILE,
             )  # fmt: skip
         preference_finish_kernel[(1,)](
-            sums, per_pair, *numbers_or_pointer(params), loss, slopes, rewards, metrics, B,
-            FORMULA=PAIR[formula], TOKEN_NLL=FORMULAS[formula].token_nll, AVERAGE=average,
-            PAIRS=rejected is not None, TILE=TILE_B, num_warps=FINISH_WARPS, **FINISH_REGISTERS, **COMPILE,
+            sums, per_pair, *numbers_or_pointer(params), loss, slopes, metrics, B,
+            FORMULA=PAIR[formula], TOKEN_NLL=FORMULAS[formula].token_nll, LABELLED=FORMULAS[formula].labelled,
+            AVERAGE=average, PAIRS=rejected is not None, TILE=TILE_B, num_warps=FINISH_WARPS, **FINISH_REGISTERS,
+            **COMPILE,
         )  # fmt: skip
-    return loss, slopes, rewards, metrics, chosen.new_empty((0,)), chosen.new_empty((0,))
+    return loss, slopes, metrics, chosen.new_empty((0,)), chosen.new_empty((0,))
 
 
 def preference_loss_bwd(

@@ -60,8 +60,12 @@ def run_pairs(
     average: bool,
     dtype: torch.dtype,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, rewards (2, B), metrics)"""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and the formula's metrics by their names."""
+
+    def named(metrics: Tensor) -> dict[str, Tensor]:
+        return dict(zip(pair_formulas.FORMULAS[formula].metrics, metrics.unbind(), strict=True))
+
     logp, ref, mask, offsets = chosen.prepared(dtype)
     other, other_ref, other_mask, other_offsets = (None,) * 4 if rejected is None else rejected.prepared(dtype)
     # Dynamo hands no tensor to an autograd function twice.
@@ -74,9 +78,10 @@ def run_pairs(
     used = dispatch.choose(op, logp, backend)
     tensors = (logp, other, ref, other_ref, mask, other_mask, offsets, other_offsets, pair, params)
     if used == "eager":
-        return reference_preference.preference_loss(*tensors, formula, average)
+        loss, metrics = reference_preference.preference_loss(*tensors, formula, average)
+        return loss, named(metrics)
     learns = torch.is_grad_enabled() and (logp.requires_grad or (other is not None and other.requires_grad))
     gradients = learns and used == "cpu" and not torch.compiler.is_compiling()
     options = PreferenceLossOptions(used, formula, average, gradients)
-    loss, rewards, metrics = PreferenceLoss.apply(*tensors, options)  # type: ignore[no-untyped-call]
-    return loss, rewards, metrics
+    loss, metrics = PreferenceLoss.apply(*tensors, options)  # type: ignore[no-untyped-call]
+    return loss, named(metrics)

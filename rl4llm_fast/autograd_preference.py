@@ -26,7 +26,7 @@ class PreferenceLossOptions:
 
 
 class PreferenceLoss(torch.autograd.Function):
-    """(loss, rewards, metrics); the arguments are those of ``preference_loss_fwd``. Differentiable in both answers."""
+    """(loss, metrics); the arguments are those of ``preference_loss_fwd``. Differentiable in both answers."""
 
     @staticmethod
     def forward(
@@ -42,20 +42,20 @@ class PreferenceLoss(torch.autograd.Function):
         per_pair: Tensor | None,
         params: Tensor,
         options: PreferenceLossOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         answers = (mask_chosen, mask_rejected, cu_chosen, cu_rejected)
         tensors = (chosen, rejected, ref_chosen, ref_rejected, *answers, per_pair, params)
         how = (options.formula, options.average, options.gradients)
-        loss, slopes, rewards, metrics, *gradients = dispatch.ops(options.backend).preference_loss_fwd(*tensors, *how)
+        loss, slopes, metrics, *gradients = dispatch.ops(options.backend).preference_loss_fwd(*tensors, *how)
         ctx.gradients = gradients if options.gradients else None
         ctx.save_for_backward(slopes, chosen, rejected, *answers)
         ctx.options, ctx.pairs = options, rejected is not None
-        ctx.mark_non_differentiable(rewards, metrics)
+        ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
-        return loss, rewards, metrics
+        return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_rewards: Tensor | None, grad_metrics: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_metrics: Tensor | None) -> Any:
         if grad_loss is None:
             return (None,) * 11
         made, ctx.gradients = ctx.gradients, None

@@ -116,6 +116,9 @@ constexpr int max_knobs = {pair_formulas.MAX_KNOBS};
 
 // The metrics of a call, in the order of the vector that they leave in.
 {_enum("Metric", "metric_", pair_formulas.METRICS, "num_metrics")}
+// Of answers with labels, those of the desirable and of the others, and one more.
+enum {{ metric_weight_ratio = num_metrics, num_labelled_metrics }};
+{_enum("LabelledKnob", "knob_", pair_formulas.FORMULAS["kto"].knobs, "num_labelled_knobs")}
 
 template <class F>
 struct PairLoss {{
@@ -130,9 +133,10 @@ def _cpp_function(function: Function) -> str:
     lines = [f"const F {name} = M::c(knobs[{i}]);" for i, name in enumerate(function.knobs)]
     lines += [*statements, f"return {{{', '.join(results)}}};"]
     body = "\n".join(f"    {line}" for line in lines)
-    needs_nll = "true" if pair_formulas.FORMULAS[function.name].token_nll else "false"
+    formula = pair_formulas.FORMULAS[function.name]
+    flags = f"token_nll = {str(formula.token_nll).lower()}, labelled = {str(formula.labelled).lower()}"
     return (
-        f"// {function.doc}\nstruct {function.name} {{\n  static constexpr bool token_nll = {needs_nll};\n"
+        f"// {function.doc}\nstruct {function.name} {{\n  static constexpr bool {flags};\n"
         f"  template <class M, class F = typename M::F>\n"
         f"  RL4LLM_FORMULA PairLoss<F> eval({', '.join(parameters)}) {{\n{body}\n  }}\n}};"
     )

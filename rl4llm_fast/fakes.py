@@ -231,12 +231,11 @@ def token_loss_bwd(
 
 
 def preference_loss_fwd(chosen: Tensor, rejected: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    cu_chosen, gradients = args[4], args[-1]
+    cu_chosen, formula, gradients = args[4], args[-3], args[-1]
     pairs = chosen.shape[0] if cu_chosen is None else cu_chosen.shape[0] - 1
-    per_answer = chosen.new_empty((2, pairs))
-    metrics = chosen.new_empty((len(pair_formulas.METRICS),))
+    metrics = chosen.new_empty((len(pair_formulas.FORMULAS[formula].metrics),))
     towards = [chosen.new_empty((0,) if x is None or not gradients else x.shape) for x in (chosen, rejected)]
-    return chosen.new_empty(()), per_answer, torch.empty_like(per_answer), metrics, *towards
+    return chosen.new_empty(()), chosen.new_empty((2, pairs)), metrics, *towards
 
 
 def preference_loss_bwd(

@@ -31,6 +31,7 @@ MAX_KNOBS = 3
 # prob, margin, … where the call has no tensor of them.
 PARAMS = ("beta", "per_pair")
 METRICS = ("reward_chosen", "reward_rejected", "accuracy", "margin")
+LABELLED_METRICS = (*METRICS, "weight_ratio")  # of answers that are desirable or not, without pairs
 LEAST_MEAN = -1e-7  # ORPO's cap on a mean log-probability: the odds of a certain answer are infinite
 
 
@@ -152,6 +153,15 @@ class PairFormula:
     @property
     def token_nll(self) -> bool:
         return "nll" in self.parameters
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its answers have labels in place of pairs: ``per_pair`` says which are desirable."""
+        return "desirable" in self.parameters
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return LABELLED_METRICS if self.labelled else METRICS
 
     def __call__(self, m: Any, pair: Mapping[str, Any], *knobs: Any) -> Any:
         """``pair`` holds the answers, beta, and ``per_pair``."""

@@ -131,10 +131,7 @@ def preference_loss(
         return _two_dimensional(chosen, rejected, beta, given, dtype, backend)
     formula, per_pair, numbers = _formula(kind, beta, prob, given, chosen)
     average = average or kind in _AVERAGES
-    loss, _, metrics = run_pairs(
-        "preference_loss", formula, chosen, rejected, per_pair, numbers, average, dtype, backend
-    )
-    return loss, dict(zip(pair_formulas.METRICS, metrics.unbind(), strict=True))
+    return run_pairs("preference_loss", formula, chosen, rejected, per_pair, numbers, average, dtype, backend)
 
 
 def kto_loss(
@@ -186,23 +183,7 @@ def kto_loss(
     dtype = accumulation_dtype(logp.dtype)
     labels = wanted.to(dtype)
     numbers = {"beta": beta, "per_pair": 0.0, "kl": z, "lambda_d": lambda_d, "lambda_u": lambda_u}
-    loss, rewards, _ = run_pairs("kto_loss", "kto", answers, None, labels, numbers, False, dtype, backend)
-    with torch.no_grad():
-        reward, other = rewards[0], 1.0 - labels
-        good, bad = labels.sum(), other.sum()
-        reward_chosen = torch.where(wanted, reward, 0.0).sum() / good.clamp(min=1)
-        reward_rejected = torch.where(wanted, 0.0, reward).sum() / bad.clamp(min=1)
-        bound = checks.number("kl", z, logp).to(dtype)
-        right = torch.where(wanted, reward > bound, reward < bound).to(dtype)
-        parts = [checks.number(n, v, logp).to(dtype) for n, v in (("lambda_d", lambda_d), ("lambda_u", lambda_u))]
-        metrics = {
-            "reward_chosen": reward_chosen,
-            "reward_rejected": reward_rejected,
-            "accuracy": right.sum() / max(answers.count, 1),
-            "margin": reward_chosen - reward_rejected,
-            "weight_ratio": parts[0] * good / (parts[1] * bad),
-        }
-    return loss, metrics
+    return run_pairs("kto_loss", "kto", answers, None, labels, numbers, False, dtype, backend)
 
 
 def reward_model_loss(
@@ -364,9 +345,7 @@ def _two_dimensional(
     weight = (both.to(dtype) * max(both.shape[1], 1)).flatten()
     sides = [Answers(s, f"logp_{s}", x.flatten(), None, None, None) for s, x in (("chosen", won), ("rejected", lost))]
     numbers: dict[str, Number] = {"beta": beta, "per_pair": 0.0}
-    loss, _, _ = run_pairs(
-        "preference_loss", "dpo_weighted", sides[0], sides[1], weight, numbers, False, dtype, backend
-    )
+    loss, _ = run_pairs("preference_loss", "dpo_weighted", sides[0], sides[1], weight, numbers, False, dtype, backend)
     pairs = max(chosen.count, 1)
     better, worse = rewards
     values = (better, worse, (better > worse).to(dtype), better - worse)

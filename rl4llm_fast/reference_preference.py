@@ -26,8 +26,8 @@ def preference_loss(
     params: Tensor,
     formula: str,
     average: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """docs/math.md section 7: (loss, rewards (2, B), metrics in the order of ``pair_formulas.METRICS``)."""
+) -> tuple[Tensor, Tensor]:
+    """docs/math.md section 7: the loss, and the metrics in the order of the formula's."""
     function = pair_formulas.FORMULAS[formula]
     beta, default, *knobs = params.to(chosen.device, chosen.dtype).unbind()
     total, length = answer_sums(chosen, ref_chosen, mask_chosen, layout_of(chosen, cu_chosen))
@@ -42,11 +42,24 @@ def preference_loss(
     used = knobs[: len(function.knobs)]
     loss = pair_formulas.pair_loss(EagerPairMaths, x, y, nll, extra, beta, *used, formula=function)
     with torch.no_grad():
-        rewards = torch.stack([beta * x, beta * y])
-        won, lost = rewards
-        means = (won, lost, (won > lost).to(x.dtype), won - lost)
-        metrics = torch.stack([value.sum() / pairs for value in means])
-    return loss.sum() / pairs, rewards, metrics
+        won, lost = beta * x, beta * y
+        if function.labelled:
+            metrics = _labelled_metrics(won, extra, *used)
+        else:
+            means = (won, lost, (won > lost).to(x.dtype), won - lost)
+            metrics = torch.stack([value.sum() / pairs for value in means])
+    return loss.sum() / pairs, metrics
+
+
+def _labelled_metrics(reward: Tensor, desirable: Tensor, kl: Tensor, lambda_d: Tensor, lambda_u: Tensor) -> Tensor:
+    """Mean rewards of the desirable answers and of the others; accuracy, margin, and the ratio of their weights."""
+    wanted = desirable > 0.5
+    good, bad = wanted.to(reward.dtype).sum(), (~wanted).to(reward.dtype).sum()
+    zero = torch.zeros_like(reward)
+    better = torch.where(wanted, reward, zero).sum() / good.clamp(min=1)
+    worse = torch.where(wanted, zero, reward).sum() / bad.clamp(min=1)
+    right = torch.where(wanted, reward > kl, reward < kl).to(reward.dtype).sum() / max(reward.shape[0], 1)
+    return torch.stack([better, worse, right, better - worse, lambda_d * good / (lambda_u * bad)])
 
 
 def answer_sums(logp: Tensor, ref: Tensor | None, mask: Tensor | None, layout: Sequences) -> tuple[Tensor, Tensor]:

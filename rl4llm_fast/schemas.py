@@ -231,13 +231,13 @@ OPS: dict[str, Op] = {
     # contiguous, in the accumulation dtype. rejected None: no pairs (kto). per_pair (B,): the formula's prob, margin, …
     # params (len(PARAMS) + MAX_KNOBS,) fp64 as in policy_loss_fwd; formula: a name of pair_formulas.FORMULAS;
     # average: means of the live tokens in place of sums.
-    # -> loss 0-d; slopes (2, B), the derivative in every live token of either answer; rewards (2, B), β·x of either;
-    #    metrics (len(pair_formulas.METRICS),); with gradients (the CPU alone makes them here) what preference_loss_bwd
-    #    gives for a grad of 1, else (0,) twice
+    # -> loss 0-d; slopes (2, B), the derivative in every live token of either answer; metrics, as many as the formula
+    #    has; with gradients (the CPU alone makes them here) what preference_loss_bwd gives for a grad of 1, else (0,)
+    #    twice
     "preference_loss_fwd": Op(
         "(Tensor chosen, Tensor? rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? mask_chosen, "
         "Tensor? mask_rejected, Tensor? cu_chosen, Tensor? cu_rejected, Tensor? per_pair, Tensor params, str formula, "
-        "bool average, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "bool average, bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         fakes.preference_loss_fwd,
     ),
     # grad 0-d -> dchosen, drejected ((0,) without): grad·slope at live tokens, 0 at others

@@ -21,7 +21,7 @@ def side(B, T):
 
 def test_opcheck():
     ops = torch.ops.rl4llm_fast
-    params = torch.tensor([0.1, 1.0, 0.5, 0, 0], dtype=torch.float64)
+    params = torch.tensor([0.1, 1.0, 0.5, 1.0, 2.0], dtype=torch.float64)
     (chosen, ref_chosen, mask_chosen), (rejected, ref_rejected, mask_rejected) = side(3, 7), side(3, 9)
     padded = (chosen, rejected, ref_chosen, ref_rejected, mask_chosen, mask_rejected, None, None, torch.rand(3))
     offsets = torch.tensor([0, 4, 4, 21])
@@ -36,7 +36,7 @@ def test_opcheck():
         offsets,
         None,
     )
-    alone = (chosen, None, ref_chosen, None, None, None, None, None, torch.ones(3))
+    alone = (chosen, None, ref_chosen, None, None, None, None, None, torch.tensor([1.0, 0.0, 1.0]))
     for arguments, formula in ((padded, "ipo"), (packed, "orpo"), (alone, "kto")):
         for gradients in (False, True):
             torch.library.opcheck(ops.preference_loss_fwd.default, (*arguments, params, formula, True, gradients))

@@ -48,12 +48,13 @@ def kernel_cases():
     sums = tokens | masks | sizes | {"sums_ptr": "*fp64"}
     yield "sums", k.preference_sums_kernel, sums, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
     yield "sums packed", k.preference_sums_kernel, sums | packed, {"BLOCK": k.BLOCK_T}, k.WARPS, {}
-    outputs = dict.fromkeys(("loss_ptr", "slopes_ptr", "rewards_ptr", "metrics_ptr", "per_pair_ptr"), "*fp32")
+    outputs = dict.fromkeys(("loss_ptr", "slopes_ptr", "metrics_ptr", "per_pair_ptr"), "*fp32")
     numbers = ("fp32",) * (len(pair_formulas.PARAMS) + pair_formulas.MAX_KNOBS)
     finish = outputs | {"sums_ptr": "*fp64", "B": "i32"}
     for name, formula in k.PAIR.items():
-        nll = pair_formulas.FORMULAS[name].token_nll
-        how = {"FORMULA": formula, "TOKEN_NLL": nll, "AVERAGE": True, "PAIRS": name != "kto", "TILE": k.TILE_B}
+        of = pair_formulas.FORMULAS[name]
+        how = {"FORMULA": formula, "TOKEN_NLL": of.token_nll, "LABELLED": of.labelled, "AVERAGE": True}
+        how |= {"PAIRS": not of.labelled, "TILE": k.TILE_B}
         yield name, k.preference_finish_kernel, finish | {"numbers": numbers}, how, k.FINISH_WARPS, k.FINISH_REGISTERS
     on_device = finish | {"params_ptr": "*fp64"}
     yield "on device", k.preference_finish_kernel, on_device, how, k.FINISH_WARPS, k.FINISH_REGISTERS

@@ -3,6 +3,7 @@
 // A thread takes whole pairs, so the result depends neither on the number of threads nor on the other pairs; what is
 // made of their losses is a few hundred numbers, in fp64 and in order.
 #include <algorithm>
+#include <array>
 #include <vector>
 
 #include "cpu/moments.h"
@@ -20,11 +21,12 @@ typedef pairs::PairLoss<double> (*PairFunction)(double chosen, double rejected, 
                                                 double beta, const double* knobs);
 struct PairFormula {
   const char* name;
-  bool token_nll;
+  bool token_nll, labelled;
   PairFunction function;
 };
 const PairFormula kFormulas[] = {
-#define RL4LLM_PAIR(formula) {#formula, pairs::formula::token_nll, &pairs::formula::eval<ScalarMaths>},
+#define RL4LLM_PAIR(formula) \
+  {#formula, pairs::formula::token_nll, pairs::formula::labelled, &pairs::formula::eval<ScalarMaths>},
     RL4LLM_PAIR_FORMULAS(RL4LLM_PAIR)};
 
 const PairFormula& find_formula(const std::string& name) {
@@ -123,7 +125,39 @@ void for_dtype(const Tensor& tensor, const char* name, const F& f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
+struct Pair {
+  double loss, better, worse, per_pair;
+};
+typedef std::array<double, pairs::num_labelled_metrics> Metrics;
+
+Metrics pair_metrics(const std::vector<Pair>& found) {
+  Metrics metrics = {};
+  for (const Pair& pair : found) {
+    metrics[pairs::metric_reward_chosen] += pair.better;
+    metrics[pairs::metric_reward_rejected] += pair.worse;
+    metrics[pairs::metric_accuracy] += pair.better > pair.worse;
+    metrics[pairs::metric_margin] += pair.better - pair.worse;
+  }
+  for (double& metric : metrics) metric /= double(std::max<size_t>(found.size(), 1));
+  return metrics;
+}
+
+// Of answers without pairs, which are desirable or not.
+Metrics labelled_metrics(const std::vector<Pair>& found, const double* knobs) {
+  double good = 0, bad = 0, better = 0, worse = 0, right = 0;
+  for (const Pair& answer : found) {
+    const bool desirable = answer.per_pair > 0.5;
+    const double reward = answer.better, bound = knobs[pairs::knob_kl];
+    (desirable ? good : bad) += 1;
+    (desirable ? better : worse) += reward;
+    right += desirable ? reward > bound : reward < bound;
+  }
+  better /= std::max(good, 1.0), worse /= std::max(bad, 1.0), right /= std::max(good + bad, 1.0);
+  const double ratio = knobs[pairs::knob_lambda_d] * good / (knobs[pairs::knob_lambda_u] * bad);
+  return {better, worse, right, better - worse, ratio};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
     Tensor chosen, std::optional<Tensor> rejected, std::optional<Tensor> ref_chosen, std::optional<Tensor> ref_rejected,
     std::optional<Tensor> mask_chosen, std::optional<Tensor> mask_rejected, std::optional<Tensor> cu_chosen,
     std::optional<Tensor> cu_rejected, std::optional<Tensor> per_pair, Tensor params, std::string formula, bool average,
@@ -132,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
   const int64_t B = cu_chosen ? cu_chosen->numel() - 1 : chosen.size(0);
   const ScalarType type = chosen.scalar_type();
   const Tensor loss_out = empty_like_of(chosen, {}, type), slopes = empty_like_of(chosen, {2, B}, type);
-  const Tensor rewards = empty_like_of(chosen, {2, B}, type);
-  const Tensor metrics_out = empty_like_of(chosen, {int64_t(pairs::num_metrics)}, type);
+  const int64_t num_metrics = pair_formula.labelled ? int64_t(pairs::num_labelled_metrics) : pairs::num_metrics;
+  const Tensor metrics_out = empty_like_of(chosen, {num_metrics}, type);
   const Tensor grad_chosen = gradients ? empty_like_of(chosen, chosen.sizes(), type) : empty_like_of(chosen, {0}, type);
   const Tensor grad_rejected =
       gradients && rejected ? empty_like_of(*rejected, rejected->sizes(), type) : empty_like_of(chosen, {0}, type);
@@ -150,12 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
     const double nll_scale = pair_formula.token_nll && B ? double(B) / double(live_tokens(won)) : 0;
 
     S* slopes_ptr = static_cast<S*>(slopes.data_ptr());
-    S* rewards_ptr = static_cast<S*>(rewards.data_ptr());
     S *grad_chosen_ptr = static_cast<S*>(grad_chosen.data_ptr()),
       *grad_rejected_ptr = static_cast<S*>(grad_rejected.data_ptr());
-    struct Pair {
-      double loss, better, worse;
-    };
     std::vector<Pair> found(static_cast<size_t>(B));
     // A pair's answers are read, and their gradients written while the masks are in the cache.
     each_pair(B, won.N + (lost ? lost->N : 0), [&](int64_t i) {
@@ -169,26 +199,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_fwd(
       const double through_nll = pair_formula.token_nll ? pair.d_nll * nll_scale : 0;
       slopes_ptr[i] = S((pair.d_chosen / won_length - through_nll) / double(B));
       slopes_ptr[B + i] = S(pair.d_rejected / lost_length / double(B));
-      const double better = beta * x, worse = beta * y;
-      rewards_ptr[i] = S(better), rewards_ptr[B + i] = S(worse);
-      found[size_t(i)] = {pair.loss, better, worse};
+      found[size_t(i)] = {pair.loss, beta * x, beta * y, extra};
       if (!gradients) return;
       spread(won, i, slopes_ptr[i], grad_chosen_ptr);
       if (lost) spread(*lost, i, slopes_ptr[B + i], grad_rejected_ptr);
     });
-    double loss = 0, metrics[pairs::num_metrics] = {};
-    for (const Pair& pair : found) {
-      loss += pair.loss;
-      metrics[pairs::metric_reward_chosen] += pair.better;
-      metrics[pairs::metric_reward_rejected] += pair.worse;
-      metrics[pairs::metric_accuracy] += pair.better > pair.worse;
-      metrics[pairs::metric_margin] += pair.better - pair.worse;
-    }
-    const double total = double(std::max<int64_t>(B, 1));
-    static_cast<S*>(loss_out.data_ptr())[0] = S(loss / total);
-    for (int k = 0; k < pairs::num_metrics; ++k) static_cast<S*>(metrics_out.data_ptr())[k] = S(metrics[k] / total);
+    double loss = 0;
+    for (const Pair& pair : found) loss += pair.loss;
+    static_cast<S*>(loss_out.data_ptr())[0] = S(loss / double(std::max<int64_t>(B, 1)));
+    const Metrics metrics = pair_formula.labelled ? labelled_metrics(found, knobs) : pair_metrics(found);
+    for (int64_t k = 0; k < num_metrics; ++k) static_cast<S*>(metrics_out.data_ptr())[k] = S(metrics[size_t(k)]);
   });
-  return {loss_out, slopes, rewards, metrics_out, grad_chosen, grad_rejected};
+  return {loss_out, slopes, metrics_out, grad_chosen, grad_rejected};
 }
 
 std::tuple<Tensor, Tensor> preference_loss_bwd(Tensor grad, Tensor slopes, Tensor chosen,
