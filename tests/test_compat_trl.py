@@ -253,6 +253,19 @@ class TestChunkedLogProbs:
             assert got.dtype == wanted.dtype == torch.float32
             torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_statistics_change_no_log_probability(self, dtype: torch.dtype, autocast: bool) -> None:
+        """DPO's reference is asked for nothing else: at the first step all its rewards are 0."""
+        hidden, weight = torch.randn(70, 16).to(dtype), torch.randn(301, 16)
+        weight, targets = (weight if autocast else weight.to(dtype)), torch.randint(301, (70,))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            alone, *_ = ours.ChunkedLogProbFunction.apply(hidden, weight, None, targets, 0.9, 64, None, 1.0, ())
+            both, *_ = ours.ChunkedLogProbFunction.apply(
+                hidden, weight, None, targets, 0.9, 64, None, 1.0, ("entropy", "mean_logits", "is_top1")
+            )
+        assert torch.equal(alone, both)
+
     def test_a_negative_scale_is_trls_own(self, utils: Any) -> None:
         theirs = utils._ChunkedLogProbFunction
         arguments = (torch.randn(5, 8), torch.randn(33, 8), None, torch.randint(33, (5,)), 1.0, 64, None, -0.5, ())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, products, tiles
+from .. import checks, chunked, heads, products, tiles
 from ..logprobs import linear_token_logprobs, token_logprobs
 from . import patching, rounding
 from .patching import Patch, Target
@@ -152,13 +152,14 @@ class _LogprobsAndMore(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        compute = heads.product_dtype(compute, hidden)  # like the op, from which a reference's log-probabilities come
         size = tiles.chunk_rule(weight.shape[0], compute, device)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options = tau, cap, compute, size, "entropy" in outputs
         ctx.set_materialize_grads(False)
-        rows = []
-        for part in _parts(targets.shape[0], size):
-            logits = _logits(hidden[part], weight, bias, compute)
+        rows, w = [], weight.to(compute)
+        for part in _parts(hidden, targets, size):
+            logits = _logits(hidden[part], w, bias, compute)
             logp, entropy = _chunk_logprobs(logits, targets[part], tau, cap, "entropy" in outputs)
             rows.append((logp, entropy, *_statistics(logits, targets[part], tau, cap, outputs)))
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*rows, strict=True)]
@@ -175,18 +176,19 @@ class _LogprobsAndMore(torch.autograd.Function):
         if not given:
             return (None,) * 7
         wide = torch.float64 if compute == torch.float64 else torch.float32
-        parts = _parts(targets.shape[0], size)
+        parts = _parts(hidden, targets, size)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = products.WeightGradient(weight, compute, len(parts), wide) if need_weight else None
+        grad_weight = products.WeightGradient(weight, weight.dtype, len(parts), wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+        w = weight.detach().to(compute)
         for part in parts:
             with torch.enable_grad():
-                logits = _logits(hidden[part].detach(), weight.detach(), bias, compute).detach().requires_grad_()
+                logits = _logits(hidden[part].detach(), w, bias, compute).detach().requires_grad_()
                 both = _chunk_logprobs(logits, targets[part], tau, cap, with_entropy)
             results = [r for i, _ in given if (r := both[i]) is not None]
             (dz,) = torch.autograd.grad(results, logits, [g[part] for _, g in given])
             if grad_hidden is not None:
-                grad_hidden[part] = torch.mm(dz, weight.to(compute))
+                grad_hidden[part] = torch.mm(dz, w)
             if grad_weight is not None:
                 grad_weight.add(dz, hidden[part].to(compute))
             if grad_bias is not None:
@@ -199,13 +201,16 @@ class _LogprobsAndMore(torch.autograd.Function):
         )
 
 
-def _parts(rows: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
+def _parts(hidden: Tensor, targets: Tensor, size: int) -> list[slice]:
+    """The chunks of the op, for a product's bits depend on its rows; at least one, an empty one."""
+    rows = chunked.Rows(hidden, targets, None, hidden.new_empty(()))
+    return [part for part, _ in chunked.chunks_of(rows, size)] or [slice(0, 0)]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-    x, w = hidden.to(compute), weight.to(compute)
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(compute), x, w.t())
+    x = hidden.to(compute)
+    with torch.autocast(x.device.type, enabled=False):  # which would make 16 bits of fp32 factors again
+        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(compute), x, weight.t())
 
 
 def _chunk_logprobs(
