@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import BackendError
@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train = commands.add_parser(
         "train",
         help="train a language model",
-        epilog="Settings and their defaults are the fields of the trainer's config, as rl4llm_fast.trainer.DPOConfig; "
-        "the folder examples has a TOML file for each algorithm.",
+        epilog="train ALGORITHM --help lists its settings; the folder examples has a TOML file for each algorithm.",
+        add_help=False,
     )
+    train.add_argument("-h", "--help", action=_Help, nargs=0, help="this; after an algorithm: its settings")
     train.add_argument(
         "algorithm",
         choices=["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo", "r1", "distill"],
@@ -75,6 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.Action):
+    """The help of ``train``; with an algorithm before it, also the settings of that trainer, and no more."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        algorithm = getattr(namespace, "algorithm", None)
+        if algorithm is None:
+            parser.print_help()
+        else:
+            from .trainer.described import described
+
+            print(f"Settings of train {algorithm}: keys of the TOML file, or of --set\n")
+            print(described(_runs()[algorithm][1]))
+        parser.exit()
+
+
 def _stopped(error: RuntimeError) -> str:
     """What to say of a run that stopped for a reason that is no mistake in the code; "" of any other."""
     import torch
@@ -89,10 +105,10 @@ def _stopped(error: RuntimeError) -> str:
     return ""
 
 
-def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
+def _runs() -> dict[str, tuple[Callable[..., TrainResult], type[RunConfig]]]:
     from . import trainer
 
-    runs: dict[str, tuple[Callable[..., TrainResult], type[RunConfig]]] = {
+    return {
         "sft": (trainer.train_sft, trainer.SFTConfig),
         "rm": (trainer.train_rm, trainer.RMConfig),
         "dpo": (trainer.train_dpo, trainer.DPOConfig),
@@ -103,7 +119,12 @@ def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
         "r1": (trainer.train_r1, trainer.R1Config),
         "distill": (trainer.train_distill, trainer.DistillConfig),
     }
-    run, kind = runs[algorithm]
+
+
+def _train(algorithm: str, path: str | None, overrides: Sequence[str]) -> None:
+    from . import trainer
+
+    run, kind = _runs()[algorithm]
     config, start = trainer.fill(kind, path, overrides), time.time()
     try:
         result = run(config)

@@ -67,6 +67,8 @@ def token_loss(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f'name: wanted a non-empty str, as in @rf.token_loss("my_loss"), got {name!r}')
+    if knobs is not None and not isinstance(knobs, Mapping):
+        raise TypeError(f"token_loss {name!r}: knobs: wanted a dict of defaults, got {type(knobs).__name__}")
     defaults = dict(knobs or {})
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,12 +97,15 @@ def _check_signature(name: str, function: Callable[..., Any], defaults: Mapping[
             raise ValueError(f"token_loss {name!r}: wanted plain parameters (m, inputs, knobs), got {parameter}")
     if not parameters:
         raise ValueError(f"token_loss {name!r}: wanted a function of the maths namespace m, inputs and knobs")
+    if parameters[0].name in POLICY_INPUTS:
+        raise ValueError(f"token_loss {name!r}: the first parameter is the maths namespace m, got {parameters[0].name}")
     knobs = [p.name for p in parameters[1:] if p.name not in POLICY_INPUTS]
-    for knob in knobs:
-        if knob not in defaults:
+    for parameter in parameters[1:]:
+        if parameter.name in knobs and parameter.name not in defaults:
+            value = "..." if parameter.default is inspect.Parameter.empty else repr(parameter.default)
             raise ValueError(
-                f"token_loss {name!r}: {knob} is neither an input ({', '.join(POLICY_INPUTS)}) nor a knob with a "
-                f"default (knobs={{{knob!r}: ...}})"
+                f"token_loss {name!r}: {parameter.name} is neither an input ({', '.join(POLICY_INPUTS)}) nor a knob "
+                f"with a default: knobs={{{parameter.name!r}: {value}}}"
             )
     taken = _arguments()
     for knob, value in defaults.items():
@@ -141,7 +146,8 @@ def _check_formula(name: str, function: Callable[..., Any], knobs: tuple[str, ..
     if len(outputs) != 1:
         raise FormulaError(f"token_loss {name!r}: wanted one value per token, got {len(outputs)}")
     if slope is None:
-        raise FormulaError(f"token_loss {name!r}: the result does not depend on logp, or only through m.detach")
+        hint = "; log_s is a constant to it: m.with_gradient(log_s, logp)" if "log_s" in parameters else ""
+        raise FormulaError(f"token_loss {name!r}: the result does not depend on logp, or only through m.detach{hint}")
     used = codegen.inputs_of(outputs[0])
     for knob in knobs:
         if knob not in used:
@@ -150,7 +156,7 @@ def _check_formula(name: str, function: Callable[..., Any], knobs: tuple[str, ..
     try:
         result = function(EagerMaths, *(one if p in POLICY_INPUTS else one[0] for p in parameters))
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise FormulaError(f"token_loss {name!r} fails on tensors (m.exp(0.5) of a mere number?): {error}") from error
+        raise FormulaError(f"token_loss {name!r} fails on tensors: {error}") from error
     if not isinstance(result, torch.Tensor) or result.shape != one.shape or result.dtype != one.dtype:
         raise FormulaError(f"token_loss {name!r}: wanted one number per token, got {result!r} for one token")
     return "ref" in used

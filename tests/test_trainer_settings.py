@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from tiny_llama import PROMPTS, config, count_sevens, run, tiny_model
 
 from rl4llm_fast import cli
 from rl4llm_fast.trainer import Task, load_config, load_task, train_grpo
+from rl4llm_fast.trainer.described import described
 from rl4llm_fast.trainer.tasks import examples_of_step, last_number, prompt_token_ids
 
 pytest.importorskip("transformers", reason="the trainer needs the extra 'trainer'")
@@ -187,3 +189,21 @@ def test_evaluation_of_held_out_examples(tmp_path):
     assert len(held) == 3  # the first model's too
     assert held[0] < 0.5
     assert held[-1] > 0.5
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "rm", "dpo", "curry", "kto", "ppo", "grpo", "r1", "distill"])
+def test_help_lists_every_setting(algorithm, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", algorithm, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(cli._runs()[algorithm][1]):
+        assert f"\n{field.name} = " in shown
+
+
+def test_help_says_what_a_setting_is():
+    text = described(cli._runs()["dpo"][1])
+    assert 'precision = "auto"' in text  # as written, not as this machine understands it
+    (line,) = (line for line in text.splitlines() if line.startswith("loss = "))
+    assert "one of" in line
+    assert "ipo" in line

@@ -278,12 +278,15 @@ REFUSED = [
     ("pair", {}, lambda m, logp: (logp, logp), "one value per token, got 2"),
     ("constant", {}, lambda m, logp, adv: adv, "does not depend on logp"),
     ("detached", {}, lambda m, logp, adv: m.detach(logp) * adv, "does not depend on logp"),
+    ("mean", {}, lambda m, log_s, adv: -m.exp(log_s) * adv, r"log_s is a constant to it: m.with_gradient\(log_s, logp"),
+    ("names", ["c"], lambda m, logp, c: c * logp, "'names': knobs: wanted a dict of defaults, got list"),
+    ("default", {}, lambda m, logp, c=0.5: c * logp, r"c is neither an input.*knobs=\{'c': 0.5\}"),
+    ("minus", {}, lambda logp, adv: -logp * adv, "'minus': the first parameter is the maths namespace m, got logp"),
     ("list", {}, lambda m, logp: [logp], "got list"),
     ("comparison", {}, lambda m, logp: logp > 0.0, "gt has no derivative.*condition of m.where"),
     ("nothing", {}, lambda m, logp: None, "'nothing': .*got None: does the function return"),
-    ("without m", {}, lambda logp, old: logp * old, "'without m': .*first parameter is the maths namespace"),
     ("one bound", {}, lambda m, logp: m.clamp(logp, 0.0), "'one bound': .*clamp.*'high'"),
-    ("of a number", {}, lambda m, logp: m.exp(0.5) * logp, "m.exp"),
+    ("of a number", {}, lambda m, logp: m.exp(0.5) * logp, "fails on tensors: .*must be Tensor, not float"),
     ("grpo", {}, lambda m, logp: logp, "built-in"),
 ]
 

@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry; returns the exit status."""
     parser = argparse.ArgumentParser(prog="rl4llm-fast demo", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", default="runs/demo", help="folder for metrics, plot and checkpoint")
-    parser.add_argument("--steps", type=int, default=0, help="training steps (0: by device)")
+    parser.add_argument("--steps", type=int, default=0, help="training steps (0: as many as suit the device)")
     arguments = parser.parse_args(argv)
     try:
         run_demo(Path(arguments.output), steps=arguments.steps)
