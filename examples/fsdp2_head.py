@@ -80,6 +80,8 @@ def check(rank: int, size: int, device: str, head: str) -> None:
 
 
 def main() -> None:
+    if "WORLD_SIZE" not in os.environ:
+        raise SystemExit("fsdp2_head.py: start it with torchrun --nproc-per-node 2")
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
     device = "cuda" if torch.cuda.device_count() >= here else "cpu"  # NCCL wants a GPU for each process
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
