@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -199,16 +200,38 @@ def folded(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The README's table: times and how many times faster, memory beside the inputs."""
-    meta = result["meta"]
-    peers = []
+    """Times and how many times faster, memory beside the inputs: every case of a result."""
+    return f"{_rows(result['cases'])}\n\n{_source(result['meta'])}"
+
+
+def headlines(result: dict[str, Any]) -> str:
+    """The largest case of each op in each dtype, and the others where the reader opens them."""
+    best: dict[tuple[str, str], tuple[tuple[bool, int], dict[str, Any]]] = {}
     for record in result["cases"]:
+        ours = next(r for r in record["results"] if r["implementation"] == OURS)
+        if "median_ms" in ours:
+            key = record["call"], record["dtype"]
+            rank = record["mode"] == "forward+backward", math.prod(record["shape"])
+            if key not in best or rank > best[key][0]:
+                best[key] = rank, record
+    chosen = [record for _, record in best.values()]
+    others = [record for record in result["cases"] if record not in chosen]
+    text = _rows(chosen)
+    if others:
+        summary = f"The other {len(others)} cases: smaller ones, other modes and masks"
+        text += f"\n\n<details><summary>{summary}</summary>\n\n{_rows(others)}\n\n</details>"
+    return f"{text}\n\n{_source(result['meta'])}"
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> str:
+    peers = []
+    for record in records:
         peers += [r["implementation"] for r in record["results"] if "speedup" in r and r["implementation"] not in peers]
     lines = [
         "| case | rl4llm_fast | " + " | ".join(peers) + " | extra memory: ours | eager's |",
         "|---|---" + "|---" * len(peers) + "|---|---|",
     ]
-    for record in result["cases"]:
+    for record in records:
         by_name = {r["implementation"]: r for r in record["results"]}
         ours = by_name[OURS]
         right = ours.get("correct") or ours["status"] == "absent"
@@ -216,15 +239,16 @@ def markdown(result: dict[str, Any]) -> str:
         cells += [_against(by_name.get(peer, {})) for peer in peers]
         cells += [_mib(ours), _mib(by_name.get("eager", {}))]
         lines.append("| " + " | ".join(cells) + " |")
-    modified = ", with local changes" if meta["dirty"] else ""
-    lines += [
-        "",
-        f"`{meta['command']}` on {meta['device']}, {meta['date']}, torch {meta['torch']}, commit "
-        f"{meta['git']}{modified}. "
-        "Medians of interleaved rounds; in brackets: how many times as long as rl4llm_fast it takes. –: absent or "
-        "without a counterpart; `python -m bench.report` says which, with the percentiles and the targets.",
-    ]
     return "\n".join(lines)
+
+
+def _source(meta: dict[str, Any]) -> str:
+    commit = f"commit {meta['git']}{', with local changes' if meta['dirty'] else ''}"
+    return (
+        f"`{meta['command']}` on {meta['device']}, {meta['date']}, torch {meta['torch']}, {commit}. Medians of "
+        "interleaved rounds; in brackets: how many times as long as rl4llm_fast it takes. –: absent or without a "
+        "counterpart; `python -m bench.report` says which, with the percentiles and the targets."
+    )
 
 
 def _milliseconds(r: dict[str, Any]) -> str:
@@ -344,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         shown = newest_of_suites(results)
         suites = ("smoke", "cpu", "gpu")
-        blocks = [markdown(result) for result in shown.values() if result["meta"]["suite"] in suites]
+        blocks = [headlines(result) for result in shown.values() if result["meta"]["suite"] in suites]
         blocks += [folded(result) for result in of_other_devices(results, "cpu")]
         blocks += [pictures(p.with_suffix(""), arguments.readme) for p, result in shown.items() if "cases" in result]
         blocks.append("\n".join(ledger_lines(bullet="- ")))

@@ -245,6 +245,7 @@ def test_no_speedup_is_printed_for_a_wrong_result(monkeypatch: pytest.MonkeyPatc
     text = report.table(result)
     assert "WRONG: logp; no speed-up is printed" in text
     assert "result wrong: not shown" in report.markdown(result)
+    assert "result wrong: not shown" in report.headlines(result)
     assert plots.draw(result, tmp_path, "x") == []
 
 
@@ -339,3 +340,17 @@ def test_benchmark_token_logprobs(benchmark: object, mode: str) -> None:
     step = ops.step(case, peers.build(peers.OURS, case, "cpu"), inputs)
     result = benchmark(step.run, step.prepare())  # type: ignore[operator]
     assert all(error.within for error in ops.errors(case, inputs, {"x": result})["x"].values())
+
+
+def test_the_page_shows_the_largest_case_of_each_op_and_dtype_and_folds_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = tiny_result(monkeypatch)
+    (record,) = result["cases"]  # type: ignore[misc]
+    larger = record | {"shape": [2 * size for size in record["shape"]]}
+    forward = record | {"mode": "forward", "shape": [4 * size for size in record["shape"]]}
+    text = report.headlines(result | {"cases": [record, larger, forward]})
+    shown, folded = text.split("<details>")
+    assert report.title(larger) in shown
+    assert all(report.title(r) not in shown and report.title(r) in folded for r in (record, forward))
+    assert "<details>" not in report.headlines(result)
