@@ -17,7 +17,7 @@ def scale_gradient_kernel(
 ):
     """Scaling that costs nothing where there is nothing to scale.
 
-    Computes: gradient_i ← grad·gradient_i, unless grad = 1
+    Computes: gradient_i ← grad·gradient_i, unless grad = 1; 0 stays 0 whatever grad is
     Grid: (ceil(N/BLOCK),), program -> elements
     Traffic: 4 bytes a program where grad = 1, which the host does not know; else an element read and written
     Numerics: the product in fp32, rounded once
@@ -27,7 +27,7 @@ def scale_gradient_kernel(
     if factor != 1.0:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(gradient_ptr + i, mask=i < N, other=0.0).to(tl.float32)
-        tl.store(gradient_ptr + i, (x * factor).to(gradient_ptr.dtype.element_ty), mask=i < N)
+        tl.store(gradient_ptr + i, tl.where(x == 0.0, x, x * factor).to(gradient_ptr.dtype.element_ty), mask=i < N)
 
 
 def scale_gradient_(gradient: Tensor, grad: Tensor) -> None:

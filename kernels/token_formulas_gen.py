@@ -209,16 +209,19 @@ def value_clipped(logp, old, ref, adv, log_s, knobs):
     clip = knobs[1]
     error = logp - adv
     square = error * error
-    t = old - clip
-    t2 = old + clip
-    clipped_error = clamp(logp, t, t2) - adv
+    t = old == old
+    t2 = old - clip
+    t3 = old + clip
+    clipped = clamp(logp, t2, t3)
+    clipped_error = tl.where(t, clipped, old) - adv
     clipped_square = clipped_error * clipped_error
     loss = scale * maximum(square, clipped_square)
     d_square = error + error
-    d_clipped_error = tl.where((logp >= t) & (logp <= t2), 1.0, 0.0)
+    d_clipped = tl.where((logp >= t2) & (logp <= t3), 1.0, 0.0)
+    d_clipped_error = tl.where(t, d_clipped, 0.0)
     d_clipped_square = d_clipped_error * clipped_error + clipped_error * d_clipped_error
-    t3 = tl.where(square < clipped_square, d_clipped_square, 0.5 * (d_square + d_clipped_square))
-    d_loss = scale * tl.where(square > clipped_square, d_square, t3)
+    t4 = tl.where(square < clipped_square, d_clipped_square, 0.5 * (d_square + d_clipped_square))
+    d_loss = scale * tl.where(square > clipped_square, d_square, t4)
     log_rho = clamp(logp - old, -20.0, 20.0)
     rho = exp(log_rho)
     clipped_high = tl.where(clipped_square > square, 1.0, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 # Number: a hyperparameter as the user gives it. A 0-d tensor may change between steps without a recompilation.
 Number = float | int | Tensor
@@ -104,19 +104,48 @@ def live_mask(name: str, mask: Tensor | None, wanted: Sequence[int], reference: 
 
 def _zeros_and_ones(name: str, mask: Tensor) -> None:
     """Labels or segment numbers are no mask. Looked at where that costs no synchronisation."""
-    unseen = torch.compiler.is_compiling() or _dispatch_modes() or (mask.device.type != "cpu" and not debug())
-    if unseen or not mask.numel():
+    if unseen(mask) or not mask.numel():
         return
     low, high = (int(value) for value in mask.aminmax())
     if low < 0 or high > 1:
         raise ValueError(f"{name}: wanted 0 or 1 at every token, got values from {low} to {high}")
 
 
-def at_every(name: str, tensor: Tensor, right: Tensor, wanted: str) -> None:
-    """An error that shows the first value that is not right, and its place. Waits for a GPU: see ``debug``."""
+def unseen(tensor: Tensor) -> bool:
+    """Whether nobody may look at what a tensor holds: while a graph is made, or on a GPU, where it costs a wait."""
+    if torch.compiler.is_compiling() or dispatch_modes() or tensor.device.type == "meta":
+        return True
+    return tensor.device.type != "cpu" and not debug()
+
+
+def at_every(name: str, tensor: Tensor, right: Callable[[Tensor], Tensor], wanted: str) -> Tensor:
+    """``tensor``; an error with the first value, and its place, at which ``right`` of it is False.
+
+    Not looked at where it is ``unseen``; but on a CPU, a compiled graph looks when it runs.
+    """
+    if torch.compiler.is_compiling() and tensor.device.type == "cpu":
+        result: Tensor = torch.ops.rl4llm_fast.at_every(tensor, right(tensor), name, wanted)
+        return result
+    if not unseen(tensor):
+        _look(tensor, right(tensor), name, wanted)
+    return tensor
+
+
+def _look(tensor: Tensor, right: Tensor, name: str, wanted: str) -> None:
     if not bool(right.all()):
         place = tuple((~right).nonzero()[0].tolist())
         raise ValueError(f"{name}: wanted {wanted}, got {tensor[place].item():g} at position {place}")
+
+
+@torch.library.custom_op("rl4llm_fast::at_every", mutates_args=())
+def _at_every(tensor: Tensor, right: Tensor, name: str, wanted: str) -> Tensor:
+    _look(tensor, right, name, wanted)
+    return tensor.clone()
+
+
+@_at_every.register_fake
+def _(tensor: Tensor, right: Tensor, name: str, wanted: str) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 def flag(name: str, value: object) -> bool:
@@ -142,7 +171,7 @@ _kept_tensor = functools.lru_cache(maxsize=256)(_tensor)
 
 def _of_plain(plain: float | tuple[float, ...]) -> Tensor:
     """Plain numbers as fp64 on the CPU, not to be written to. Inside a dispatch mode a tensor is the mode's own."""
-    return _tensor(plain) if _dispatch_modes() else _kept_tensor(plain)
+    return _tensor(plain) if dispatch_modes() else _kept_tensor(plain)
 
 
 def number(name: str, value: Number, reference: Tensor, *, positive: bool = False) -> Tensor:
@@ -183,7 +212,7 @@ def plain(value: object) -> Any:
     if value is None or type(value) in (float, int):
         return value
     if isinstance(value, Tensor):
-        unseen = torch.compiler.is_compiling() or value.dim() or value.device.type != "cpu" or _dispatch_modes()
+        unseen = torch.compiler.is_compiling() or value.dim() or value.device.type != "cpu" or dispatch_modes()
         return None if unseen or value.dtype.is_complex or value.dtype == torch.bool else value.item()
     if isinstance(value, bool):
         return None

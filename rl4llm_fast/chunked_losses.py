@@ -11,6 +11,7 @@ towards one of them depends on that one's log-probabilities and on masks. Elsewh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -216,7 +217,9 @@ def _scale_in_place(gradient: Tensor, grad: Tensor) -> None:
 def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:
     """gradient·grad, rounded once; all are contiguous but grad, which is 0-d."""
     factor = grad.to(schemas.accumulation_dtype(gradient.dtype))
-    if gradient.device.type == "cpu" or factor.dtype == gradient.dtype:
+    if gradient.device.type == "cpu" and not math.isfinite(grad.item()):  # not 0·∞ at tokens that are not live
+        torch.where(gradient == 0, gradient, (gradient * factor).to(gradient.dtype), out=out)
+    elif gradient.device.type == "cpu" or factor.dtype == gradient.dtype:
         torch.mul(gradient, factor, out=out)
     else:
         scale_blocks(gradient, factor, out)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, chunked_kl, chunked_losses, schemas
-from .checks import environment, environment_key
+from .checks import dispatch_modes, environment, environment_key
 from .errors import BackendError
 from .machine import driver_too_old
 
@@ -86,6 +86,7 @@ OP_KERNELS: dict[str, tuple[str, ...]] = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _override: str | None = None  # use_backend's; process-wide, like torch.set_num_threads
+_overrides: list[list[str]] = []  # of the blocks that are open, in any thread; the last one is in force
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
 _extension_error: str | None = None
 _triton_error: str | None = None
@@ -294,7 +295,7 @@ def is_last_backward() -> bool:
 
 def is_one(grad: Tensor) -> bool:
     """Whether an upstream gradient is one number, 1, on the CPU: looking at it costs no synchronisation there."""
-    return grad.dim() == 0 and grad.device.type == "cpu" and grad.item() == 1
+    return grad.dim() == 0 and grad.device.type == "cpu" and not dispatch_modes() and grad.item() == 1
 
 
 def backends() -> dict[str, list[str]]:
@@ -326,8 +327,11 @@ def use_backend(backend: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _using(backend: str) -> Iterator[None]:
     global _override
-    before, _override = _override, backend
+    mine = [backend]  # found again by what it is, not by its name: blocks of two threads may end in either order
+    _overrides.append(mine)
+    _override = backend
     try:
         yield
     finally:
-        _override = before
+        del _overrides[next(i for i, block in enumerate(_overrides) if block is mine)]
+        _override = _overrides[-1][0] if _overrides else None

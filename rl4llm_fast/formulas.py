@@ -63,7 +63,8 @@ class EagerMaths:
 
     @staticmethod
     def with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.detach() + (surrogate - surrogate.detach())
+        nothing = surrogate - surrogate.detach()  # but for its gradient; ∞ − ∞ would make a NaN of a finite value
+        return value.detach() + torch.where(surrogate.isinf(), torch.zeros_like(nothing), nothing)
 
 
 # Section 3: KL
@@ -177,7 +178,8 @@ def value_mse(m: Any, logp: Any, adv: Any, scale: Any) -> Any:
 def clipped_squares(m: Any, logp: Any, old: Any, adv: Any, clip: Any) -> tuple[Any, Any]:
     """(V − V_target)², (clip(V, V_old ± ε) − V_target)²."""
     error = logp - adv
-    clipped_error = m.clamp(logp, old - clip, old + clip) - adv
+    clipped = m.clamp(logp, old - clip, old + clip)
+    clipped_error = m.where(old == old, clipped, old) - adv  # a NaN bound would be passed by where a clamp compares
     return error * error, clipped_error * clipped_error
 
 

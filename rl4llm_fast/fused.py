@@ -330,19 +330,20 @@ def _one_pass(old_logp: Tensor | None, options: dict[str, Any], chosen: str) -> 
     return function.builtin or user_losses.prepare(options["kind"], chosen, named) == chosen
 
 
-# The arguments of policy_loss that are no knobs of a kind.
-_KEYWORDS = frozenset(policy_loss.__kwdefaults__ or ())
+# The arguments of policy_loss that are no knobs of a kind. Read here: where Dynamo sees a function's __kwdefaults__
+# read, its defaults are no constants to it any more.
+_DEFAULTS = dict(policy_loss.__kwdefaults__ or {})
 
 
 def _knobs(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _KEYWORDS}
+    return {name: value for name, value in options.items() if name not in _DEFAULTS}
 
 
 def _per_token(
     nothing: Tensor, old_logp: Tensor | None, advantages: Tensor, options: dict[str, Any]
 ) -> tuple[Any, ...]:
     """The loss's arguments as ``linear_policy_loss_fwd`` takes them, from ``old`` to ``correction``."""
-    get = {**(policy_loss.__kwdefaults__ or {}), **options}
+    get = {**_DEFAULTS, **options}
     layout = sequences(nothing, get["cu_seqlens"])
     live = layout.as_rows(get["mask"])
 

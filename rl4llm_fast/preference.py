@@ -119,9 +119,7 @@ def preference_loss(
         if kind not in _WITH_PROB:
             raise ValueError(f"prob: kind {kind!r} has none; kinds that have: {', '.join(_WITH_PROB)}")
         _check_per_pair("prob", prob, chosen)
-        on_host = prob.device.type == "cpu" or checks.debug()
-        if on_host and not torch.compiler.is_compiling():
-            checks.at_every("prob", prob, (prob >= 0) & (prob <= 1), "probabilities in [0, 1]")
+        prob = checks.at_every("prob", prob.detach(), lambda p: (p >= 0) & (p <= 1), "probabilities in [0, 1]")
     average = checks.flag("average", average)
     if average and kind == "2d_dpo":
         raise ValueError("average: wanted False for kind '2d_dpo', which weighs the sums of segments; got True")

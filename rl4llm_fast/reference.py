@@ -88,10 +88,10 @@ def _shifted_log_softmax(
     hidden = (z == -math.inf) | ~live.unsqueeze(-1)
     z = z.masked_fill(hidden, 0.0)
     if softcap is not None:
-        cap = softcap.to(z)
-        z = z + torch.where(z == math.inf, math.nan, 0.0)  # tanh would turn +inf into a number
+        cap = softcap.to(z.dtype)
+        z = z.masked_fill(z == math.inf, math.nan)  # tanh would turn +inf into a number
         z = cap * torch.tanh(z / cap)
-    tau = temperature.to(z)
+    tau = temperature.to(z.dtype)  # a number stays on the host, where it waits for no copy
     tau = torch.where(tau > 0, tau, math.nan)
     u = z / (tau.unsqueeze(-1) if tau.dim() else tau)
     u = u.masked_fill(hidden, -math.inf)
@@ -120,7 +120,7 @@ def kl_divergence(
     elif direction == "forward":
         terms = _relative_entropy_terms(log_q, log_p)
     else:
-        weight = beta.to(log_p)
+        weight = beta.to(log_p.dtype)
         log_m = torch.logaddexp(weight.log() + log_q, (1 - weight).log() + _without_gradient_at_minus_inf(log_p))
         terms = weight * _relative_entropy_terms(log_q, log_m) + (1 - weight) * _relative_entropy_terms(log_p, log_m)
     return torch.where(live, terms.sum(-1), torch.zeros((), dtype=acc, device=logits.device))
@@ -155,7 +155,7 @@ def _outside(token_ids: Tensor, live: Tensor, vocabulary: int) -> Tensor:
 
 def check_token_ids(token_ids: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> None:
     """IndexError for the first live id outside [0, V): always on the CPU; elsewhere it would cost a synchronisation."""
-    if torch.compiler.is_compiling() or not (token_ids.device.type == "cpu" or checks.debug()):
+    if checks.unseen(token_ids):
         return
     invalid = _outside(token_ids, live_ids(token_ids, mask, ignore_index), vocabulary)
     if bool(invalid.any()):

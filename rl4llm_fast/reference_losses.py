@@ -46,7 +46,10 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """docs/math.md section 5 on (B, T): the loss, and the metrics in the order of ``formulas.METRICS``."""
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    values = params.to(logp.device, logp.dtype).unbind()
+    if params.device == logp.device:
+        values = params.to(logp.dtype).unbind()
+    else:  # fills, where a copy would wait for the GPU
+        values = tuple(torch.full((), v, dtype=logp.dtype, device=logp.device) for v in params.tolist())
     param = dict(zip(formulas.PARAMS, values, strict=False))
     function = formulas.FORMULAS[formula]
     knobs = values[len(formulas.PARAMS) :][: len(function.knobs)]

@@ -48,7 +48,7 @@ def gae(
     layout, live, active = token_layout(rewards, mask, cu_seqlens, mask_mode)
     r = _rows(layout, rewards, live)
     last = _bootstrap(layout, bootstrap, r)
-    discount, decay = gamma.to(r), (gamma * lam).to(r)
+    discount, decay = gamma.to(r.dtype), (gamma * lam).to(r.dtype)  # numbers stay on the host, without a copy
     if values is None:
         (following,) = _walk(layout, active, (last,), lambda t, x: (r[:, t] + discount * x[0],))
         returns = r + discount * following
@@ -84,9 +84,9 @@ def vtrace(
     layout, live, active = token_layout(rewards, mask, cu_seqlens, mask_mode)
     r, v = _rows(layout, rewards, live), _rows(layout, values, live)
     ratio = (_rows(layout, logp, live) - _rows(layout, rollout_logp, live)).exp()  # 1 where a token is not live
-    rho = torch.minimum(rho_max.to(r), ratio)
-    c = lam.to(r) * torch.minimum(c_max.to(r), ratio)
-    discount = gamma.to(r)
+    rho = torch.minimum(rho_max.to(r.dtype), ratio)
+    c = lam.to(r.dtype) * torch.minimum(c_max.to(r.dtype), ratio)
+    discount = gamma.to(r.dtype)
     last = _bootstrap(layout, bootstrap, r)
 
     def step(t: int, state: State) -> State:
@@ -125,7 +125,7 @@ def n_step_returns(
     tail = layout.spread(last).expand(layout.rows)
     for _ in range(min(n, length)):
         after = result.gather(1, following.clamp(max=max(length - 1, 0)))
-        result = r + gamma.to(r) * torch.where(ends, tail, after)
+        result = r + gamma.to(r.dtype) * torch.where(ends, tail, after)
     return _masked(layout, live, result)
 
 
@@ -133,7 +133,7 @@ def shape_rewards(scores: Tensor, kl: Tensor, beta: Tensor, mask: Tensor | None,
     """r_t = −β·kl_t, plus the score of its prefix (81), or at the last live token that of the sequence (7)."""
     layout, live, _ = token_layout(kl, mask, cu_seqlens, "skip")
     penalty = _rows(layout, kl, live)
-    shaped = 0.0 - beta.to(penalty) * penalty  # 0 where a token is not live, and stays so
+    shaped = 0.0 - beta.to(penalty.dtype) * penalty  # 0 where a token is not live, and stays so
     if scores.shape == kl.shape:
         shaped = shaped + _rows(layout, scores, live)
     elif live.numel():

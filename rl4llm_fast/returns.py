@@ -318,6 +318,8 @@ def _takes_as_given(cu_seqlens: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return True  # the autograd function says that it has no forward mode; the bare op would drop the tangents
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -38,8 +38,8 @@ def segment_sums(
         checks.has_shape(weights_name, weights, checks.shape(segments)[:2], f"{segments_name}, less the last dimension")
         checks.same_device(weights_name, weights, logp, "the log-probabilities")
     begin, end = segments.long().unbind(-1)
+    begin = _checked(segments_name, begin, end, layout)
     exists = begin >= 0
-    _check_contents(segments_name, begin, end, layout, logp)
 
     position = torch.arange(layout.rows[1], device=logp.device)
     if layout.cu_seqlens is None:
@@ -67,15 +67,20 @@ def segment_sums(
     return torch.where(exists, sums, zero), exists
 
 
-def _check_contents(name: str, begin: Tensor, end: Tensor, layout: Sequences, logp: Tensor) -> None:
-    if torch.compiler.is_compiling() or not (logp.device.type == "cpu" or checks.debug()):
-        return
+def _checked(name: str, begin: Tensor, end: Tensor, layout: Sequences) -> Tensor:
+    """``begin``, where segments lie in their answers; looked at as ``checks.at_every`` looks."""
     length = begin.new_full((layout.count,), layout.rows[1]) if layout.cu_seqlens is None else layout.cu_seqlens.diff()
-    padding = (begin == -1) & (end == -1)
-    wrong = ~padding & ((begin < 0) | (end < begin) | (end > length.unsqueeze(1)))
-    if bool(wrong.any()):
-        pair, segment = wrong.nonzero()[0].tolist()
+
+    def right(begin: Tensor) -> Tensor:
+        padding = (begin == -1) & (end == -1)
+        return padding | ((begin >= 0) & (end >= begin) & (end <= length.unsqueeze(1)))
+
+    if checks.unseen(begin):
+        return checks.at_every(name, begin, right, "0 <= first <= end <= the answer's length, or (-1, -1) for none")
+    if not bool(right(begin).all()):
+        pair, segment = (~right(begin)).nonzero()[0].tolist()
         raise ValueError(
             f"{name}: wanted 0 <= first <= end <= {int(length[pair])}, or (-1, -1) for none; got "
             f"({int(begin[pair, segment])}, {int(end[pair, segment])}) at position {(pair, segment)}"
         )
+    return begin

@@ -86,11 +86,11 @@ def layout_of(tokens: Tensor, offsets: Tensor | None) -> Sequences:
 def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
     """``cu_seqlens`` (B+1,) of packed ``tokens`` (N,), checked, as int64 in [0, N]. Raises as :func:`sequences`."""
     check_layout(tokens, cu_seqlens, name)
-    if _looked_at(cu_seqlens):
-        # A copy always: callers reuse their offsets, and a backward pass still needs these.
-        offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
-        _check_contents(offsets, tokens.shape[0])
-        return offsets
+    if not checks.unseen(cu_seqlens):
+        return _checked_offsets(cu_seqlens, tokens.shape[0])
+    if torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":  # looked at when the graph runs
+        checked: Tensor = torch.ops.rl4llm_fast.checked_offsets(cu_seqlens, tokens.shape[0])
+        return checked
     # Clamped, so that whatever the offsets hold on a GPU, nothing is read out of bounds.
     return cu_seqlens.long().clamp(0, tokens.shape[0])
 
@@ -98,7 +98,7 @@ def packed_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
 def check_offsets(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
     """Raises as :func:`sequences`."""
     check_layout(tokens, cu_seqlens, name)
-    if _looked_at(cu_seqlens):
+    if not checks.unseen(cu_seqlens):
         _check_contents(cu_seqlens, tokens.shape[0])
 
 
@@ -115,8 +115,21 @@ def check_layout(tokens: Tensor, cu_seqlens: Tensor, name: str) -> None:
         raise ValueError(f"cu_seqlens: wanted at least one sequence for {shape[0]} tokens, got (1,)")
 
 
-def _looked_at(cu_seqlens: Tensor) -> bool:
-    return (cu_seqlens.device.type == "cpu" or checks.debug()) and not torch.compiler.is_compiling()
+def _checked_offsets(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    # A copy always: callers reuse their offsets, and a backward pass still needs these.
+    offsets = cu_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+    _check_contents(offsets, tokens)
+    return offsets
+
+
+@torch.library.custom_op("rl4llm_fast::checked_offsets", mutates_args=())
+def _of_a_graph(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return _checked_offsets(cu_seqlens, tokens)
+
+
+@_of_a_graph.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int64)
 
 
 def _check_contents(offsets: Tensor, tokens: int) -> None:

@@ -106,8 +106,8 @@ def test_hyperparameters_are_made_once_and_survive_every_mode():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_default_device_is_of_no_account(backend):
-    """Tensors made inside an op are made where its inputs are."""
+def test_default_device_and_dtype_are_of_no_account(backend):
+    """Tensors made inside an op are made where its inputs are, and results have the dtype that these give them."""
     torch.manual_seed(0)
     hidden, weight, ids, ref_hidden, ref_weight = inputs()
     logits, rows, mask = (
@@ -173,6 +173,13 @@ def test_the_default_device_is_of_no_account(backend):
     checks._kept_tensor.cache_clear()
     with torch.device("meta"):
         got = [flat(result) for result in results()]
-    for here, there in zip(wanted, got, strict=True):
-        for a, b in zip(here, there, strict=True):
-            assert torch.equal(a, b)
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = [flat(result) for result in results()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for here, *others in zip(wanted, got, wide, strict=True):
+        for there in others:
+            for a, b in zip(here, there, strict=True):
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b)

@@ -112,3 +112,14 @@ def test_process_advantages_and_whiten(backend):
         x, mask = torch.randn(shape) * 3 + 50, torch.rand(shape) < 0.6
         for shift_mean, live in itertools.product([True, False], [None, mask]):
             check(rf.whiten, (x, live), backend, shift_mean=shift_mean)
+
+
+def test_shape_rewards_does_not_wait():
+    kl, scores = torch.rand(3, 40, device="cuda"), torch.rand(3, device="cuda")
+    rf.shape_rewards(scores, kl, beta=0.1)  # whatever happens once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = rf.shape_rewards(scores, kl, beta=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), rf.shape_rewards(scores.cpu(), kl.cpu(), beta=0.1))

@@ -189,3 +189,11 @@ def test_on_a_gpu(backend, estimator, gradient):
         ref, old = logp + 0.5 * torch.randn(shape), logp + 0.5 * torch.randn(shape)
         options = {"estimator": estimator, "gradient": gradient, "mask": torch.rand(shape) > 0.3, "old_logp": old}
         check(logp, ref, backend, device="cuda", **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_clamped_estimate_is_finite_whatever_its_surrogate_is(backend):
+    logp = torch.tensor([[-1.0, -0.5]], requires_grad=True)
+    ref = torch.tensor([[-math.inf, -0.4]])
+    kl = rf.kl_estimate(logp, ref, "k3", gradient="straight_through", clamp=True, backend=backend)
+    assert kl.tolist() == [[10.0, pytest.approx(math.exp(0.1) - 1.1, abs=1e-6)]]

@@ -354,3 +354,16 @@ def test_bad_input(error, message, changes):
     }
     with pytest.raises(error, match=message):
         rf.linear_policy_loss(**{**good, **changes})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_an_upstream_that_is_not_finite_reaches_no_dead_token(backend, dtype, upstream):
+    hidden = torch.randn(1, 2, D).to(dtype).requires_grad_()
+    weight, mask = torch.randn(V, D).to(dtype), torch.tensor([[True, False]])
+    for keep in (True, False):
+        loss = rf.linear_sft_loss(hidden, weight, torch.tensor([[1, 2]]), mask=mask, backend=backend)
+        (grad,) = torch.autograd.grad(loss * upstream, hidden, retain_graph=keep)
+        assert not grad[0, 0].isfinite().any()
+        assert not grad[0, 1].any()

@@ -159,6 +159,16 @@ class TestChoice:
             raise KeyError
         assert dispatch._override is None
 
+    def test_blocks_that_end_in_another_order_leave_nothing_behind(self):
+        """As those of two threads may."""
+        first, second = rf.use_backend("eager"), rf.use_backend("cpu")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert dispatch.named(None) == "cpu"
+        second.__exit__(None, None, None)
+        assert dispatch._override is None
+
     def test_every_function_that_takes_a_backend_is_listed(self):
         functions = {name: f for name in rf.__all__ if inspect.isfunction(f := getattr(rf, name))}
         taking = {name for name, f in functions.items() if "backend" in inspect.signature(f).parameters}

@@ -102,3 +102,24 @@ class TestRegistration:
         got = torch.compile(loss, fullgraph=True)(*leaves, mask, offsets, gamma)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, leaves), want_grads)
+
+
+@each_backend
+@pytest.mark.parametrize("op", ["gae", "discounted_returns"])
+def test_forward_mode_is_right_or_refused(backend, op):
+    """Never a tangent of 0."""
+    x, values = torch.ones(1, 3), torch.zeros(1, 3)
+
+    def function(rewards):
+        if op == "gae":
+            return rf.gae(rewards, values, gamma=0.5, lam=1.0, backend=backend)[1]
+        return rf.discounted_returns(rewards, gamma=0.5, backend=backend)
+
+    if backend == "eager":
+        _, tangent = torch.func.jvp(function, (x,), (x,))
+        assert tangent.tolist() == [[1.75, 1.5, 1.0]]
+        return
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(function, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
+        function(torch.autograd.forward_ad.make_dual(x, x))

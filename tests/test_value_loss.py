@@ -191,3 +191,12 @@ def test_checks_of_numbers_break_no_graph():
     compiled = torch.compile(losses, fullgraph=True, backend="eager")
     for number in (torch.tensor(0.4), 0.4, 0.5):
         torch.testing.assert_close(compiled(values + 1, number), losses(values + 1, number))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_of_a_live_old_value_shows(backend):
+    """In eager and in the kernels: a comparison with a NaN bound would let the value pass."""
+    values = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    old = torch.tensor([[NAN, 2.0]])
+    loss, _ = rf.value_loss(values, torch.zeros(1, 2), old_values=old, clip=0.2, aggregation="none", backend=backend)
+    assert loss.isnan().tolist() == [[True, False]]

@@ -28,6 +28,7 @@ from .data import (
     read_rows,
     usable,
 )
+from .devices import to_device
 from .layout import starts_of
 from .metrics import Averages, Phases, plot_curves
 from .named import named_function
@@ -240,7 +241,7 @@ class PPOTrainer(SamplingTrainer):
         e.logp, e.ref_logp, e.values = self.models.look(e, self.parts(e))
         self.phases.mark("logprobs")
         kl, beta = e.kl(), self.kl_ref.beta if self.kl_ref else c.kl_coef
-        rewards = rf.shape_rewards(torch.tensor(scores, device=self.device), kl, beta=beta, cu_seqlens=e.starts)
+        rewards = rf.shape_rewards(to_device(torch.tensor(scores), self.device), kl, beta=beta, cu_seqlens=e.starts)
         e.advantages, e.returns = rf.gae(rewards, e.values, gamma=c.gamma, lam=c.lam, cu_seqlens=e.starts)
         _, fit = rf.value_loss(e.values, e.returns)
         metrics = {
