@@ -89,7 +89,7 @@ def _shifted_log_softmax(
     z = z.masked_fill(hidden, 0.0)
     if softcap is not None:
         cap = softcap.to(z.dtype)
-        z = z.masked_fill(z == math.inf, math.nan)  # tanh would turn +inf into a number
+        z = z + torch.zeros_like(z).masked_fill(z == math.inf, math.nan)  # tanh would turn +inf into a number
         z = cap * torch.tanh(z / cap)
     tau = temperature.to(z.dtype)  # a number stays on the host, where it waits for no copy
     tau = torch.where(tau > 0, tau, math.nan)
