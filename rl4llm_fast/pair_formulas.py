@@ -14,6 +14,7 @@ tensors) and of one number per pair:
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class PairFormula:
     def name(self) -> str:
         return self.function.__name__
 
-    @property
+    @functools.cached_property  # a signature takes 20 µs to read, and these are asked for in every call
     def parameters(self) -> tuple[str, ...]:
         return tuple(inspect.signature(self.function).parameters)[1:]
 
@@ -154,12 +155,12 @@ class PairFormula:
     def token_nll(self) -> bool:
         return "nll" in self.parameters
 
-    @property
+    @functools.cached_property
     def labelled(self) -> bool:
         """Whether its answers have labels in place of pairs: ``per_pair`` says which are desirable."""
         return "desirable" in self.parameters
 
-    @property
+    @functools.cached_property
     def metrics(self) -> tuple[str, ...]:
         return LABELLED_METRICS if self.labelled else METRICS
 
