@@ -54,6 +54,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
     "GSPO": (f"{KINDS}/GSPO", ("accuracy",)),
     "CISPO": (f"{KINDS}/CISPO", ("accuracy",)),
     "SAPO": (f"{KINDS}/SAPO", ("accuracy",)),
+    "sampler mismatch": ("sampler_mismatch", ("accuracy",)),
     "R1-Zero": ("r1_zero", ("format", "accuracy")),
     "R1: cold start, reasoning RL, rejection sampling and SFT, final RL": ("r1", ("accuracy", "format", "language")),
     "distillation": ("distill", ("accuracy",)),
