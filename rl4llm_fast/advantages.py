@@ -179,7 +179,7 @@ def _groups(rewards: Tensor, name: str, group_size: int | None, group_ids: Tenso
 
 
 def _check_step_ends(step_ends: Tensor, length: int) -> None:
-    if torch.compiler.is_compiling() or not (step_ends.device.type == "cpu" or checks.debug()):
+    if checks.unseen(step_ends):
         return
     before = torch.nn.functional.pad(step_ends, (1, 0), value=-1)[:, :-1]
     padding = torch.nn.functional.pad(step_ends < 0, (1, 0), value=False)[:, :-1]

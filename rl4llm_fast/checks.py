@@ -18,7 +18,9 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_KEYS = torch._C._TorchDispatchModeKey
+_WITHOUT_CONTENTS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 
 # Number: a hyperparameter as the user gives it. A 0-d tensor may change between steps without a recompilation.
 Number = float | int | Tensor
@@ -111,9 +113,17 @@ def _zeros_and_ones(name: str, mask: Tensor) -> None:
         raise ValueError(f"{name}: wanted 0 or 1 at every token, got values from {low} to {high}")
 
 
+def without_contents() -> bool:
+    """Whether a mode is in force whose tensors hold nothing to look at: fake ones, those of make_fx.
+
+    Other modes, as those that count operations, have tensors like any.
+    """
+    return bool(_dispatch_modes()) and any(torch._C._get_dispatch_mode(key) is not None for key in _WITHOUT_CONTENTS)
+
+
 def unseen(tensor: Tensor) -> bool:
     """Whether nobody may look at what a tensor holds: while a graph is made, or on a GPU, where it costs a wait."""
-    if torch.compiler.is_compiling() or dispatch_modes() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or without_contents() or tensor.device.type == "meta":
         return True
     return tensor.device.type != "cpu" and not debug()
 
@@ -171,7 +181,7 @@ _kept_tensor = functools.lru_cache(maxsize=256)(_tensor)
 
 def _of_plain(plain: float | tuple[float, ...]) -> Tensor:
     """Plain numbers as fp64 on the CPU, not to be written to. Inside a dispatch mode a tensor is the mode's own."""
-    return _tensor(plain) if dispatch_modes() else _kept_tensor(plain)
+    return _tensor(plain) if _dispatch_modes() else _kept_tensor(plain)
 
 
 def number(name: str, value: Number, reference: Tensor, *, positive: bool = False) -> Tensor:
@@ -212,8 +222,9 @@ def plain(value: object) -> Any:
     if value is None or type(value) in (float, int):
         return value
     if isinstance(value, Tensor):
-        unseen = torch.compiler.is_compiling() or value.dim() or value.device.type != "cpu" or dispatch_modes()
-        return None if unseen or value.dtype.is_complex or value.dtype == torch.bool else value.item()
+        if value.dim() or value.device.type != "cpu" or unseen(value):
+            return None
+        return None if value.dtype.is_complex or value.dtype == torch.bool else value.item()
     if isinstance(value, bool):
         return None
     return value if isinstance(value, (int, float)) else float(value) if isinstance(value, Real) else None

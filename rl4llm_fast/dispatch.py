@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, chunked_kl, chunked_losses, schemas
-from .checks import dispatch_modes, environment, environment_key
+from .checks import environment, environment_key, without_contents
 from .errors import BackendError
 from .machine import driver_too_old
 
@@ -295,7 +295,7 @@ def is_last_backward() -> bool:
 
 def is_one(grad: Tensor) -> bool:
     """Whether an upstream gradient is one number, 1, on the CPU: looking at it costs no synchronisation there."""
-    return grad.dim() == 0 and grad.device.type == "cpu" and not dispatch_modes() and grad.item() == 1
+    return grad.dim() == 0 and grad.device.type == "cpu" and not without_contents() and grad.item() == 1
 
 
 def backends() -> dict[str, list[str]]:

@@ -332,8 +332,7 @@ def _two_dimensional(
             rewards.append(checks.number("beta", beta, logp).to(dtype) * total)
     (won, live), (lost, other) = sums
     checks.has_shape("segments_rejected", lost, checks.shape(won), "segments_chosen, less the last dimension")
-    unequal = torch.compiler.is_compiling() or not (live.device.type == "cpu" or checks.debug())
-    if not unequal and not torch.equal(live, other):
+    if not checks.unseen(live) and not torch.equal(live, other):
         pair = int((live != other).any(1).nonzero()[0])
         raise ValueError(
             f"segments_rejected: wanted the segments of segments_chosen, {int(live[pair].sum())} for pair {pair}, "

@@ -46,7 +46,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """docs/math.md section 5 on (B, T): the loss, and the metrics in the order of ``formulas.METRICS``."""
     live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    if params.device == logp.device or torch.compiler.is_compiling() or checks.dispatch_modes():
+    if params.device == logp.device or torch.compiler.is_compiling() or checks.without_contents():
         values = params.to(logp.device, logp.dtype).unbind()
     else:  # fills, where a copy would wait for the GPU
         values = tuple(torch.full((), v, dtype=logp.dtype, device=logp.device) for v in params.tolist())

@@ -93,3 +93,17 @@ def test_fake_tensors_go_through_forward_and_backward():
         logp = torch.randn(4, 6, requires_grad=True)
         rf.policy_loss(logp, logp.detach(), torch.randn(4))[0].backward()
         assert logp.grad.shape == logp.shape
+
+
+def test_a_mode_that_counts_operations_skips_no_check():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = -torch.rand(5)
+    with FlopCounterMode(display=False):
+        for offsets, message in OFFSETS:
+            with pytest.raises(ValueError, match=f"cu_seqlens.*{message}"):
+                rf.policy_loss(x, None, x, cu_seqlens=torch.tensor(offsets))
+        with pytest.raises(ValueError, match="mask: wanted 0 or 1"):
+            rf.policy_loss(x.view(1, 5), None, x.view(1, 5), mask=torch.tensor([[0, 1, 2, 1, 0]]))
+        with pytest.raises(IndexError, match="token_ids"):
+            rf.token_logprobs(torch.randn(2, 3), torch.tensor([0, 7]))
